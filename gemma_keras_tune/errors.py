@@ -1,0 +1,94 @@
+"""The exceptions of the library.
+
+Every error a user can cause is a `GemmaTuneError`:
+
+```
+GemmaTuneError
+├── BackendError       Keras runs on another backend than JAX
+├── PairsError         rows that cannot be trained on      (also a ValueError)
+├── TemplateError      a template that cannot be applied   (also a ValueError)
+├── LoadError          a model that cannot be opened
+├── LoraError          LoRA that would train nothing       (also a ValueError)
+├── PlanError          a plan that would train nothing     (also a ValueError)
+├── AdapterError       an adapter that does not fit        (also a ValueError)
+├── ExportError        a hand-over that cannot be written
+└── EvaluationError    a test plan that cannot be run      (also a ValueError)
+```
+
+`PairsWarning` is the warning category for rows that can be trained on but look wrong.
+"""
+
+from collections.abc import Iterable
+
+
+class GemmaTuneError(Exception):
+    """Base of every error this library raises on purpose.
+
+    The message is a headline, one line for each problem, and the next step.
+
+    Args:
+        headline: What went wrong, in one sentence.
+        problems: Every problem of this kind, one line each. At most
+            `MAX_LISTED` are printed; all are kept in `problems`.
+        next_step: What the user can do about it.
+    """
+
+    MAX_LISTED = 50
+
+    def __init__(
+        self, headline: str, problems: Iterable[str] = (), next_step: str | None = None
+    ) -> None:
+        self.headline = headline
+        self.problems = tuple(problems)
+        self.next_step = next_step
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        lines = [self.headline]
+        lines += [f"  - {problem}" for problem in self.problems[: self.MAX_LISTED]]
+        hidden = len(self.problems) - self.MAX_LISTED
+        if hidden > 0:
+            lines.append(f"  … and {hidden:,} more (all of them in `error.problems`)")
+        if self.next_step:
+            lines.append(self.next_step)
+        return "\n".join(lines)
+
+
+class BackendError(GemmaTuneError):
+    """Keras runs on another backend than JAX."""
+
+
+class PairsError(GemmaTuneError, ValueError):
+    """Rows that cannot be trained on."""
+
+
+class TemplateError(GemmaTuneError, ValueError):
+    """A prompt template that cannot be applied."""
+
+
+class LoadError(GemmaTuneError):
+    """A model that cannot be opened."""
+
+
+class LoraError(GemmaTuneError, ValueError):
+    """LoRA settings that fit no layer, or would train nothing."""
+
+
+class PlanError(GemmaTuneError, ValueError):
+    """A training plan that cannot be carried out, or would train nothing."""
+
+
+class AdapterError(GemmaTuneError, ValueError):
+    """An adapter that does not fit the model."""
+
+
+class ExportError(GemmaTuneError):
+    """A hand-over that cannot be written or read back."""
+
+
+class EvaluationError(GemmaTuneError, ValueError):
+    """A test plan that cannot be read or run."""
+
+
+class PairsWarning(UserWarning):
+    """Rows that can be trained on but look wrong."""
