@@ -1,0 +1,612 @@
+"""Answers from a model: prompts through its template, a few compiled programs, the answer alone.
+
+KerasHub's own `generate` runs the prompt padded to the full length, then writes token by token from
+the end of the shortest prompt, and compiles again for every length. Here prompts are sorted by
+length and end at one place, with the padding on the left; they are read in chunks, as many as the
+longest of the batch needs; then all rows write at once until each has met a stop token. Chunk count
+and answer length are not part of the compiled program, so one program serves prompts of all
+lengths.
+
+Why padding on the left changes nothing: positions enter a Gemma only through RoPE, which sees
+distances; causal and sliding-window masks see distances too; and the padding itself is masked.
+"""
+
+import dataclasses
+import json
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.families import family_of
+from gemma_keras_tune.lora import lora_active, lora_config
+from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.pipeline import Encoder
+from gemma_keras_tune.templates import Template, TemplateSpec, get_template
+
+SHORT_CHUNK = 32
+LONG_CHUNK = 256
+LONG_PROMPT = 1024
+SMALLEST_BUFFER = 64
+MAX_BUFFERS = 3
+
+Prompt = str | Sequence[Message | Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        text: The answer, without its stop token.
+        ids: `[tokens]` int32, the answer's token ids, without the stop token.
+        stopped: Whether the model ended the answer itself, rather than `max_new_tokens`.
+    """
+
+    text: str
+    ids: np.ndarray
+    stopped: bool
+
+
+def generate(
+    model: keras.Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    seed: int | None = None,
+    batch_size: int = 8,
+    strip: bool = True,
+    template: TemplateSpec = "auto",
+) -> str | list[str]:
+    """Answer prompts with the template the model was tuned with.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` with its preprocessor, tuned or not.
+        prompts: A user's text; or a conversation as a list of messages, each a dict with `role`
+            and `content`; or a list of either.
+        max_new_tokens: Longest answer, in tokens.
+        sampler: A KerasHub sampler or its name, such as `"greedy"`, `"top_k"` or `"top_p"`.
+        seed: Makes a random sampler repeat itself, for the same prompts and `batch_size`.
+        batch_size: Rows that run at once.
+        strip: Whether white space around an answer is left out.
+        template: Anything `get_template` takes. `"auto"` is the one the model was tuned with, or
+            its generation's.
+
+    Returns:
+        The answers alone, without prompt or stop token: a string for one prompt, a list in the
+        same order for a list.
+
+    Raises:
+        TemplateError: A prompt is no conversation, or the template does not fit the model.
+    """
+    answers = generate_answers(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+        template=template,
+    )
+    texts = [answer.text.strip() if strip else answer.text for answer in answers]
+    return texts[0] if _is_one(prompts) else texts
+
+
+def generate_answers(
+    model: keras.Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    seed: int | None = None,
+    batch_size: int = 8,
+    template: TemplateSpec = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answers with their token ids, and whether the model ended them itself.
+
+    Args:
+        model: As for `generate`.
+        prompts: As for `generate`.
+        max_new_tokens: As for `generate`.
+        sampler: As for `generate`.
+        seed: As for `generate`.
+        batch_size: As for `generate`.
+        template: As for `generate`.
+        progress: Called after every batch with the number of prompts answered in it.
+
+    Returns:
+        One `Answer` a prompt, in order; a list of one for a single prompt.
+
+    Raises:
+        TemplateError: As for `generate`.
+    """
+    resolved = get_template(template, model)
+    tokenizer = _tokenizer(model)
+    rows = _encode(prompts, resolved, tokenizer)
+    written = generate_ids(
+        model,
+        rows,
+        stop_token_ids=resolved.stop_token_ids(tokenizer),
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [Answer(str(tokenizer.detokenize(i)), i, s) for i, s in written]
+
+
+def generate_ids(
+    model: keras.Model,
+    rows: Sequence[Sequence[int] | np.ndarray],
+    *,
+    stop_token_ids: Iterable[int],
+    max_new_tokens: int = 256,
+    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    seed: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[tuple[np.ndarray, bool]]:
+    """Continue rows of token ids.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        rows: Token ids of each prompt, `<bos>` first, at least one each.
+        stop_token_ids: Ids at which a row ends.
+        max_new_tokens: Longest continuation, in tokens, at least 1.
+        sampler: A KerasHub sampler or its name.
+        seed: Makes a random sampler repeat itself, for the same rows and `batch_size`.
+        batch_size: Rows that run at once, at least 1.
+        progress: Called after every batch with the number of rows done in it.
+
+    Returns:
+        For each row, in order, the new ids (`[tokens]` int32, without the stop token) and whether
+        a stop token ended them.
+
+    Raises:
+        ValueError: A number is out of range, or a row is empty.
+    """
+    _check_numbers(rows, max_new_tokens, batch_size)
+    results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.int32), False)] * len(rows)
+    if not rows:
+        return results
+    stops = tuple(sorted({int(i) for i in stop_token_ids}))
+    state = _SamplerState(keras_hub.samplers.get(sampler), seed)
+    run = _run_batch if state.is_stepwise else _run_batch_stock
+    for batch in _batches(model, rows, state, max_new_tokens, batch_size, len(stops)):
+        written = run(model, [rows[i] for i in batch.rows], batch, stops, state)
+        for index, ids in zip(batch.rows, written, strict=True):
+            results[index] = _cut(ids, stops)
+        if progress:
+            progress(len(batch.rows))
+    state.keep()
+    return results
+
+
+def compiled_programs(model: keras.Model) -> int:
+    """How many generation programs have been compiled for a model since it was made.
+
+    Args:
+        model: A model.
+
+    Returns:
+        The number of compilations by `generate`, those with stock samplers' own loops left out.
+    """
+    return _programs_of(model).traces
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Rows that run together.
+
+    Attributes:
+        rows: Their places among all rows.
+        size: Rows of the compiled program, at least as many.
+        chunk: Tokens read at once.
+        chunks: Chunks the longest row needs for all but its last token.
+        buffer: Tokens of prompt and answer the program has room for.
+        new_tokens: Longest answer.
+    """
+
+    rows: tuple[int, ...]
+    size: int
+    chunk: int
+    chunks: int
+    buffer: int
+    new_tokens: int
+
+
+class _SamplerState:
+    """A sampler and its random state. With a seed, the user's sampler is left as it was."""
+
+    def __init__(self, sampler: Any, seed: int | None) -> None:
+        self.sampler = sampler
+        self.stock: Callable[..., Any] | None = None
+        self.seeded = seed is not None
+        self.values = [
+            v.value if seed is None else keras.random.SeedGenerator(seed + i).state.value
+            for i, v in enumerate(sampler.variables)
+        ]
+
+    @property
+    def is_greedy(self) -> bool:
+        return type(self.sampler) is keras_hub.samplers.GreedySampler
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether the sampler chooses one token at a time: beam search and its kin do not."""
+        return type(self.sampler).__call__ is keras_hub.samplers.Sampler.__call__
+
+    @property
+    def key(self) -> Any:
+        """Equal for samplers that compute the same: stock ones of the same settings."""
+        kind = type(self.sampler)
+        if self.is_greedy:
+            return "greedy"
+        if not kind.__module__.startswith("keras_hub."):
+            return self.sampler
+        config = {k: v for k, v in self.sampler.get_config().items() if k != "seed"}
+        return kind.__name__, json.dumps(config, sort_keys=True, default=repr)
+
+    def keep(self) -> None:
+        """Move the user's sampler on, so that the next call draws anew."""
+        if not self.seeded:
+            for variable, value in zip(self.sampler.variables, self.values, strict=True):
+                variable.assign(value)
+
+
+class _Programs:
+    """The compiled programs of one model."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, Callable[..., Any]] = {}
+        self.traces = 0
+
+
+_programs: "weakref.WeakKeyDictionary[keras.Model, _Programs]" = weakref.WeakKeyDictionary()
+
+
+def _programs_of(model: keras.Model) -> _Programs:
+    if model not in _programs:
+        _programs[model] = _Programs()
+    return _programs[model]
+
+
+def _model_key(model: keras.Model) -> Any:
+    """Changes when the layers compute otherwise with the same number of variables."""
+    return lora_config(model), lora_active(model), keras.config.backend()
+
+
+def _tokenizer(model: keras.Model) -> Any:
+    if getattr(model, "preprocessor", None) is None:
+        raise TemplateError(
+            "The model has no preprocessor, so there is no tokenizer to write prompts with.",
+            next_step="Load it with its preprocessor, or call `generate_ids` with token ids.",
+        )
+    return model.preprocessor.tokenizer
+
+
+def _is_one(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return True
+    return bool(prompts) and all(isinstance(item, (Mapping, Message)) for item in prompts)
+
+
+def _encode(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
+    """Token ids of every prompt, all broken prompts reported at once."""
+    encoder = Encoder(tokenizer)
+    rows, problems = [], []
+    for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
+        try:
+            segments = template.segments(_messages(prompt), generation_prompt=True)
+        except TemplateError as error:
+            problems += [f"prompt {number}: {text}" for text in error.problems or [error.headline]]
+            continue
+        rows.append(encoder.encode(segments)[0])
+    if problems:
+        raise TemplateError(
+            "Some prompts cannot be answered.",
+            problems,
+            "A prompt is a string, or a list of messages with `role` and `content` that ends with "
+            "a user message.",
+        )
+    return rows
+
+
+_ROLES = {"model": "assistant", "developer": "system"}
+
+
+def _messages(prompt: Any) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    if isinstance(prompt, Message):
+        return (prompt,)
+    if not isinstance(prompt, Sequence):
+        raise TemplateError(f"a {type(prompt).__name__} is neither text nor a list of messages")
+    messages, problems = [], []
+    for number, item in enumerate(prompt, 1):
+        if isinstance(item, Message):
+            messages.append(item)
+        elif isinstance(item, Mapping) and all(
+            isinstance(item.get(key), str) for key in ("role", "content")
+        ):
+            role: Any = _ROLES.get(item["role"], item["role"])
+            messages.append(Message(role, item["content"]))
+        else:
+            problems.append(f"message {number} needs `role` and `content` as text, got {item!r}")
+    if problems:
+        raise TemplateError("These are no messages.", problems)
+    return tuple(messages)
+
+
+def _check_numbers(rows: Sequence[Any], max_new_tokens: int, batch_size: int) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1. Received: {value!r}")
+    empty = [i for i, row in enumerate(rows) if not len(row)]
+    if empty:
+        raise ValueError(f"Every row needs at least one token. Empty rows: {empty[:20]}")
+
+
+def _batches(
+    model: keras.Model,
+    rows: Sequence[Any],
+    state: _SamplerState,
+    new_tokens: int,
+    batch_size: int,
+    stops: int,
+) -> list[_Batch]:
+    """Rows of similar length together, and few buffer lengths over all of them."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    # Powers of two, so that calls with few prompts share programs.
+    size = min(batch_size, 2 ** math.ceil(math.log2(len(rows))))
+    groups = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
+    chunk = LONG_CHUNK if len(rows[order[0]]) > LONG_PROMPT else SHORT_CHUNK
+    chunks = [math.ceil((len(rows[group[0]]) - 1) / chunk) for group in groups]
+    needs = [_round_up(n * chunk + 1 + new_tokens) for n in chunks]
+    known = {key[2] for key in _programs_of(model).by_key if key[:2] == (size, chunk)}
+    kept = _kept_buffers(needs, known)
+    return [
+        _Batch(group, size, chunk, n, min(b for b in kept if b >= need), new_tokens)
+        for group, n, need in zip(groups, chunks, needs, strict=True)
+    ]
+
+
+def _round_up(tokens: int) -> int:
+    """The next of 64, 96, 128, 192, 256, 384, … tokens."""
+    power = max(SMALLEST_BUFFER, 2 ** math.ceil(math.log2(tokens)))
+    return power * 3 // 4 if power > SMALLEST_BUFFER and tokens <= power * 3 // 4 else power
+
+
+def _kept_buffers(needs: Sequence[int], known: set[int]) -> set[int]:
+    """Buffer lengths to use. One more must serve some batches, or it is not worth compiling."""
+    counts = Counter(needs)
+    worth = [n for n, count in counts.most_common() if count >= 4 or n in known]
+    return {max(needs), *worth[: MAX_BUFFERS - 1]}
+
+
+def _cut(ids: np.ndarray, stops: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+    ends = np.flatnonzero(np.isin(ids, stops))
+    return (ids[: ends[0]], True) if len(ends) else (ids, False)
+
+
+def _run_batch(
+    model: keras.Model,
+    rows: Sequence[Any],
+    batch: _Batch,
+    stops: tuple[int, ...],
+    state: _SamplerState,
+) -> list[np.ndarray]:
+    program = _program(model, batch, state, len(stops))
+    end = batch.chunks * batch.chunk + 1
+    tokens = np.zeros((batch.size, batch.buffer), np.int32)
+    starts = np.full(batch.size, end - 1, np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, end - len(row) : end] = row
+        starts[place] = end - len(row)
+    tokens, state.values = program(
+        [v.value for v in model.variables],
+        state.values,
+        tokens,
+        starts,
+        np.arange(batch.size) >= len(rows),
+        np.int32(batch.chunks),
+        np.int32(batch.new_tokens),
+        np.asarray(stops, np.int32),
+    )
+    written = np.asarray(tokens)[:, end : end + batch.new_tokens]
+    return list(written[: len(rows)])
+
+
+def _program(
+    model: keras.Model, batch: _Batch, state: _SamplerState, stops: int
+) -> Callable[..., Any]:
+    """The compiled program for a batch: made once for a model, shape and sampler.
+
+    Weights are arguments, so training on does not compile again. The model is held weakly, so a
+    program does not keep its model alive.
+    """
+    import jax
+
+    programs = _programs_of(model)
+    key = (batch.size, batch.chunk, batch.buffer, stops, state.key, _model_key(model))
+    if key not in programs.by_key:
+        reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
+        chunk = batch.chunk
+
+        def program(weights: Any, *arguments: Any) -> Any:
+            programs.traces += 1
+            traced = reference()
+            scope = keras.StatelessScope(
+                state_mapping=list(zip(traced.variables, weights, strict=True))
+            )
+            with scope:
+                return _write(traced, sampler, chunk, *arguments)
+
+        programs.by_key[key] = jax.jit(program)
+    return programs.by_key[key]
+
+
+def _write(
+    model: keras.Model,
+    sampler: Any,
+    chunk: int,
+    random_state: Any,
+    tokens: Any,
+    starts: Any,
+    done: Any,
+    chunks: Any,
+    new_tokens: Any,
+    stops: Any,
+) -> tuple[Any, Any]:
+    """Read the prompts, then write until every row has stopped.
+
+    Args:
+        model: The model, its variables bound to traced values.
+        sampler: A sampler, or `None` for greedy.
+        chunk: Tokens read at once.
+        random_state: Values of the sampler's variables.
+        tokens: `[batch, buffer]` int32, every prompt ending at `chunks * chunk`, its last token.
+        starts: `[batch]` int32, where each prompt begins.
+        done: `[batch]` bool, rows that are only there to fill the batch.
+        chunks: Scalar, chunks to read.
+        new_tokens: Scalar, the longest answer.
+        stops: `[stops]` int32.
+
+    Returns:
+        Tokens with the answers, and the sampler's variables after them.
+    """
+    import jax
+
+    rows, buffer = tokens.shape
+    step, cache = _step_and_cache(model, rows, buffer)
+    mask = ops.arange(buffer)[None, :] >= starts[:, None]
+
+    def read(index: Any, cache: Any) -> Any:
+        part = jax.lax.dynamic_slice(tokens, (0, index * chunk), (rows, chunk))
+        return step(part, cache, index * chunk, mask)[1]
+
+    cache = jax.lax.fori_loop(0, chunks, read, cache)
+    first = chunks * chunk
+
+    def go_on(state: Any) -> Any:
+        index, _, _, done, _ = state
+        return (index < first + new_tokens) & ~done.all()
+
+    def write(state: Any) -> Any:
+        index, tokens, cache, done, random_state = state
+        last = jax.lax.dynamic_slice(tokens, (0, index), (rows, 1))
+        logits, cache = step(last, cache, index, mask)
+        chosen, random_state = _choose(sampler, logits[:, 0], random_state)
+        chosen = ops.where(done, 0, chosen)
+        tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index + 1))
+        done = done | (chosen[:, None] == stops[None, :]).any(axis=-1)
+        return index + 1, tokens, cache, done, random_state
+
+    state = (first, tokens, cache, done, random_state)
+    _, tokens, _, _, random_state = jax.lax.while_loop(go_on, write, state)
+    return tokens, random_state
+
+
+def _choose(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
+    """The next token of each row, `[batch]` int32, and the sampler's state after it."""
+    if sampler is None:
+        return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
+    mapping = list(zip(sampler.variables, random_state, strict=True))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        chosen = sampler.get_next_token(sampler.compute_probabilities(logits))
+    values = [scope.get_current_value(v) for v in sampler.variables]
+    kept = [old if new is None else new for new, old in zip(values, random_state, strict=True)]
+    return ops.cast(chosen, "int32"), kept
+
+
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+
+
+def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
+    """One forward pass over a key/value cache, and the empty cache.
+
+    The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
+    real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]` and the cache.
+    Logits that are not used are never computed: XLA leaves them out.
+    """
+    family = family_of(model).name
+    backbone = model.backbone
+    if family in ("gemma", "gemma2"):
+        layers: Any = len(backbone.transformer_layers)
+        shape: tuple[int, ...] = (rows, 2, buffer, backbone.num_key_value_heads, backbone.head_dim)
+        cache: Any = tuple(ops.zeros(shape, model.compute_dtype) for _ in range(layers))
+        return _gemma_step(backbone), cache
+    heads, width = backbone.num_key_value_heads, backbone.head_dim
+    if family == "gemma3":
+        shape = (rows, buffer, heads, width)
+        cache = tuple(
+            (ops.zeros(shape, model.compute_dtype), ops.zeros(shape, model.compute_dtype))
+            for _ in backbone.transformer_layers
+        )
+    elif family == "gemma3n":
+        shape = (rows, backbone.num_hidden_layers, 2, heads, buffer, width)
+        cache = ops.zeros(shape, model.compute_dtype)
+    else:
+        width = max(width, backbone.global_head_dim or 0)
+        shape = (rows, backbone.num_layers, 2, buffer, heads, width)
+        cache = ops.zeros(shape, model.compute_dtype)
+
+    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any]:
+        logits, _, cache = model.call_with_cache(
+            token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask
+        )
+        return logits, cache
+
+    return step, cache
+
+
+def _gemma_step(backbone: Any) -> Step:
+    """`GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
+
+    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any]:
+        x = backbone.token_embedding(ids)
+        x = x * ops.cast(ops.sqrt(backbone.hidden_dim), x.dtype)
+        caches = []
+        for layer, held in zip(backbone.transformer_layers, cache, strict=True):
+            x, held = layer(x, padding_mask=mask, cache=held, cache_update_index=index)
+            caches.append(held)
+        logits = backbone.token_embedding(backbone.layer_norm(x), reverse=True)
+        return logits, tuple(caches)
+
+    return step
+
+
+def _run_batch_stock(
+    model: keras.Model,
+    rows: Sequence[Any],
+    batch: _Batch,
+    stops: tuple[int, ...],
+    state: _SamplerState,
+) -> list[np.ndarray]:
+    """KerasHub's own generation, for samplers that search rather than choose token by token."""
+    length = max(len(row) for row in rows) + batch.new_tokens
+    tokens = np.zeros((batch.size, length), np.int32)
+    mask = np.zeros((batch.size, length), bool)
+    for place in range(batch.size):
+        row = rows[min(place, len(rows) - 1)]
+        tokens[place, : len(row)] = row
+        mask[place, : len(row)] = True
+    kept = model.sampler, model.generate_function
+    try:
+        model.sampler, model.generate_function = state.sampler, state.stock
+        state.stock = model.make_generate_function()
+        outputs = state.stock({"token_ids": tokens, "padding_mask": mask}, stop_token_ids=stops)
+    finally:
+        model.sampler, model.generate_function = kept
+    written = np.asarray(outputs["token_ids"])
+    return [written[i, len(r) : len(r) + batch.new_tokens] for i, r in enumerate(rows)]
