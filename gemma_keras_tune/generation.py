@@ -173,7 +173,7 @@ def generate_ids(
         a stop token ended them.
 
     Raises:
-        ValueError: A number is out of range, or a row is empty.
+        ValueError: A number is out of range, a row is empty, or the sampler is a search.
     """
     _check_numbers(rows, max_new_tokens, batch_size)
     results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.int32), False)] * len(rows)
@@ -181,9 +181,8 @@ def generate_ids(
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = _SamplerState(keras_hub.samplers.get(sampler), seed)
-    run = _run_batch if state.is_stepwise else _run_batch_stock
     for batch in _batches(model, rows, state, max_new_tokens, batch_size, len(stops)):
-        written = run(model, [rows[i] for i in batch.rows], batch, stops, state)
+        written = _run_batch(model, [rows[i] for i in batch.rows], batch, stops, state)
         for index, ids in zip(batch.rows, written, strict=True):
             results[index] = _cut(ids, stops)
         if progress:
@@ -199,7 +198,7 @@ def compiled_programs(model: keras.Model) -> int:
         model: A model.
 
     Returns:
-        The number of compilations by `generate`, those with stock samplers' own loops left out.
+        The number of compilations by `generate` and its kin.
     """
     return _programs_of(model).traces
 
@@ -229,8 +228,13 @@ class _SamplerState:
     """A sampler and its random state. With a seed, the user's sampler is left as it was."""
 
     def __init__(self, sampler: Any, seed: int | None) -> None:
+        if type(sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
+            raise ValueError(
+                "`sampler` must choose token by token, as 'greedy', 'top_k', 'top_p' and 'random' "
+                f"do. Received: {sampler!r}. For a search over several tokens, call "
+                "`model.compile(sampler=…)` and the model's own `generate`."
+            )
         self.sampler = sampler
-        self.stock: Callable[..., Any] | None = None
         self.seeded = seed is not None
         self.values = [
             v.value if seed is None else keras.random.SeedGenerator(seed + i).state.value
@@ -240,11 +244,6 @@ class _SamplerState:
     @property
     def is_greedy(self) -> bool:
         return type(self.sampler) is keras_hub.samplers.GreedySampler
-
-    @property
-    def is_stepwise(self) -> bool:
-        """Whether the sampler chooses one token at a time: beam search and its kin do not."""
-        return type(self.sampler).__call__ is keras_hub.samplers.Sampler.__call__
 
     @property
     def key(self) -> Any:
@@ -489,11 +488,12 @@ def _write(
 
     rows, buffer = tokens.shape
     step, cache = _step_and_cache(model, rows, buffer)
+    logits_of = _logits_of(model)
     mask = ops.arange(buffer)[None, :] >= starts[:, None]
 
     def read(index: Any, cache: Any) -> Any:
         part = jax.lax.dynamic_slice(tokens, (0, index * chunk), (rows, chunk))
-        return step(part, cache, index * chunk, mask)[1]
+        return step(part, cache, index * chunk, mask)[-1]
 
     cache = jax.lax.fori_loop(0, chunks, read, cache)
     first = chunks * chunk
@@ -505,8 +505,8 @@ def _write(
     def write(state: Any) -> Any:
         index, tokens, cache, done, random_state = state
         last = jax.lax.dynamic_slice(tokens, (0, index), (rows, 1))
-        logits, cache = step(last, cache, index, mask)
-        chosen, random_state = _choose(sampler, logits[:, 0], random_state)
+        logits, hidden, cache = step(last, cache, index, mask)
+        chosen, random_state = _choose(sampler, logits_of(logits, hidden), random_state)
         chosen = ops.where(done, 0, chosen)
         tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index + 1))
         done = done | (chosen[:, None] == stops[None, :]).any(axis=-1)
@@ -518,54 +518,86 @@ def _write(
 
 
 def _choose(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
-    """The next token of each row, `[batch]` int32, and the sampler's state after it."""
+    """The next token of each row, `[batch]` int32, from logits `[vocabulary, batch]`."""
     if sampler is None:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
+        return _argmax(logits), random_state
     mapping = list(zip(sampler.variables, random_state, strict=True))
     with keras.StatelessScope(state_mapping=mapping) as scope:
-        chosen = sampler.get_next_token(sampler.compute_probabilities(logits))
+        chosen = sampler.get_next_token(sampler.compute_probabilities(ops.transpose(logits)))
     values = [scope.get_current_value(v) for v in sampler.variables]
     kept = [old if new is None else new for new, old in zip(values, random_state, strict=True)]
     return ops.cast(chosen, "int32"), kept
 
 
-Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+def _logits_of(model: keras.Model) -> Callable[[Any, Any], Any]:
+    """From logits and hidden states of one position, each `[batch, 1, …]`, `[vocabulary, batch]`.
+
+    The embedding times the hidden states, in this order, takes 2/3 of the time of the other on a
+    CPU, where it is the largest part of a step. A quantized embedding leaves it to the model.
+    """
+    head = family_of(model).head(model)
+    dtype = model.compute_dtype
+    if not keras.backend.is_float_dtype(head.embedding.dtype):
+        return lambda logits, hidden: ops.transpose(logits[:, 0])
+
+    def logits_of(logits: Any, hidden: Any) -> Any:
+        weights = ops.cast(head.embedding, dtype)
+        logits = ops.matmul(weights, ops.transpose(hidden[:, 0]))
+        cap = head.soft_cap
+        return logits if cap is None else ops.tanh(logits / cap) * cap
+
+    return logits_of
+
+
+def _argmax(logits: Any) -> Any:
+    """The row of the first largest entry of each column, int32.
+
+    First the largest of every block, then the place in that block: XLA's own argmax over a long
+    axis costs a CPU ten times as much.
+    """
+    vocabulary, rows = logits.shape
+    width = math.gcd(vocabulary, 4096)
+    blocks = ops.reshape(logits, (vocabulary // width, width, rows))
+    block = ops.argmax(ops.max(blocks, axis=1), axis=0)
+    best = blocks[block, :, ops.arange(rows)]
+    return ops.cast(block * width + ops.argmax(best, axis=-1), "int32")
+
+
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 
 def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
     """One forward pass over a key/value cache, and the empty cache.
 
     The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
-    real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]` and the cache.
-    Logits that are not used are never computed: XLA leaves them out.
+    real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
+    `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
+    them out.
     """
     family = family_of(model).name
     backbone = model.backbone
-    if family in ("gemma", "gemma2"):
-        layers: Any = len(backbone.transformer_layers)
-        shape: tuple[int, ...] = (rows, 2, buffer, backbone.num_key_value_heads, backbone.head_dim)
-        cache: Any = tuple(ops.zeros(shape, model.compute_dtype) for _ in range(layers))
-        return _gemma_step(backbone), cache
     heads, width = backbone.num_key_value_heads, backbone.head_dim
+
+    def empty(*shape: int) -> Any:
+        return ops.zeros(shape, model.compute_dtype)
+
+    if family in ("gemma", "gemma2"):
+        layers = backbone.transformer_layers
+        return _gemma_step(backbone), tuple(empty(rows, 2, buffer, heads, width) for _ in layers)
+    cache: Any
     if family == "gemma3":
-        shape = (rows, buffer, heads, width)
-        cache = tuple(
-            (ops.zeros(shape, model.compute_dtype), ops.zeros(shape, model.compute_dtype))
-            for _ in backbone.transformer_layers
-        )
+        one = (rows, buffer, heads, width)
+        cache = tuple((empty(*one), empty(*one)) for _ in backbone.transformer_layers)
     elif family == "gemma3n":
-        shape = (rows, backbone.num_hidden_layers, 2, heads, buffer, width)
-        cache = ops.zeros(shape, model.compute_dtype)
+        cache = empty(rows, backbone.num_hidden_layers, 2, heads, buffer, width)
     else:
         width = max(width, backbone.global_head_dim or 0)
-        shape = (rows, backbone.num_layers, 2, buffer, heads, width)
-        cache = ops.zeros(shape, model.compute_dtype)
+        cache = empty(rows, backbone.num_layers, 2, buffer, heads, width)
 
-    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any]:
-        logits, _, cache = model.call_with_cache(
+    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
+        return model.call_with_cache(
             token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask
         )
-        return logits, cache
 
     return step, cache
 
@@ -573,40 +605,14 @@ def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, A
 def _gemma_step(backbone: Any) -> Step:
     """`GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
 
-    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any]:
+    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
         x = backbone.token_embedding(ids)
         x = x * ops.cast(ops.sqrt(backbone.hidden_dim), x.dtype)
         caches = []
         for layer, held in zip(backbone.transformer_layers, cache, strict=True):
             x, held = layer(x, padding_mask=mask, cache=held, cache_update_index=index)
             caches.append(held)
-        logits = backbone.token_embedding(backbone.layer_norm(x), reverse=True)
-        return logits, tuple(caches)
+        hidden = backbone.layer_norm(x)
+        return backbone.token_embedding(hidden, reverse=True), hidden, tuple(caches)
 
     return step
-
-
-def _run_batch_stock(
-    model: keras.Model,
-    rows: Sequence[Any],
-    batch: _Batch,
-    stops: tuple[int, ...],
-    state: _SamplerState,
-) -> list[np.ndarray]:
-    """KerasHub's own generation, for samplers that search rather than choose token by token."""
-    length = max(len(row) for row in rows) + batch.new_tokens
-    tokens = np.zeros((batch.size, length), np.int32)
-    mask = np.zeros((batch.size, length), bool)
-    for place in range(batch.size):
-        row = rows[min(place, len(rows) - 1)]
-        tokens[place, : len(row)] = row
-        mask[place, : len(row)] = True
-    kept = model.sampler, model.generate_function
-    try:
-        model.sampler, model.generate_function = state.sampler, state.stock
-        state.stock = model.make_generate_function()
-        outputs = state.stock({"token_ids": tokens, "padding_mask": mask}, stop_token_ids=stops)
-    finally:
-        model.sampler, model.generate_function = kept
-    written = np.asarray(outputs["token_ids"])
-    return [written[i, len(r) : len(r) + batch.new_tokens] for i, r in enumerate(rows)]

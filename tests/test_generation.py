@@ -1,0 +1,247 @@
+"""Generation: the same tokens as KerasHub's own `generate`, from few compiled programs."""
+
+import gc
+import weakref
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+from gemma_keras_tune import generation
+from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.generation import (
+    compiled_programs,
+    generate,
+    generate_answers,
+    generate_ids,
+)
+from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.templates import TEMPLATES, TextTemplate, attach_template
+from gemma_keras_tune.testing import FAMILIES, tiny_model
+
+# Long enough to cross the tiny models' sliding window of 8 tokens.
+NEW_TOKENS = 14
+
+
+def rows_of_lengths(*lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [np.append(2, random.integers(60, 500, n - 1)).astype("int32") for n in lengths]
+
+
+def stock_ids(model, row, new_tokens=NEW_TOKENS, length=48):
+    """What KerasHub writes after one row, by its own compiled function, greedy by default."""
+    tokens, mask = np.zeros((1, length), "int32"), np.arange(length)[None] < len(row)
+    tokens[0, : len(row)] = row
+    inputs = {"token_ids": tokens, "padding_mask": mask}
+    outputs = model.make_generate_function()(inputs, stop_token_ids=None)
+    return np.asarray(outputs["token_ids"])[0, len(row) : len(row) + new_tokens]
+
+
+def ids(model, rows, **kwargs):
+    kwargs = {"stop_token_ids": (), "max_new_tokens": NEW_TOKENS, **kwargs}
+    return [written for written, _ in generate_ids(model, rows, **kwargs)]
+
+
+def assert_like_stock(model, monkeypatch, lengths):
+    monkeypatch.setattr(generation, "SHORT_CHUNK", 8)
+    rows = rows_of_lengths(*lengths)
+    for row, written in zip(rows, ids(model, rows), strict=True):
+        np.testing.assert_array_equal(written, stock_ids(model, row))
+    assert compiled_programs(model) == 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("gemma3")
+
+
+def test_greedy_tokens_are_those_of_kerashub(monkeypatch):
+    assert_like_stock(tiny_model("gemma3"), monkeypatch, (5, 23))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_kerashub_in_every_generation(family, monkeypatch):
+    assert_like_stock(tiny_model(family), monkeypatch, (2, 9, 17, 31))
+
+
+@pytest.mark.slow
+def test_greedy_tokens_with_experts(monkeypatch):
+    assert_like_stock(tiny_model("gemma4", moe=True), monkeypatch, (5, 20))
+
+
+@pytest.mark.slow
+def test_greedy_tokens_in_bfloat16(monkeypatch):
+    assert_like_stock(tiny_model("gemma3", dtype="bfloat16"), monkeypatch, (5, 20))
+
+
+def test_one_program_for_all_lengths_and_weights(model):
+    before = compiled_programs(model)
+    rows = rows_of_lengths(1, 3, 20, 30, 33)
+    first = ids(model, rows, batch_size=4)
+    again = ids(model, rows[::-1], batch_size=4, max_new_tokens=5)
+    for long, short in zip(first, again[::-1], strict=True):
+        np.testing.assert_array_equal(long[:5], short)
+    kernel = model.backbone.transformer_layers[0].ffw_linear.kernel
+    kept = np.asarray(kernel)
+    kernel.assign(-5 * kept)
+    changed = ids(model, rows, batch_size=4)
+    kernel.assign(kept)
+    assert any(not np.array_equal(a, b) for a, b in zip(first, changed, strict=True))
+    assert compiled_programs(model) == before + 1
+
+
+def test_many_lengths_take_few_programs(model, monkeypatch):
+    rows = rows_of_lengths(*range(2, 402, 2))
+    made = set()
+
+    def run(model, rows, batch, stops, state):
+        made.add((batch.size, batch.chunk, batch.buffer))
+        assert batch.chunks * batch.chunk + 1 + batch.new_tokens <= batch.buffer
+        assert all(len(row) <= batch.chunks * batch.chunk + 1 for row in rows)
+        return [row[-1:] for row in rows]
+
+    monkeypatch.setattr(generation, "_run_batch", run)
+    written = ids(model, rows, batch_size=8)
+    assert [w[0] for w in written] == [row[-1] for row in rows]
+    assert 1 < len(made) <= 3
+
+
+def test_a_row_ends_at_a_stop_token_and_says_so(model):
+    rows = rows_of_lengths(6, 11)
+    free = ids(model, rows)
+    stop = int(free[0][4])
+    place = int(np.flatnonzero(free[0] == stop)[0])
+    (written, stopped), (other, other_stopped) = generate_ids(
+        model, rows, stop_token_ids=(stop, 1), max_new_tokens=NEW_TOKENS
+    )
+    np.testing.assert_array_equal(written, free[0][:place])
+    assert stopped
+    assert other_stopped == (stop in free[1])
+    np.testing.assert_array_equal(other, free[1][: len(other)])
+
+
+def test_writing_ends_when_all_rows_have_stopped(model):
+    rows = rows_of_lengths(6, 6)
+    stops = {int(written[1]) for written in ids(model, rows)}
+    runs = []
+    run = generation._run_batch
+
+    def spy(*args):
+        written = run(*args)
+        runs.extend(written)
+        return written
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "_run_batch", spy)
+        ids(model, rows, stop_token_ids=stops)
+    assert all((tokens[2:] == 0).all() for tokens in runs)
+
+
+def test_text_in_text_out_order_kept(model):
+    prompts = ["Paris", "What is the capital of Italy? Rome. What is the capital of France?", "box"]
+    together = generate(model, prompts, max_new_tokens=5, batch_size=2, template="plain")
+    assert isinstance(together, list) and len(together) == 3
+    alone = generate(model, prompts[1], max_new_tokens=5, batch_size=2, template="plain")
+    assert alone == together[1]
+    assert generate(model, [], template="plain") == []
+    turns = [{"role": "user", "content": prompts[1]}]
+    assert generate(model, turns, max_new_tokens=5, template="plain") == alone
+    turns = [[Message("user", prompt)] for prompt in prompts]
+    assert generate(model, turns, max_new_tokens=5, batch_size=2, template="plain") == together
+
+
+def test_answers_carry_ids_text_and_end(model):
+    seen = []
+    answers = generate_answers(
+        model,
+        ["a", "b", "c"],
+        max_new_tokens=4,
+        batch_size=2,
+        template="plain",
+        progress=seen.append,
+    )
+    tokenizer = model.preprocessor.tokenizer
+    for answer in answers:
+        assert answer.text == tokenizer.detokenize(answer.ids)
+        assert answer.stopped == (len(answer.ids) < 4)
+    assert seen == [2, 1]
+
+
+def test_the_attached_template_is_applied(model, monkeypatch):
+    asked = []
+
+    def spy(model, rows, **kwargs):
+        asked.append((rows, kwargs["stop_token_ids"]))
+        return [(np.zeros(0, "int32"), True)] * len(rows)
+
+    monkeypatch.setattr(generation, "generate_ids", spy)
+    other = tiny_model("gemma4", num_layers=2, num_kv_shared_layers=0)
+    attach_template(other, TextTemplate("{input} =>{output}<turn|>"))
+    assert generate(other, "box") == ""
+    tokenizer = other.preprocessor.tokenizer
+    (row,), stops = asked[0]
+    assert tokenizer.detokenize(row[1:]) == "box =>" and row[0] == 2
+    assert stops == (tokenizer.token_to_id("<turn|>"), 1)
+
+
+def test_stop_token_is_not_part_of_the_answer(model, monkeypatch):
+    tokenizer = model.preprocessor.tokenizer
+    end = tokenizer.token_to_id("<end_of_turn>")
+    words = list(np.asarray(tokenizer("two boxes")))
+    row = np.asarray([*words, end, *words], "int32")
+    monkeypatch.setattr(generation, "_run_batch", lambda model, rows, *rest: [row] * len(rows))
+    assert generate(model, "box", template=TEMPLATES["gemma3"]) == "two boxes"
+
+
+def test_broken_prompts_are_all_reported(model):
+    prompts = ["fine", [{"role": "user"}], [{"role": "assistant", "content": "x"}], 7, []]
+    with pytest.raises(TemplateError) as caught:
+        generate(model, prompts, template="plain")
+    problems = caught.value.problems
+    assert [problem.split(":")[0] for problem in problems] == [f"prompt {i}" for i in range(2, 6)]
+    with pytest.raises(ValueError, match="`max_new_tokens` must be an integer of at least 1"):
+        generate(model, "x", max_new_tokens=0, template="plain")
+    with pytest.raises(ValueError, match="Empty rows"):
+        ids(model, [[]])
+
+
+def test_random_sampler_repeats_with_a_seed_and_moves_without(model):
+    rows = rows_of_lengths(6, 6, 6)
+    sampler = keras_hub.samplers.TopKSampler(k=20, seed=1, temperature=3.0)
+    state = np.asarray(sampler.variables[0])
+    one, two, three = (np.stack(ids(model, rows, sampler=sampler, seed=seed)) for seed in (7, 7, 8))
+    np.testing.assert_array_equal(one, two)
+    assert (one != three).any()
+    np.testing.assert_array_equal(np.asarray(sampler.variables[0]), state)
+    before = compiled_programs(model)
+    other = keras_hub.samplers.TopKSampler(k=20, seed=2, temperature=3.0)
+    moved = [np.stack(ids(model, rows, sampler=other)) for _ in range(2)]
+    assert (moved[0] != moved[1]).any()
+    assert compiled_programs(model) == before
+
+
+def test_a_search_is_left_to_kerashub(model):
+    with pytest.raises(ValueError, match="must choose token by token"):
+        ids(model, rows_of_lengths(4), sampler="beam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_backbone(mode):
+    model = tiny_model("gemma3", hidden_dim=32, intermediate_dim=64)
+    model.backbone.quantize(mode)
+    rows = rows_of_lengths(5, 12)
+    for row, written in zip(rows, ids(model, rows), strict=True):
+        np.testing.assert_array_equal(written[:4], stock_ids(model, row)[:4])
+
+
+def test_programs_do_not_keep_a_model_alive():
+    model = tiny_model("gemma3", num_layers=1)
+    ids(model, rows_of_lengths(4), max_new_tokens=2)
+    gone = weakref.ref(model)
+    del model
+    keras.backend.clear_session()
+    gc.collect()
+    assert gone() is None
