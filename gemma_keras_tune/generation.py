@@ -11,12 +11,13 @@ Why padding on the left changes nothing: positions enter a Gemma only through Ro
 distances; causal and sliding-window masks see distances too; and the padding itself is masked.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -26,7 +27,7 @@ from keras import ops
 
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.families import family_of
-from gemma_keras_tune.lora import lora_active, lora_config
+from gemma_keras_tune.lora import lora_config, lora_linears
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.templates import Template, TemplateSpec, get_template
@@ -181,7 +182,7 @@ def generate_ids(
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = _SamplerState(keras_hub.samplers.get(sampler), seed)
-    for batch in _batches(model, rows, state, max_new_tokens, batch_size, len(stops)):
+    for batch in _batches(model, rows, state, max_new_tokens, batch_size):
         written = _run_batch(model, [rows[i] for i in batch.rows], batch, stops, state)
         for index, ids in zip(batch.rows, written, strict=True):
             results[index] = _cut(ids, stops)
@@ -280,9 +281,26 @@ def _programs_of(model: keras.Model) -> _Programs:
     return _programs[model]
 
 
-def _model_key(model: keras.Model) -> Any:
-    """Changes when the layers compute otherwise with the same number of variables."""
-    return lora_config(model), lora_active(model), keras.config.backend()
+def _weights(model: keras.Model) -> list[Any]:
+    """Values of all variables. LoRA that is switched off counts as zero.
+
+    So base and tuned answers come from one program; adding zeros changes no bit of the base's.
+    """
+    off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_enabled}
+    return [ops.zeros_like(v.value) if id(v) in off else v.value for v in model.variables]
+
+
+@contextlib.contextmanager
+def _lora_traced(model: keras.Model) -> Iterator[None]:
+    """While a program is traced, LoRA is on, whether or not it is switched off just now."""
+    off = [n.layer for n in lora_linears(model) if not n.layer.lora_enabled]
+    for layer in off:
+        layer.lora_enabled = True
+    try:
+        yield
+    finally:
+        for layer in off:
+            layer.lora_enabled = False
 
 
 def _tokenizer(model: keras.Model) -> Any:
@@ -362,7 +380,6 @@ def _batches(
     state: _SamplerState,
     new_tokens: int,
     batch_size: int,
-    stops: int,
 ) -> list[_Batch]:
     """Rows of similar length together, and few buffer lengths over all of them."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -405,7 +422,7 @@ def _run_batch(
     stops: tuple[int, ...],
     state: _SamplerState,
 ) -> list[np.ndarray]:
-    program = _program(model, batch, state, len(stops))
+    program = _program(model, batch, state)
     end = batch.chunks * batch.chunk + 1
     tokens = np.zeros((batch.size, batch.buffer), np.int32)
     starts = np.full(batch.size, end - 1, np.int32)
@@ -413,31 +430,36 @@ def _run_batch(
         tokens[place, end - len(row) : end] = row
         starts[place] = end - len(row)
     tokens, state.values = program(
-        [v.value for v in model.variables],
+        _weights(model),
         state.values,
         tokens,
         starts,
         np.arange(batch.size) >= len(rows),
         np.int32(batch.chunks),
         np.int32(batch.new_tokens),
-        np.asarray(stops, np.int32),
+        _padded(stops),
     )
     written = np.asarray(tokens)[:, end : end + batch.new_tokens]
     return list(written[: len(rows)])
 
 
-def _program(
-    model: keras.Model, batch: _Batch, state: _SamplerState, stops: int
-) -> Callable[..., Any]:
+def _padded(stops: tuple[int, ...]) -> np.ndarray:
+    """Stop ids, filled up to a multiple of 8 so that their number does not compile anew."""
+    padded = np.full(max(8, -(-len(stops) // 8) * 8), -1, np.int32)
+    padded[: len(stops)] = stops
+    return padded
+
+
+def _program(model: keras.Model, batch: _Batch, state: _SamplerState) -> Callable[..., Any]:
     """The compiled program for a batch: made once for a model, shape and sampler.
 
-    Weights are arguments, so training on does not compile again. The model is held weakly, so a
-    program does not keep its model alive.
+    Weights are arguments, so a program stays good while they are trained. The model is held weakly,
+    so a program does not keep it alive.
     """
     import jax
 
     programs = _programs_of(model)
-    key = (batch.size, batch.chunk, batch.buffer, stops, state.key, _model_key(model))
+    key = (batch.size, batch.chunk, batch.buffer, state.key, lora_config(model))
     if key not in programs.by_key:
         reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
         chunk = batch.chunk
@@ -445,10 +467,11 @@ def _program(
         def program(weights: Any, *arguments: Any) -> Any:
             programs.traces += 1
             traced = reference()
+            assert traced is not None, "a program outlived its model"
             scope = keras.StatelessScope(
                 state_mapping=list(zip(traced.variables, weights, strict=True))
             )
-            with scope:
+            with scope, _lora_traced(traced):
                 return _write(traced, sampler, chunk, *arguments)
 
         programs.by_key[key] = jax.jit(program)

@@ -16,6 +16,7 @@ from gemma_keras_tune.generation import (
     generate_answers,
     generate_ids,
 )
+from gemma_keras_tune.lora import enable_lora, lora_disabled, lora_linears, merge_lora
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.templates import TEMPLATES, TextTemplate, attach_template
 from gemma_keras_tune.testing import FAMILIES, tiny_model
@@ -53,11 +54,11 @@ def assert_like_stock(model, monkeypatch, lengths):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("gemma3")
+    return tiny_model("gemma3", num_layers=1)
 
 
 def test_greedy_tokens_are_those_of_kerashub(monkeypatch):
-    assert_like_stock(tiny_model("gemma3"), monkeypatch, (5, 23))
+    assert_like_stock(tiny_model("gemma3", num_layers=1), monkeypatch, (5, 23))
 
 
 @pytest.mark.slow
@@ -177,10 +178,12 @@ def test_the_attached_template_is_applied(model, monkeypatch):
         return [(np.zeros(0, "int32"), True)] * len(rows)
 
     monkeypatch.setattr(generation, "generate_ids", spy)
-    other = tiny_model("gemma4", num_layers=2, num_kv_shared_layers=0)
-    attach_template(other, TextTemplate("{input} =>{output}<turn|>"))
-    assert generate(other, "box") == ""
-    tokenizer = other.preprocessor.tokenizer
+    attach_template(model, TextTemplate("{input} =>{output}<turn|>"))
+    try:
+        assert generate(model, "box") == ""
+    finally:
+        attach_template(model, None)
+    tokenizer = model.preprocessor.tokenizer
     (row,), stops = asked[0]
     assert tokenizer.detokenize(row[1:]) == "box =>" and row[0] == 2
     assert stops == (tokenizer.token_to_id("<turn|>"), 1)
@@ -225,6 +228,38 @@ def test_random_sampler_repeats_with_a_seed_and_moves_without(model):
 def test_a_search_is_left_to_kerashub(model):
     with pytest.raises(ValueError, match="must choose token by token"):
         ids(model, rows_of_lengths(4), sampler="beam")
+
+
+def lora_model():
+    model = tiny_model("gemma3", num_layers=1)
+    enable_lora(model, 2, verbose=0)
+    for linear in lora_linears(model):
+        shape = linear.layer.lora_kernel_b.shape
+        linear.layer.lora_kernel_b.assign(np.random.default_rng(0).normal(size=shape))
+    return model
+
+
+def test_lora_on_and_off_share_a_program(model):
+    rows = rows_of_lengths(5, 12)
+    tuned = lora_model()
+    with lora_disabled(tuned):
+        off = ids(tuned, rows)
+    on = ids(tuned, rows)
+    assert compiled_programs(tuned) == 1
+    np.testing.assert_array_equal(off, ids(model, rows))
+    assert not np.array_equal(on, off)
+    assert all(linear.layer.lora_enabled for linear in lora_linears(tuned))
+
+
+@pytest.mark.slow
+def test_lora_writes_as_kerashub_and_as_merged():
+    model = lora_model()
+    rows = rows_of_lengths(5, 12)
+    on = ids(model, rows)
+    for row, written in zip(rows, on, strict=True):
+        np.testing.assert_array_equal(written, stock_ids(model, row))
+    merge_lora(model)
+    np.testing.assert_array_equal(ids(model, rows), on)
 
 
 @pytest.mark.slow
