@@ -24,7 +24,7 @@ from gemma_keras_tune.errors import PairsError
 
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
 _CHUNK_ROWS = 1024
-_CHUNK_CHARACTERS = 2**20
+_CHUNK_CHARACTERS = 2**18
 _MAX_FIELD = 2**28
 _TFDS_NAME = re.compile(r"\w+(/[\w.\-]+)?(:[\d.*]+)?")
 
@@ -364,7 +364,7 @@ def _json_line(text: str) -> Any:
 
 def _broken_json(error: Exception, *, fatal: bool = False) -> Broken:
     if isinstance(error, json.JSONDecodeError):
-        return Broken(f"broken JSON at column {error.colno}: {error.msg}", fatal)
+        return Broken(f"broken JSON at column {error.pos + 1}: {error.msg}", fatal)
     return Broken(f"broken JSON: {error}", fatal)
 
 
@@ -447,7 +447,7 @@ def _json_array(file: BinaryIO) -> Iterator[Record]:
             position = 0
             continue
         if failure is not None:
-            yield None, line, _broken_array(failure, buffer, position)
+            yield None, line, _broken_array(failure, buffer, position, line)
             return
         yield None, line, record
         line += buffer.count("\n", position, end)
@@ -461,13 +461,13 @@ def _cut(failure: Exception, buffer: str) -> bool:
     return failure.pos > len(buffer) - 64 or failure.msg.startswith("Unterminated string")
 
 
-def _broken_array(failure: Exception, buffer: str, position: int) -> Broken:
+def _broken_array(failure: Exception, buffer: str, position: int, line: int) -> Broken:
     if position >= len(buffer):
         return Broken("the file ends before the array does", fatal=True)
     if isinstance(failure, json.JSONDecodeError):
-        lines = buffer.count("\n", position, failure.pos)
-        where = f" {lines} lines below" if lines else ""
-        return Broken(f"broken JSON{where}: {failure.msg}; the rest cannot be read", fatal=True)
+        line += buffer.count("\n", position, failure.pos)
+        text = f"broken JSON in line {line}: {failure.msg}; the rest cannot be read"
+        return Broken(text, fatal=True)
     return _broken_json(failure, fatal=True)
 
 
