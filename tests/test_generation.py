@@ -18,7 +18,8 @@ from gemma_keras_tune.generation import (
 )
 from gemma_keras_tune.lora import enable_lora, lora_disabled, lora_linears, merge_lora
 from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.templates import TEMPLATES, TextTemplate, attach_template
+from gemma_keras_tune.pipeline import Encoder
+from gemma_keras_tune.templates import TEMPLATES, Segment, TextTemplate, attach_template
 from gemma_keras_tune.testing import FAMILIES, tiny_model
 
 # Long enough to cross the tiny models' sliding window of 8 tokens.
@@ -280,3 +281,22 @@ def test_programs_do_not_keep_a_model_alive():
     keras.backend.clear_session()
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.real
+def test_real_model_writes_as_kerashub():
+    from gemma_keras_tune.loading import load
+
+    model = load("package://gemma3_270m")
+    prompts = [
+        "The capital of France is",
+        "def add(a, b):",
+        "Once upon a time there was a small village by the sea. In it lived a fisherman who",
+        "1, 2, 3, 4,",
+    ]
+    encoder = Encoder(model.preprocessor.tokenizer)
+    rows = [encoder.encode([Segment(prompt, False)])[0] for prompt in prompts]
+    for row, written in zip(rows, ids(model, rows, max_new_tokens=24), strict=True):
+        np.testing.assert_array_equal(written, stock_ids(model, row, new_tokens=24))
+    answer = generate(model, prompts[0], max_new_tokens=4, template="{input}{output}")
+    assert "Paris" in answer

@@ -9,8 +9,10 @@ import weakref
 import jinja2
 import pytest
 
+from gemma_keras_tune import templates
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.templates import (
     PLAIN,
     SIDECAR,
@@ -218,7 +220,7 @@ def test_a_function_is_saved_by_name_and_refused_on_load(tmp_path):
 
 
 def test_a_function_must_return_text():
-    with pytest.raises(TemplateError, match="as a string. Received: int"):
+    with pytest.raises(TemplateError, match=r"as a string\. Received: int"):
         get_template(lambda messages: 3, bare_model()).segments(ANSWERED)
 
 
@@ -267,6 +269,22 @@ def test_names_strings_and_templates_are_understood():
             get_template(wrong, model)
 
 
+@pytest.mark.parametrize(
+    ("family", "instruct", "per_layer", "expected"),
+    [
+        *((family, False, 4, "plain") for family in FAMILIES),
+        *((family, True, 4, family) for family in FAMILIES),
+        ("gemma4", True, 0, "gemma4_no_thought"),
+    ],
+)
+def test_auto_follows_the_generation(monkeypatch, family, instruct, per_layer, expected):
+    monkeypatch.setattr(templates, "is_instruct", lambda model: instruct)
+    monkeypatch.setattr(templates, "family_of", lambda model: types.SimpleNamespace(name=family))
+    model = bare_model()
+    model.backbone = types.SimpleNamespace(hidden_size_per_layer_input=per_layer)
+    assert get_template("auto", model) is TEMPLATES[expected]
+
+
 def test_a_stop_token_the_tokenizer_lacks_is_refused():
     template = dataclasses.replace(TEMPLATES["gemma3"], turn_end="<no_such_token>")
     with pytest.raises(TemplateError, match="'<no_such_token>' is not one token"):
@@ -277,6 +295,18 @@ def test_a_stop_token_the_tokenizer_lacks_is_refused():
 def test_stop_tokens_are_single_ids(family):
     ids = TEMPLATES[family].stop_token_ids(tiny_tokenizer(family))
     assert len(ids) == 2 and ids[1] == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["own", "plain"])
+def test_answers_end_with_the_id_of_the_stop_token(family, name):
+    tokenizer = tiny_tokenizer(family)
+    template = TEMPLATES[family if name == "own" else "plain"]
+    ids, taught = Encoder(tokenizer).encode(template.segments(ANSWERED))
+    prompt, _ = Encoder(tokenizer).encode(template.segments(ASK, generation_prompt=True))
+    assert ids[-1] == template.stop_token_ids(tokenizer)[0] and taught[-1]
+    assert list(ids[: len(prompt)]) == list(prompt) and not taught[: len(prompt)].any()
+    assert taught[len(prompt) :].all()
 
 
 def test_attached_template_wins_and_does_not_keep_the_model():
