@@ -116,7 +116,11 @@ ROLES: dict[str, Role] = {
 
 
 def known_schemas() -> str:
-    """The keys a row may have, one schema a line, as error messages show them."""
+    """The keys a row may have.
+
+    Returns:
+        One schema a line, as error messages show them.
+    """
     lines = [f"    {schema}" for schema in SCHEMAS]
     lines.append(f"    each with {' or '.join(SYSTEM_KEYS)} for a system message, if you like")
     return "\n".join(lines)

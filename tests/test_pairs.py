@@ -543,6 +543,15 @@ def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("chunk", range(1, 12))
+def test_a_number_is_not_cut_at_the_end_of_a_chunk(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(_pair_sources, "_CHUNK_CHARACTERS", chunk)
+    (tmp_path / "rows.json").write_text("[1234567]")
+    assert problems(tmp_path / "rows.json") == [
+        "row 1 (line 1): an int, expected (input, output) or a dictionary: 1234567"
+    ]
+
+
 def test_csv_lines_are_counted_through_quoted_newlines(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes(
