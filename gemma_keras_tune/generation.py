@@ -429,7 +429,7 @@ def _run_batch(
     for place, row in enumerate(rows):
         tokens[place, end - len(row) : end] = row
         starts[place] = end - len(row)
-    tokens, state.values = program(
+    tokens, last, state.values = program(
         _weights(model),
         state.values,
         tokens,
@@ -439,8 +439,7 @@ def _run_batch(
         np.int32(batch.new_tokens),
         _padded(stops),
     )
-    written = np.asarray(tokens)[:, end : end + batch.new_tokens]
-    return list(written[: len(rows)])
+    return list(np.asarray(tokens)[: len(rows), end : int(last) + 1])
 
 
 def _padded(stops: tuple[int, ...]) -> np.ndarray:
@@ -489,7 +488,7 @@ def _write(
     chunks: Any,
     new_tokens: Any,
     stops: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     """Read the prompts, then write until every row has stopped.
 
     Args:
@@ -505,7 +504,7 @@ def _write(
         stops: `[stops]` int32.
 
     Returns:
-        Tokens with the answers, and the sampler's variables after them.
+        Tokens with the answers, the place of the last one written, and the sampler's variables.
     """
     import jax
 
@@ -536,8 +535,8 @@ def _write(
         return index + 1, tokens, cache, done, random_state
 
     state = (first, tokens, cache, done, random_state)
-    _, tokens, _, _, random_state = jax.lax.while_loop(go_on, write, state)
-    return tokens, random_state
+    last, tokens, _, _, random_state = jax.lax.while_loop(go_on, write, state)
+    return tokens, last, random_state
 
 
 def _choose(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:

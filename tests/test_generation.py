@@ -108,6 +108,9 @@ def test_many_lengths_take_few_programs(model, monkeypatch):
     written = ids(model, rows, batch_size=8)
     assert [w[0] for w in written] == [row[-1] for row in rows]
     assert 1 < len(made) <= 3
+    made.clear()
+    ids(model, rows[::40], batch_size=1)
+    assert len(made) == 1
 
 
 def test_a_row_ends_at_a_stop_token_and_says_so(model):
@@ -126,7 +129,9 @@ def test_a_row_ends_at_a_stop_token_and_says_so(model):
 
 def test_writing_ends_when_all_rows_have_stopped(model):
     rows = rows_of_lengths(6, 6)
-    stops = {int(written[1]) for written in ids(model, rows)}
+    free = ids(model, rows)
+    stops = {int(written[5]) for written in free}
+    steps = max(int(np.flatnonzero(np.isin(written, list(stops)))[0]) for written in free) + 1
     runs = []
     run = generation._run_batch
 
@@ -138,7 +143,8 @@ def test_writing_ends_when_all_rows_have_stopped(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "_run_batch", spy)
         ids(model, rows, stop_token_ids=stops)
-    assert all((tokens[2:] == 0).all() for tokens in runs)
+    assert [len(tokens) for tokens in runs] == [steps, steps]
+    assert steps < NEW_TOKENS
 
 
 def test_text_in_text_out_order_kept(model):
