@@ -313,7 +313,7 @@ def _tokenizer(model: keras.Model) -> Any:
 
 
 def _is_one(prompts: Any) -> bool:
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping, Message)):
         return True
     return bool(prompts) and all(isinstance(item, (Mapping, Message)) for item in prompts)
 

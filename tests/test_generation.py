@@ -211,6 +211,8 @@ def test_broken_prompts_are_all_reported(model):
         generate(model, prompts, template="plain")
     problems = caught.value.problems
     assert [problem.split(":")[0] for problem in problems] == [f"prompt {i}" for i in range(2, 6)]
+    with pytest.raises(TemplateError, match="a dict is neither text nor a list of messages"):
+        generate(model, {"role": "user", "content": "x"}, template="plain")
     with pytest.raises(ValueError, match="`max_new_tokens` must be an integer of at least 1"):
         generate(model, "x", max_new_tokens=0, template="plain")
     with pytest.raises(ValueError, match="Empty rows"):
