@@ -1,0 +1,650 @@
+"""Pairs to `tf.data`: tokenize once, group by length, batch, pad, shuffle, prefetch.
+
+Every row is tokenized once, in text pieces: prompt and answer apart, so that a prompt has the same
+ids here as when it is served. The ids are kept as one flat array, in memory or, past `SPOOL_BYTES`,
+in an unnamed temporary file that is mapped into memory; so a million rows cost a few bytes each.
+
+A batch carries, beside the padded ids, the flat positions whose hidden states predict a trained
+token, their labels and their weights. The loss looks at nothing else. Lengths and position counts
+are rounded to a few static shapes, because each new shape is a compilation.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from gemma_keras_tune.errors import PairsError, PlanError
+from gemma_keras_tune.pairs import Pair, PairSource, read_pairs
+from gemma_keras_tune.templates import END_OF_TEXT, Segment, Template, get_template
+
+SPOOL_BYTES = 256 * 2**20
+MAX_SHAPES = 4
+LENGTH_STEP = 8
+# One more shape must spare at least this share of the padded tokens, or it is not worth compiling.
+MIN_SAVING = 0.08
+_ROWS_AT_ONCE = 1024
+
+Overlong = Literal["error", "drop", "truncate"]
+
+
+class TokenizedPairs:
+    """Token ids of all rows, flat, with the mask of trained tokens.
+
+    Attributes:
+        ids: `[tokens]` int32, all rows one after the other, each beginning with `<bos>`.
+        trained: `[tokens]` bool, tokens the model is taught to produce.
+        offsets: `[rows + 1]` int64, where each row begins.
+        rows: `[rows]` int64, row numbers in the source, from 1.
+        dropped: Row numbers left out because the user asked for it.
+        truncated: Row numbers cut because the user asked for it.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        trained: np.ndarray,
+        offsets: np.ndarray,
+        rows: np.ndarray,
+        *,
+        dropped: tuple[int, ...] = (),
+        truncated: tuple[int, ...] = (),
+    ) -> None:
+        self.ids = ids
+        self.trained = trained
+        self.offsets = offsets
+        self.rows = rows
+        self.dropped = dropped
+        self.truncated = truncated
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """`[rows]` tokens each row feeds into the model: all but its last one."""
+        return np.diff(self.offsets) - 1
+
+    @functools.cached_property
+    def response_lengths(self) -> np.ndarray:
+        """`[rows]` trained tokens of each row."""
+        return np.add.reduceat(self.trained, self.offsets[:-1], dtype=np.int64)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and trained mask of one row, by its place (from 0) among the kept rows."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return np.asarray(self.ids[span]), np.asarray(self.trained[span])
+
+
+class Encoder:
+    """Turns text segments into token ids, many at a time.
+
+    Args:
+        tokenizer: A KerasHub tokenizer of a Gemma.
+    """
+
+    def __init__(self, tokenizer: keras.layers.Layer) -> None:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
+        self.start_id = int(tokenizer.start_token_id)
+        self.end_id = int(tokenizer.end_token_id)
+        self.pad_id = int(tokenizer.pad_token_id)
+
+    def encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of one row, `<bos>` first, and which of them are trained.
+
+        Args:
+            segments: Pieces of text in order; each is tokenized on its own.
+
+        Returns:
+            `ids` int32 and `trained` bool, both `[tokens]`.
+        """
+        ids, trained, _ = self.encode_rows([segments])
+        return ids, trained
+
+    def encode_rows(
+        self, rows: Sequence[Sequence[Segment]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids of many rows, flat.
+
+        Args:
+            rows: The segments of each row.
+
+        Returns:
+            `ids` int32 and `trained` bool, both `[tokens]`, and `[rows]` int64 tokens in each row.
+        """
+        parts = [part for row in rows for part in row]
+        # SentencePiece never reads a control piece out of text: `<eos>` would be spelled out.
+        ended = [part.trained and part.text.endswith(END_OF_TEXT) for part in parts]
+        pieces = self._processor.encode(
+            [
+                part.text[: -len(END_OF_TEXT)] if end else part.text
+                for part, end in zip(parts, ended, strict=True)
+            ]
+        )
+        for piece, end in zip(pieces, ended, strict=True):
+            if end:
+                piece.append(self.end_id)
+        flat: list[int] = []
+        counts: list[int] = []
+        spans: list[int] = []
+        flags: list[bool] = []
+        encoded = iter(pieces)
+        for row in rows:
+            before = len(flat)
+            flat.append(self.start_id)
+            spans.append(1)
+            flags.append(False)
+            for part in row:
+                piece = next(encoded)
+                flat += piece
+                spans.append(len(piece))
+                flags.append(part.trained)
+            counts.append(len(flat) - before)
+        return (
+            np.asarray(flat, np.int32),
+            np.repeat(np.asarray(flags), spans),
+            np.asarray(counts, np.int64),
+        )
+
+
+def encode(
+    tokenizer: keras.layers.Layer, segments: Sequence[Segment]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of one row, `<bos>` first, and which of them are trained.
+
+    Args:
+        tokenizer: A KerasHub tokenizer of a Gemma.
+        segments: Pieces of text in order; each is tokenized on its own.
+
+    Returns:
+        `ids` int32 and `trained` bool, both `[tokens]`.
+    """
+    return Encoder(tokenizer).encode(segments)
+
+
+def tokenize_pairs(
+    pairs: Any,
+    model: keras.Model,
+    *,
+    template: Any = "auto",
+    max_length: int | None = None,
+    overlong: Overlong = "error",
+    on_pair: Callable[[Pair], None] | None = None,
+) -> TokenizedPairs:
+    """Read, check, render and tokenize all pairs, once.
+
+    Args:
+        pairs: Anything `read_pairs` takes.
+        model: A KerasHub Gemma with its preprocessor.
+        template: Anything `get_template` takes.
+        max_length: Longest row in tokens, or `None` for no limit.
+        overlong: What to do with a longer row: `"error"` reports all of them, `"drop"` leaves
+            them out, `"truncate"` cuts the end (the cut row then has no stop token to learn).
+        on_pair: Called with every valid pair, for example to collect warnings.
+
+    Returns:
+        `TokenizedPairs`.
+
+    Raises:
+        PairsError: Rows with problems, all at once with their row numbers; or no row at all.
+    """
+    source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs)
+    template = get_template(template, model)
+    encoder = Encoder(model.preprocessor.tokenizer)
+    spool = _Spool()
+    for chunk in _chunks(source, _ROWS_AT_ONCE):
+        if on_pair:
+            for pair in chunk:
+                on_pair(pair)
+        ids, trained, counts = encoder.encode_rows([template.segments(p.messages) for p in chunk])
+        spool.append(ids, trained, counts, [pair.row for pair in chunk])
+    source.raise_for_problems()
+    return _limit(spool.finish(), max_length, overlong)
+
+
+def _chunks(items: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+class _Spool:
+    """Grows flat arrays, in memory first and in a temporary file when they get large."""
+
+    def __init__(self) -> None:
+        self._ids: list[np.ndarray] = []
+        self._trained: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
+        self._held = 0
+        self._files: list[Any] | None = None
+
+    def append(
+        self, ids: np.ndarray, trained: np.ndarray, counts: np.ndarray, rows: list[int]
+    ) -> None:
+        self._counts.append(counts)
+        self._rows.append(np.asarray(rows, np.int64))
+        self._ids.append(ids)
+        self._trained.append(trained)
+        self._held += ids.nbytes + trained.nbytes
+        if self._files is not None or self._held > SPOOL_BYTES:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._files is None:
+            # Unnamed files: the system takes them back even if the process is killed.
+            self._files = [tempfile.TemporaryFile(prefix="gemma_keras_tune_") for _ in range(2)]
+        for file, arrays in zip(self._files, (self._ids, self._trained), strict=True):
+            for array in arrays:
+                file.write(array.tobytes())
+            arrays.clear()
+
+    def finish(self) -> TokenizedPairs:
+        counts = np.concatenate(self._counts) if self._counts else np.zeros(0, np.int64)
+        rows = np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)
+        if self._files is None:
+            ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int32)
+            trained = np.concatenate(self._trained) if self._trained else np.zeros(0, bool)
+        else:
+            for file in self._files:
+                file.flush()
+            ids = np.memmap(self._files[0], np.int32, "r")
+            trained = np.memmap(self._files[1], bool, "r")
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return TokenizedPairs(ids, trained, offsets, rows)
+
+
+def _limit(tokens: TokenizedPairs, max_length: int | None, overlong: Overlong) -> TokenizedPairs:
+    if overlong not in ("error", "drop", "truncate"):
+        raise PairsError(
+            f"`overlong` must be 'error', 'drop' or 'truncate'. Received: {overlong!r}"
+        )
+    if not len(tokens):
+        raise PairsError("There is no pair to train on.", next_step="Pass at least one pair.")
+    if max_length is None:
+        return tokens
+    long = np.flatnonzero(tokens.lengths > max_length)
+    if not len(long):
+        return tokens
+    if overlong == "error":
+        longest = int(tokens.lengths.max())
+        raise PairsError(
+            f"{len(long):,} of {len(tokens):,} rows are longer than {max_length:,} tokens.",
+            (f"row {tokens.rows[i]}: {tokens.lengths[i]:,} tokens" for i in long),
+            f"Raise `sequence_length` (to {longest} for all rows), shorten the rows, or pass "
+            "`overlong='drop'` or `overlong='truncate'`.",
+        )
+    if overlong == "drop":
+        return _keep(tokens, np.flatnonzero(tokens.lengths <= max_length), None, tokens.rows[long])
+    kept = _keep(tokens, np.arange(len(tokens)), max_length + 1, tokens.rows[:0])
+    kept.truncated = tuple(int(row) for row in tokens.rows[long])
+    bare = np.flatnonzero(kept.response_lengths == 0)
+    if len(bare):
+        raise PairsError(
+            f"Cut to {max_length:,} tokens, {len(bare):,} rows have no answer left to learn.",
+            (f"row {kept.rows[i]}: the prompt alone fills the length" for i in bare),
+            "Raise `sequence_length` or drop these rows with `overlong='drop'`.",
+        )
+    return kept
+
+
+def _keep(
+    tokens: TokenizedPairs, indices: np.ndarray, limit: int | None, dropped: np.ndarray
+) -> TokenizedPairs:
+    if not len(indices):
+        raise PairsError("Every row is over the length limit: none is left to train on.")
+    parts = [tokens.row(int(i)) for i in indices]
+    ids = [ids[:limit] for ids, _ in parts]
+    return TokenizedPairs(
+        np.concatenate(ids),
+        np.concatenate([trained[:limit] for _, trained in parts]),
+        np.concatenate([[0], np.cumsum([len(x) for x in ids])]).astype(np.int64),
+        tokens.rows[indices],
+        dropped=tuple(int(row) for row in dropped),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A static shape, and so one compiled program.
+
+    Attributes:
+        batch_size: Rows in a batch.
+        length: Tokens in a row.
+        positions: Trained positions in a batch.
+    """
+
+    batch_size: int
+    length: int
+    positions: int
+
+
+def choose_shapes(
+    lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    batch_size: int,
+    *,
+    max_shapes: int = MAX_SHAPES,
+    sequence_length: int | None = None,
+) -> tuple[Shape, ...]:
+    """The few static shapes that waste the least on padding.
+
+    Row lengths are cut into at most `max_shapes` groups by dynamic programming over the rounded
+    lengths. A further group has to spare `MIN_SAVING` of all padded tokens. The positions of a
+    group leave room for a batch somewhat richer in answers than the average; a batch that does not
+    fit is closed early.
+
+    Args:
+        lengths: `[rows]` tokens of each row.
+        response_lengths: `[rows]` trained tokens of each row.
+        batch_size: Rows in a batch.
+        max_shapes: Most shapes to use.
+        sequence_length: Use this one length for all rows, instead of choosing.
+
+    Returns:
+        Shapes in order of length; a row belongs to the first one long enough for it.
+    """
+    if sequence_length is not None:
+        bounds = [sequence_length]
+    else:
+        bounds = _choose_lengths(lengths, max_shapes, batch_size)
+    group = np.searchsorted(bounds, lengths)
+    shapes = []
+    for index, length in enumerate(bounds):
+        inside = response_lengths[group == index]
+        if not len(inside):
+            continue
+        rows = min(batch_size, len(inside)) if len(bounds) == 1 else batch_size
+        expected = rows * inside.mean() + math.sqrt(rows) * inside.std()
+        most = np.sort(inside)[-rows:].sum() if rows >= len(inside) else math.inf
+        positions = _round_up(max(min(expected, most), inside.max()), LENGTH_STEP)
+        shapes.append(Shape(rows, int(length), positions))
+    return tuple(shapes)
+
+
+def _round_up(value: float, step: int) -> int:
+    return int(math.ceil(value / step)) * step
+
+
+def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> list[int]:
+    rounded = np.ceil(lengths / LENGTH_STEP).astype(np.int64) * LENGTH_STEP
+    values, counts = np.unique(rounded, return_counts=True)
+    if len(values) > 256:
+        # Enough candidates for any choice of four; keeps the table small.
+        edges = np.unique(np.quantile(rounded, np.linspace(0, 1, 257), method="higher"))
+        counts = np.diff(np.concatenate([[0], np.searchsorted(np.sort(rounded), edges, "right")]))
+        values = edges
+    best = _partition(values, counts, min(max_shapes, len(values)))
+    most = max(1, len(lengths) // (2 * batch_size))
+    chosen = best[0]
+    for candidate in best[1:most]:
+        if candidate[0] <= (1.0 - MIN_SAVING) * chosen[0]:
+            chosen = candidate
+    return chosen[1]
+
+
+def _partition(
+    values: np.ndarray, counts: np.ndarray, most: int
+) -> list[tuple[float, list[int]]]:
+    """For 1, 2, … `most` groups: padded tokens and the group bounds that make them fewest."""
+    total = np.concatenate([[0], np.cumsum(counts)])
+    size = len(values)
+    cost = np.full((most + 1, size + 1), np.inf)
+    cost[0, 0] = 0.0
+    back = np.zeros((most + 1, size + 1), np.int64)
+    for groups in range(1, most + 1):
+        for end in range(1, size + 1):
+            options = cost[groups - 1, :end] + (total[end] - total[:end]) * values[end - 1]
+            back[groups, end] = int(np.argmin(options))
+            cost[groups, end] = options[back[groups, end]]
+    result = []
+    for groups in range(1, most + 1):
+        bounds: list[int] = []
+        end = size
+        for level in range(groups, 0, -1):
+            bounds.append(int(values[end - 1]))
+            end = int(back[level, end])
+        result.append((float(cost[groups, size]), bounds[::-1]))
+    return result
+
+
+class Batcher:
+    """Decides which rows go together, epoch by epoch, and builds the arrays.
+
+    Args:
+        tokens: The rows.
+        shapes: Static shapes, in order of length.
+        pad_id: Token id that fills short rows.
+        shuffle: Whether rows and batches change order from epoch to epoch.
+        seed: Seed of that order.
+        gradient_accumulation_steps: Batches whose gradients make one update. The weights of their
+            positions are scaled so that Keras's mean over the batches is the mean over all their
+            trained tokens.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenizedPairs,
+        shapes: Sequence[Shape],
+        pad_id: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        gradient_accumulation_steps: int = 1,
+    ) -> None:
+        self.tokens = tokens
+        self.shapes = tuple(shapes)
+        self.pad_id = pad_id
+        self.shuffle = shuffle
+        self.seed = seed
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._group = np.searchsorted([s.length for s in self.shapes], tokens.lengths)
+
+    def epoch(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
+        """The batches of one epoch: every row once, as its shape and its row places.
+
+        A multiple of `gradient_accumulation_steps` of them: empty batches complete the last update.
+        """
+        random = np.random.default_rng([self.seed, epoch])
+        batches: list[tuple[Shape, np.ndarray]] = []
+        for index, shape in enumerate(self.shapes):
+            rows = np.flatnonzero(self._group == index)
+            if self.shuffle:
+                random.shuffle(rows)
+            batches += [(shape, batch) for batch in self._fill(rows, shape)]
+        if self.shuffle:
+            batches = [batches[i] for i in random.permutation(len(batches))]
+        missing = -len(batches) % self.gradient_accumulation_steps
+        return batches + [(self.shapes[0], np.zeros(0, np.int64))] * missing
+
+    def _fill(self, rows: np.ndarray, shape: Shape) -> Iterator[np.ndarray]:
+        """Cut rows into batches that fit; a row too rich in answers waits for the next batch."""
+        responses = self.tokens.response_lengths
+        coming = iter(rows.tolist())
+        waiting: collections.deque[int] = collections.deque()
+        while True:
+            batch: list[int] = []
+            later: list[int] = []
+            room = shape.positions
+            while len(batch) < shape.batch_size and len(later) <= shape.batch_size:
+                row = waiting.popleft() if waiting else next(coming, None)
+                if row is None:
+                    break
+                if responses[row] <= room:
+                    batch.append(row)
+                    room -= int(responses[row])
+                else:
+                    later.append(row)
+            waiting.extendleft(reversed(later))
+            if not batch:
+                return
+            yield np.asarray(batch, np.int64)
+
+    def arrays(self, epoch: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
+        """The arrays of one epoch, batch by batch, as `(x, y, sample_weight)`."""
+        steps = self.gradient_accumulation_steps
+        batches = self.epoch(epoch)
+        for start in range(0, len(batches), steps):
+            update = batches[start : start + steps]
+            trained = sum(int(self.tokens.response_lengths[rows].sum()) for _, rows in update)
+            for shape, rows in update:
+                yield self._pad(shape, rows, steps / trained)
+
+    def _pad(
+        self, shape: Shape, rows: np.ndarray, weight: float
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        token_ids = np.full((shape.batch_size, shape.length), self.pad_id, np.int32)
+        padding_mask = np.zeros((shape.batch_size, shape.length), np.int32)
+        # A row of padding alone would leave attention nothing to look at.
+        padding_mask[len(rows) :, 0] = 1
+        positions = np.zeros(shape.positions, np.int32)
+        labels = np.zeros(shape.positions, np.int32)
+        weights = np.zeros(shape.positions, np.float32)
+        filled = 0
+        for place, row in enumerate(rows):
+            ids, trained = self.tokens.row(row)
+            count = len(ids) - 1
+            token_ids[place, :count] = ids[:-1]
+            padding_mask[place, :count] = 1
+            where = np.flatnonzero(trained[1:])
+            span = slice(filled, filled + len(where))
+            positions[span] = place * shape.length + where
+            labels[span] = ids[where + 1]
+            filled += len(where)
+        weights[:filled] = weight
+        x = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
+        return x, labels, weights
+
+    def to_dataset(self, *, first_epoch: int = 0) -> Any:
+        """A `tf.data.Dataset` over one epoch; each time it is iterated, the next epoch."""
+        import tensorflow as tf
+
+        epochs = itertools.count(first_epoch)
+        vector = tf.TensorSpec((None,), tf.int32)
+        matrix = tf.TensorSpec((None, None), tf.int32)
+        signature = (
+            {"token_ids": matrix, "padding_mask": matrix, "positions": vector},
+            vector,
+            tf.TensorSpec((None,), tf.float32),
+        )
+        dataset = tf.data.Dataset.from_generator(
+            lambda: self.arrays(next(epochs)), output_signature=signature
+        )
+        return dataset.prefetch(2)
+
+
+def make_batcher(
+    tokens: TokenizedPairs,
+    model: keras.Model,
+    *,
+    batch_size: int = 8,
+    sequence_length: int | Literal["auto"] = "auto",
+    shuffle: bool = True,
+    seed: int = 0,
+    gradient_accumulation_steps: int = 1,
+) -> Batcher:
+    """Choose static shapes for tokenized rows and make their `Batcher`.
+
+    Args:
+        tokens: The rows.
+        model: A KerasHub Gemma; only its tokenizer is used.
+        batch_size: Rows in a batch.
+        sequence_length: `"auto"` chooses up to four lengths; a number pads all rows to it.
+        shuffle: Whether the order changes from epoch to epoch.
+        seed: Seed of that order.
+        gradient_accumulation_steps: Batches that make one update.
+
+    Returns:
+        A `Batcher`.
+
+    Raises:
+        PlanError: A size is not a positive integer.
+    """
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
+    if sequence_length != "auto":
+        sizes["sequence_length"] = sequence_length
+    wrong = [f"`{k}` must be an integer of at least 1. Received: {v!r}" for k, v in sizes.items()
+             if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1]
+    if wrong:
+        raise PlanError("The batches cannot be built.", wrong)
+    shapes = choose_shapes(
+        tokens.lengths,
+        tokens.response_lengths,
+        batch_size,
+        sequence_length=None if sequence_length == "auto" else sequence_length,
+    )
+    return Batcher(
+        tokens,
+        shapes,
+        int(model.preprocessor.tokenizer.pad_token_id),
+        shuffle=shuffle,
+        seed=seed,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+
+
+def make_dataset(
+    pairs: Any,
+    model: keras.Model,
+    *,
+    template: str | Template | Callable[..., Any] = "auto",
+    batch_size: int = 8,
+    sequence_length: int | Literal["auto"] = "auto",
+    overlong: Overlong = "error",
+    shuffle: bool = True,
+    seed: int = 0,
+    gradient_accumulation_steps: int = 1,
+) -> Any:
+    """A `tf.data.Dataset` that a `TuningModel` can `fit`.
+
+    Each element is `(x, y, sample_weight)`: `x` holds `token_ids` and `padding_mask`
+    `[batch, length]` int32 and `positions` `[positions]` int32, indices into the flattened
+    `[batch * length]` tokens whose hidden state predicts a trained token; `y` `[positions]` int32
+    are those tokens; `sample_weight` `[positions]` float32 is 1 over the number of trained tokens in
+    the batch (over all accumulated batches), and 0 where a position only fills the shape.
+
+    Args:
+        pairs: Anything `read_pairs` takes.
+        model: A KerasHub Gemma with its preprocessor.
+        template: Anything `get_template` takes.
+        batch_size: Rows in a batch. The last, short batch is kept and filled with empty rows.
+        sequence_length: `"auto"` pads to up to four lengths chosen from the data, and never cuts a
+            row. A number pads all rows to it; longer rows are handled as `overlong` says.
+        overlong: `"error"`, `"drop"` or `"truncate"`, for rows over `sequence_length`.
+        shuffle: Whether rows and batches change order, each time the dataset is iterated.
+        seed: Seed of that order.
+        gradient_accumulation_steps: Batches whose gradients Keras's optimizer averages before one
+            update; the weights make that average the mean over all their trained tokens.
+
+    Returns:
+        A `tf.data.Dataset` over one epoch.
+
+    Raises:
+        PairsError: Rows with problems, all at once.
+        PlanError: A size is not a positive integer.
+    """
+    tokens = tokenize_pairs(
+        pairs,
+        model,
+        template=template,
+        max_length=None if sequence_length == "auto" else sequence_length,
+        overlong=overlong,
+    )
+    return make_batcher(
+        tokens,
+        model,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        shuffle=shuffle,
+        seed=seed,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    ).to_dataset()

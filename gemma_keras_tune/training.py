@@ -1,0 +1,251 @@
+"""The Keras model that trains: hidden states at response positions in, loss out.
+
+`TuningModel` is an ordinary `keras.Model` around a KerasHub Gemma: compile it with any Keras
+optimizer, `fit` it on `make_dataset(...)`, with any callbacks, under any `keras.distribution`. It
+shares the Gemma's variables, so when it has been trained, the Gemma has.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from gemma_keras_tune.errors import BackendError, LoraError, PlanError
+from gemma_keras_tune.families import backbone_inputs, family_of
+from gemma_keras_tune.lora import lora_config, lora_linears
+from gemma_keras_tune.losses import token_cross_entropy
+
+# Suffixes of the variables that weight decay leaves alone: norms, biases and Gemma 4's scalars.
+NO_DECAY = ("bias", "scale", "layer_scalar")
+
+
+class TuningModel(keras.Model):
+    """Trains a KerasHub Gemma on response tokens alone, without ever building the logits.
+
+    The loss is the mean cross entropy, in nats, over the trained tokens of a batch. Reported beside
+    it are `accuracy`, the share of trained tokens the model would have picked greedily given the
+    right tokens before them, both averaged over tokens and not over batches.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` of any generation.
+
+    Raises:
+        LoraError: LoRA is on but base weights train too (as after `model.trainable = True`), or
+            nothing trains at all.
+        BackendError: Keras keeps floats in half precision, where token ids would be rounded.
+
+    Example:
+
+    ```python
+    gkt.enable_lora(model, rank=8)
+    trainer = gkt.TuningModel(model)
+    trainer.compile(optimizer=gkt.make_optimizer(5e-4, updates=60))
+    trainer.fit(gkt.make_dataset(pairs, model), epochs=3)
+    ```
+    """
+
+    def __init__(self, model: keras.Model, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_floatx()
+        _check_trainable(model)
+        self.backbone = model.backbone
+        # In a tuple so that Keras does not track the variable twice.
+        self._head = (family_of(model).head(model),)
+        self._nll = keras.metrics.Mean(name="loss")
+        self._accuracy = keras.metrics.Mean(name="accuracy")
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Token-weighted loss and accuracy."""
+        return [self._nll, self._accuracy]
+
+    def call(self, x: Mapping[str, Any], training: bool | None = None) -> Any:
+        """Hidden states at the trained positions.
+
+        Args:
+            x: `token_ids` and `padding_mask` `[batch, length]`, `positions` `[positions]`.
+            training: Whether dropout is on.
+
+        Returns:
+            `[positions, width]` hidden states after the final norm.
+        """
+        inputs = backbone_inputs(self.backbone, x["token_ids"], x["padding_mask"])
+        hidden = self.backbone(inputs, training=training)
+        flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
+        return ops.take(flat, x["positions"], axis=0)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Weighted sum of the cross entropies; the weights of a batch sum to 1.
+
+        Args:
+            x: Unused.
+            y: `[positions]` labels.
+            y_pred: `[positions, width]` hidden states.
+            sample_weight: `[positions]` weights, 0 where a position only fills the shape.
+            training: Unused.
+
+        Returns:
+            A float32 scalar.
+        """
+        head = self._head[0]
+        embedding = ops.convert_to_tensor(head.embedding)
+        scores = token_cross_entropy(
+            y_pred,
+            ops.cast(embedding, y_pred.dtype),
+            y,
+            soft_cap=head.soft_cap,
+            train_embedding=head.embedding.trainable,
+        )
+        live = ops.cast(sample_weight > 0, "float32")
+        self._nll.update_state(scores.losses, sample_weight=live)
+        self._accuracy.update_state(ops.cast(scores.correct, "float32"), sample_weight=live)
+        return ops.sum(scores.losses * sample_weight)
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    updates: int,
+    warmup_updates: int = 0,
+    weight_decay: float = 0.0,
+    clipnorm: float | None = 1.0,
+    beta_2: float = 0.999,
+    gradient_accumulation_steps: int = 1,
+) -> keras.optimizers.Optimizer:
+    """AdamW (arXiv:1711.05101) with linear warm-up and cosine decay to a tenth.
+
+    Weight decay leaves norms and biases alone; the whole gradient is clipped by its global norm.
+
+    Args:
+        learning_rate: Peak learning rate.
+        updates: Updates in the whole run.
+        warmup_updates: Updates over which the rate rises linearly from zero; fewer than `updates`.
+        weight_decay: Decoupled weight decay, as a share of the learning rate.
+        clipnorm: Largest global gradient norm; `None` does not clip.
+        beta_2: Decay of the second moment.
+        gradient_accumulation_steps: Batches whose gradients make one update.
+
+    Returns:
+        A `keras.optimizers.AdamW`.
+
+    Raises:
+        PlanError: There are no updates, or all of them are warm-up.
+    """
+    if updates < 1 or not 0 <= warmup_updates < updates:
+        raise PlanError(
+            "The run would train nothing: it needs at least one update after the warm-up. "
+            f"Received: updates={updates}, warmup_updates={warmup_updates}"
+        )
+    # Keras steps its schedules at every batch, also at those that only accumulate.
+    batches = gradient_accumulation_steps
+    decay = (updates - warmup_updates) * batches
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=learning_rate / (warmup_updates + 1) if warmup_updates else learning_rate,
+        decay_steps=decay,
+        alpha=0.1,
+        warmup_target=learning_rate if warmup_updates else None,
+        warmup_steps=warmup_updates * batches,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule,
+        weight_decay=weight_decay,
+        global_clipnorm=clipnorm,
+        beta_2=beta_2,
+        gradient_accumulation_steps=batches if batches > 1 else None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=list(NO_DECAY))
+    return optimizer
+
+
+class TuningProgress(keras.callbacks.Callback):
+    """A progress bar over the whole run: loss, tokens a second, time left.
+
+    Args:
+        batches: Batches in the whole run.
+        tokens: Tokens fed in the whole run, padding left out.
+        disable: Draw nothing, but measure all the same.
+    """
+
+    def __init__(self, batches: int, tokens: int, *, disable: bool = False) -> None:
+        super().__init__()
+        self.batches = batches
+        self.tokens = tokens
+        self.disable = disable
+        self.seconds_first_batch = 0.0
+        self.seconds = 0.0
+        self.done = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Open the bar."""
+        from tqdm.auto import tqdm
+
+        self._begin = time.perf_counter()
+        self._shown = 0.0
+        self._bar = tqdm(
+            total=self.batches, disable=self.disable, unit="batch", desc="Compiling", leave=True
+        )
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Advance the bar; read the loss a few times a second only, since reading waits for it."""
+        self.done += 1
+        now = time.perf_counter()
+        if self.done == 1:
+            self.seconds_first_batch = now - self._begin
+            self._bar.set_description("Tuning")
+        self._bar.update(1)
+        if now - self._shown > 0.5 and logs:
+            self._shown = now
+            rate = self.tokens * self.done / self.batches / (now - self._begin)
+            self._bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {rate:,.0f} tokens/s")
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Close the bar."""
+        self.seconds = time.perf_counter() - self._begin
+        self._bar.close()
+
+
+def trainable_parameters(variables: Iterable[keras.Variable]) -> int:
+    """Number of entries in the variables that train."""
+    return sum(math.prod(v.shape) for v in variables if v.trainable)
+
+
+def _check_floatx() -> None:
+    if keras.config.floatx() != "float32":
+        raise BackendError(
+            f"Keras keeps floats in {keras.config.floatx()}, where token ids above 256 are rounded.",
+            next_step="Call `keras.config.set_floatx('float32')`, and load the model with "
+            "`dtype='bfloat16'` if it should compute in half precision.",
+        )
+
+
+def _check_trainable(model: keras.Model) -> None:
+    training = [v for v in model.trainable_variables]
+    if not training:
+        raise LoraError(
+            "No variable of this model trains.",
+            next_step="Call `enable_lora(model)`, or set `model.trainable = True` to tune it whole.",
+        )
+    if lora_config(model) is None:
+        return
+    factors = {
+        id(factor)
+        for linear in lora_linears(model)
+        for factor in (linear.layer.lora_kernel_a, linear.layer.lora_kernel_b)
+    }
+    loose = [v.path for v in training if id(v) not in factors]
+    if loose:
+        raise LoraError(
+            "LoRA is on, but base weights train too (setting `trainable = True` thaws them).",
+            loose,
+            "Leave `trainable` alone after `enable_lora`, or take LoRA off to tune the model whole.",
+        )
