@@ -92,6 +92,15 @@ def test_table_counts_what_is_right() -> None:
     assert totals.split() == ["right", "0", "0", "0/4", "1", "1", "2/4"]
 
 
+def test_the_clock_starts_with_the_process() -> None:
+    code = (
+        "import time; t = time.time(); from gemma_keras_tune import demo; "
+        "print(t - demo.process_started())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 <= float(done.stdout) < 2
+
+
 def test_an_old_demo_is_not_overwritten(tmp_path: pathlib.Path) -> None:
     (tmp_path / "demo.json").write_text("{}")
     with pytest.raises(ExportError, match=r"already holds a demo"):

@@ -90,6 +90,21 @@ def grade(answer: str, expected: dict[str, Any]) -> Graded:
     )
 
 
+def process_started() -> float:
+    """When this process began, imports included.
+
+    Returns:
+        Seconds since the epoch; now, where the system does not say (anywhere but on Linux).
+    """
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks_after_boot = int(fields[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks_after_boot / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time()
+    return time.time() - age
+
+
 def run_demo(
     out: str | os.PathLike[str] | None = None,
     *,
