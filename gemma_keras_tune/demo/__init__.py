@@ -20,9 +20,9 @@ from gemma_keras_tune.errors import ExportError
 MODEL = "package://gemma3_270m"
 FOLDER = importlib.resources.files(__name__)
 MAX_NEW_TOKENS = 160
-# What `tune` would choose by itself is made for any pairs. These answers repeat one structure, so
-# they bear a higher rate, and the size of the demo bears the few epochs.
-RECIPE: dict[str, Any] = {}
+# `tune` alone would take more, smaller steps. These answers repeat one structure and bear a higher
+# rate; rate and epochs were chosen by leaving pairs out of the 24, not by the held-out e-mails.
+RECIPE: dict[str, Any] = {"rank": 8, "batch_size": 4, "epochs": 6, "learning_rate": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
