@@ -1,0 +1,535 @@
+"""Reading GGUF files into KerasHub models.
+
+The weights' names and axes come from `families`; this module knows the container, the metadata and
+what conversion does to the tokenizer. The header is parsed here, because `gguf.GGUFReader` makes an
+array of every string: 10 seconds and half a gigabyte for Gemma 3's 262,144 tokens, against 0.3
+seconds. Dequantization is the `gguf` package's.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, TypeVar
+
+import gguf
+import keras
+import keras_hub
+import numpy as np
+
+from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin
+
+_Result = TypeVar("_Result")
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+# Values dequantized at a time: what lies beside the result stays under some 100 MB.
+_CHUNK_VALUES = 1 << 22
+_BROKEN = "Download or convert it again: the file is damaged or was cut off."
+_SPACE = "▁"
+_UNKNOWN_TYPE, _CONTROL, _USER_DEFINED = 2, 3, 4
+_UNK_ID, _CONTROL_IDS = 3, (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape as numpy has it, outermost axis first.
+        kind: How its values are quantized.
+        offset: First byte, from the start of the file.
+        size: Length in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """The header of a GGUF file.
+
+    Attributes:
+        path: The file.
+        metadata: Its keys and values; arrays of strings as lists of bytes, of numbers as arrays.
+        tensors: Its tensors by name.
+    """
+
+    path: pathlib.Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+        """A tensor's values.
+
+        Args:
+            name: Name of the tensor.
+            dtype: NumPy dtype of the result.
+
+        Returns:
+            The values, dequantized in pieces so that little lies in memory beside them.
+        """
+        info = self.tensors[name]
+        values = np.empty(info.shape, dtype)
+        rows = values.reshape(-1, info.shape[-1])
+        row_bytes = info.size // len(rows)
+        step = max(1, _CHUNK_VALUES // info.shape[-1])
+        with self.path.open("rb") as file:
+            file.seek(info.offset)
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                data = np.fromfile(file, np.uint8, len(part) * row_bytes)
+                raw = data.reshape(len(part), row_bytes)
+                part[...] = gguf.dequantize(raw, info.kind).reshape(part.shape)
+        return values
+
+
+def read_header(path: str | os.PathLike[str]) -> GgufFile:
+    """Read and check a GGUF file's header.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its metadata, and where its tensors lie.
+
+    Raises:
+        LoadError: It is no GGUF file, or damaged, or shorter than its header says.
+    """
+    path = pathlib.Path(path)
+    try:
+        with path.open("rb") as file:
+            return _Parser(file, path).header()
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise LoadError(f"{path} is not a sound GGUF file: {error}", next_step=_BROKEN) from error
+
+
+def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.Model:
+    """Turn a GGUF file into a KerasHub model with its tokenizer.
+
+    Args:
+        path: A GGUF file of Gemma 1, 2 or 3, quantized or not.
+        dtype: Keras dtype of the weights.
+
+    Returns:
+        A KerasHub `CausalLM` with preprocessor and tokenizer.
+
+    Raises:
+        LoadError: The file is damaged, is no such Gemma, or does not hold the weights its metadata
+            describes.
+    """
+    file = read_header(path)
+    family = _family(file)
+    config = _backbone_config(file, family)
+    proto = tokenizer_proto(file)
+    backbone = _without_values(lambda: _backbone_class(family)(**config, dtype=dtype))
+    _assign(file, family.weights(backbone))
+    model = _causal_lm(family, backbone, proto)
+    mark_origin(model, str(path), instruct=is_instruct(file))
+    return model
+
+
+def is_instruct(file: GgufFile) -> bool:
+    """Whether the metadata tell of an instruction-tuned model.
+
+    Args:
+        file: The header.
+
+    Returns:
+        True with a chat template, or when the file calls itself instruction-tuned.
+    """
+    tuned = str(file.metadata.get("general.finetune", "")).lower()
+    return "tokenizer.chat_template" in file.metadata or tuned in ("it", "instruct")
+
+
+def tokenizer_proto(file: GgufFile) -> bytes:
+    """Rebuild the SentencePiece model that conversion to GGUF took apart.
+
+    Conversion spells runs of spaces in ASCII and calls every special token a control token.
+    SentencePiece never finds a control token in text, so all but `<pad>`, `<eos>` and `<bos>`
+    become user-defined pieces again.
+
+    Args:
+        file: The header.
+
+    Returns:
+        A serialized SentencePiece model that gives the original's ids.
+
+    Raises:
+        LoadError: The file has no SentencePiece tokenizer, or half of one.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as sp
+
+    tokens, scores, types = _vocabulary(file)
+    model = sp.ModelProto()
+    for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
+        text = token.decode("utf-8")
+        if i == _UNK_ID:
+            kind = _UNKNOWN_TYPE
+        elif kind == _CONTROL and i not in _CONTROL_IDS:
+            kind = _USER_DEFINED
+        if kind == _USER_DEFINED:
+            text = text.replace(" ", _SPACE)
+        model.pieces.add(piece=text, score=score, type=kind)
+    trainer = model.trainer_spec
+    trainer.model_type = sp.TrainerSpec.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = True
+    trainer.split_digits = True
+    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = 0, 1, 2, _UNK_ID
+    trainer.pad_piece, trainer.eos_piece, trainer.bos_piece, trainer.unk_piece = (
+        model.pieces[i].piece for i in range(4)
+    )
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+class _Parser:
+    """Reads a header, never past the end of the file."""
+
+    def __init__(self, file: BinaryIO, path: pathlib.Path) -> None:
+        self.file = file
+        self.path = path
+        self.size = os.fstat(file.fileno()).st_size
+
+    def header(self) -> GgufFile:
+        magic = self.file.read(4)
+        if magic != MAGIC:
+            raise ValueError(f"it starts with {magic!r} instead of {MAGIC!r}")
+        version = self._number("I")
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version} is not one of {_VERSIONS}")
+        tensors, pairs = self._number("Q"), self._number("Q")
+        metadata = {}
+        for _ in range(pairs):
+            key = self._text()
+            metadata[key] = self._value(self._number("I"))
+        entries = [self._entry() for _ in range(tensors)]
+        alignment = int(metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
+        if alignment <= 0:
+            raise ValueError(f"general.alignment is {alignment}")
+        start = math.ceil(self.file.tell() / alignment) * alignment
+        found = [dataclasses.replace(entry, offset=start + entry.offset) for entry in entries]
+        end = max((entry.offset + entry.size for entry in found), default=start)
+        if end > self.size:
+            raise ValueError(
+                f"its tensors need {end:,} bytes and the file has {self.size:,}; it is cut off"
+            )
+        return GgufFile(self.path, metadata, {entry.name: entry for entry in found})
+
+    def _bytes(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise ValueError("the header runs past the end of the file; it is cut off")
+        return self.file.read(count)
+
+    def _number(self, code: str) -> int:
+        return struct.unpack("<" + code, self._bytes(struct.calcsize(code)))[0]
+
+    def _string(self) -> bytes:
+        return self._bytes(self._number("Q"))
+
+    def _text(self) -> str:
+        return self._string().decode("utf-8")
+
+    def _value(self, code: int) -> Any:
+        kind = gguf.GGUFValueType(code)
+        if kind == gguf.GGUFValueType.STRING:
+            return self._text()
+        if kind == gguf.GGUFValueType.ARRAY:
+            return self._array(self._number("I"), self._number("Q"))
+        return np.frombuffer(self._bytes(_NUMBERS[kind].itemsize), _NUMBERS[kind])[0].item()
+
+    def _array(self, code: int, count: int) -> Any:
+        kind = gguf.GGUFValueType(code)
+        if kind == gguf.GGUFValueType.STRING:
+            return [self._string() for _ in range(count)]
+        if kind == gguf.GGUFValueType.ARRAY:
+            return [self._value(code) for _ in range(count)]
+        return np.frombuffer(self._bytes(count * _NUMBERS[kind].itemsize), _NUMBERS[kind])
+
+    def _entry(self) -> TensorInfo:
+        name = self._text()
+        dimensions = self._number("I")
+        if not 0 < dimensions <= _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
+        kind = gguf.GGMLQuantizationType(self._number("I"))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise ValueError(f"tensor {name!r} of shape {shape} cannot be {kind.name}")
+        size = math.prod(shape) // block * block_bytes
+        return TensorInfo(name, shape, kind, self._number("Q"), size)
+
+
+_NUMBERS = {
+    getattr(gguf.GGUFValueType, name): np.dtype(dtype)
+    for name, dtype in {
+        "UINT8": "u1", "INT8": "i1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4",
+        "INT32": "<i4", "FLOAT32": "<f4", "BOOL": "?", "UINT64": "<u8", "INT64": "<i8",
+        "FLOAT64": "<f8",
+    }.items()
+}  # fmt: skip
+
+
+def _family(file: GgufFile) -> Family:
+    name = str(file.metadata.get("general.architecture", "none"))
+    readable = [family.title for family in FAMILIES.values() if family.gguf_complete]
+    next_step = (
+        f"GGUF files of {', '.join(readable)} can be read. Other Gemma generations load from "
+        "KerasHub presets and Hugging Face folders."
+    )
+    if file.metadata.get("general.type", "model") != "model":
+        raise LoadError(
+            f"{file.path} holds no model. Received: general.type="
+            f"{file.metadata['general.type']!r}",
+            next_step="Load the base model, then the adapter onto it.",
+        )
+    family = FAMILIES.get(name)
+    if family is None:
+        raise LoadError(
+            f"{file.path} is not a Gemma. Received: general.architecture={name!r}",
+            next_step=next_step,
+        )
+    if not family.gguf_complete:
+        raise LoadError(f"{file.path}: {family.title} cannot be read from GGUF.",
+                        next_step=next_step)
+    return family
+
+
+def _backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
+    """The arguments of the KerasHub backbone that the metadata describe."""
+    values = _Metadata(file, family.name)
+    layers, width = values.count("block_count"), values.count("embedding_length")
+    heads = values.count("attention.head_count")
+    config: dict[str, Any] = dict(
+        num_layers=layers,
+        num_query_heads=heads,
+        num_key_value_heads=values.count("attention.head_count_kv", heads),
+        hidden_dim=width,
+        intermediate_dim=values.count("feed_forward_length"),
+        head_dim=values.count("attention.key_length"),
+        layer_norm_epsilon=values.number("attention.layer_norm_rms_epsilon", 1e-6),
+    )
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        values.problems.append("the tensor token_embd.weight is missing or no matrix")
+    else:
+        config["vocabulary_size"] = embedding.shape[0]
+    _FAMILY_CONFIGS[family.name](values, config)
+    if values.problems:
+        raise LoadError(
+            f"{file.path}: the metadata describe no {family.title} that KerasHub can build.",
+            values.problems,
+            next_step=_BROKEN,
+        )
+    return config
+
+
+class _Metadata:
+    """Values under the architecture's prefix; what is wrong is collected in `problems`."""
+
+    def __init__(self, file: GgufFile, prefix: str) -> None:
+        self.metadata = file.metadata
+        self.prefix = prefix
+        self.problems: list[str] = []
+
+    def number(self, key: str, default: float | None = None) -> float:
+        name = f"{self.prefix}.{key}"
+        value = self.metadata.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            what = "is missing" if value is None else f"must be a number, not {value!r}"
+            self.problems.append(f"{name} {what}")
+            return 1
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value) or value < 1:
+            self.problems.append(f"{self.prefix}.{key} must be a whole number, not {value!r}")
+            return 1
+        return int(value)
+
+    def expect(self, key: str, value: float) -> None:
+        found = self.number(key, value)
+        if not math.isclose(found, value, rel_tol=1e-6):
+            self.problems.append(
+                f"{self.prefix}.{key} is {found:g}, and KerasHub's model has {value:g}"
+            )
+
+
+def _gemma(values: _Metadata, config: dict[str, Any]) -> None:
+    # KerasHub gives Gemma 1 and 2 the width of both gates together.
+    config["intermediate_dim"] *= 2
+    values.expect("rope.freq_base", 10_000.0)
+
+
+def _gemma2(values: _Metadata, config: dict[str, Any]) -> None:
+    _gemma(values, config)
+    config |= dict(
+        # 27B alone scales its queries by the width of the model; no key says so.
+        query_head_dim_normalize=config["num_layers"] != 46,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=values.number("attn_logit_softcapping", 50.0),
+        final_logit_soft_cap=values.number("final_logit_softcapping", 30.0),
+        use_sliding_window_attention=True,
+        sliding_window_size=values.count("attention.sliding_window", 4096),
+    )
+
+
+def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
+    values.expect("rope.freq_base", 1_000_000.0)
+    values.expect("rope.freq_base_swa", 10_000.0)
+    scaling = values.metadata.get("gemma3.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        values.problems.append(f"gemma3.rope.scaling.type must be 'linear', not {scaling!r}")
+    config |= dict(
+        image_size=None,
+        # 27B alone scales its queries by the width of the model; no key says so.
+        query_head_dim_normalize=config["num_layers"] != 62,
+        use_query_key_norm=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        use_sliding_window_attention=True,
+        sliding_window_size=values.count("attention.sliding_window", 1024),
+        global_rope_scaling_factor=float(values.number("rope.scaling.factor", 1.0)),
+    )
+
+
+_FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+}
+
+
+def _backbone_class(family: Family) -> Callable[..., keras.Model]:
+    models = keras_hub.models
+    return models.Gemma3Backbone if family.name == "gemma3" else models.GemmaBackbone
+
+
+def _causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:
+    hub = keras_hub
+    if family.name == "gemma3":
+        tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
+        preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer)
+        return hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
+    tokenizer = hub.tokenizers.GemmaTokenizer(proto=proto)
+    preprocessor = hub.models.GemmaCausalLMPreprocessor(tokenizer)
+    return hub.models.GemmaCausalLM(backbone=backbone, preprocessor=preprocessor)
+
+
+def _without_values(build: Callable[[], _Result]) -> _Result:
+    """Build a model whose variables have no values yet, so that none are drawn at random.
+
+    Keras keeps a list of such variables for each thread, and would draw the values of all on it
+    when it next leaves a scope of its own; the list of a finished thread is never looked at again.
+    """
+    distribution = keras.distribution.distribution()
+
+    def run() -> _Result:
+        if distribution is not None:
+            keras.distribution.set_distribution(distribution)
+        with keras.StatelessScope(initialize_variables=False):
+            return build()
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(run).result()
+
+
+def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
+    _check_tensors(file, weights)
+    # The largest first: what is read and not yet handed over is then never beside the whole model.
+    for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
+        plain = not weight.gguf_offset and not weight.output_axes
+        matrix = file.read(weight.gguf, weight.variable.dtype if plain else np.float32)
+        value = weight.from_matrix(matrix - weight.gguf_offset if weight.gguf_offset else matrix)
+        weight.variable.assign(value)
+
+
+def _check_tensors(file: GgufFile, weights: Sequence[Weight]) -> None:
+    problems = []
+    for weight in weights:
+        info = file.tensors.get(weight.gguf)
+        expected = _matrix_shape(weight)
+        if info is None:
+            problems.append(f"{weight.gguf} is missing")
+        elif info.shape != expected:
+            problems.append(f"{weight.gguf} has shape {info.shape}, expected {expected}")
+    known = {weight.gguf for weight in weights}
+    # The frequencies of the rotary embedding are computed, not learnt.
+    unknown = [n for n in file.tensors if n not in known and not n.startswith("rope_freqs")]
+    problems += [f"{name} is no weight of this model" for name in unknown]
+    kinds = {info.kind for info in file.tensors.values()}
+    problems += [f"the quantization {kind.name} cannot be read" for kind in sorted(kinds)
+                 if not _readable(kind)]
+    if problems:
+        raise LoadError(
+            f"{file.path}: the tensors do not fit the model its metadata describe.",
+            problems,
+            next_step="Convert the model again, with a quantization such as Q8_0 or Q4_K_M.",
+        )
+
+
+def _readable(kind: gguf.GGMLQuantizationType) -> bool:
+    block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _matrix_shape(weight: Weight) -> tuple[int, ...]:
+    shape = tuple(weight.variable.shape)
+    if not weight.output_axes:
+        return shape
+    return (
+        math.prod(shape[axis] for axis in weight.output_axes),
+        math.prod(shape[axis] for axis in weight.input_axes),
+    )
+
+
+def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
+    prefix = "tokenizer.ggml."
+    kind = file.metadata.get(prefix + "model")
+    if kind != "llama":
+        raise LoadError(
+            f"{file.path} must hold a SentencePiece tokenizer ({prefix}model='llama'). "
+            f"Received: {kind!r}",
+            next_step="Convert the model again from the original with its tokenizer.model.",
+        )
+    parts = {name: file.metadata.get(prefix + name) for name in ("tokens", "scores", "token_type")}
+    problems = [f"{prefix}{name} is missing" for name, part in parts.items() if part is None]
+    if not problems:
+        lengths = {name: len(part) for name, part in parts.items() if part is not None}
+        rows = file.tensors["token_embd.weight"].shape[0]
+        if len(set(lengths.values())) > 1:
+            problems.append(f"the lengths differ: {lengths}")
+        elif not _UNK_ID < lengths["tokens"] <= rows:
+            problems.append(f"{lengths['tokens']} tokens for {rows} rows of the embedding")
+    if problems:
+        raise LoadError(f"{file.path}: the tokenizer is incomplete.", problems, next_step=_BROKEN)
+    return (
+        list(parts["tokens"] or ()),
+        np.asarray(parts["scores"], np.float32).tolist(),
+        np.asarray(parts["token_type"]).tolist(),
+    )
