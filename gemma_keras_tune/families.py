@@ -314,9 +314,13 @@ class Family:
         Returns:
             The `Head`.
         """
-        layer = _token_embedding(_backbone(model))
-        cap = getattr(model, "final_logit_cap", None)
-        return Head(_variable(layer, "embedding"), cap if cap is not None else layer.logit_soft_cap)
+        backbone = _backbone(model)
+        if self.name == "gemma3n":
+            text = backbone.language_model
+            return Head(text.embed_tokens.embedding.embeddings, text.final_logit_soft_cap)
+        layer = backbone.token_embedding
+        # Gemma 4 may cap once more in the task; two caps in a row are not one.
+        return Head(layer.embeddings, layer.logit_soft_cap)
 
 
 _OLD_TURN = Turn("<start_of_turn>", "<end_of_turn>")
@@ -495,7 +499,7 @@ def _variable(layer: Any, kind: str) -> keras.Variable:
     if kind == "linear":
         return _kernel(layer)
     if kind == "embedding":
-        return getattr(layer, "embedding", layer)._embeddings
+        return layer.embeddings
     return layer.scale
 
 
@@ -506,10 +510,6 @@ def _backbone(model: keras.Model) -> Any:
 def _blocks(model: keras.Model) -> list[Any]:
     backbone = _backbone(model)
     return list(getattr(backbone, "language_model", backbone).transformer_layers)
-
-
-def _token_embedding(backbone: Any) -> Any:
-    return getattr(backbone, "language_model", backbone).token_embedding
 
 
 def _resolve(owner: Any, path: str) -> Any:

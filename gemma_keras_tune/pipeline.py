@@ -9,7 +9,6 @@ token, their labels and their weights. The loss looks at nothing else. Lengths a
 are rounded to a few static shapes, because each new shape is a compilation.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -340,8 +339,7 @@ def choose_shapes(
 
     Row lengths are cut into at most `max_shapes` groups by dynamic programming over the rounded
     lengths. A further group has to spare `MIN_SAVING` of all padded tokens. The positions of a
-    group leave room for a batch somewhat richer in answers than the average; a batch that does not
-    fit is closed early.
+    group hold any batch that `Batcher` can draw from it.
 
     Args:
         lengths: `[rows]` tokens of each row.
@@ -360,15 +358,32 @@ def choose_shapes(
     group = np.searchsorted(bounds, lengths)
     shapes = []
     for index, length in enumerate(bounds):
-        inside = response_lengths[group == index]
+        inside = np.flatnonzero(group == index)
         if not len(inside):
             continue
         rows = min(batch_size, len(inside)) if len(bounds) == 1 else batch_size
-        expected = rows * inside.mean() + math.sqrt(rows) * inside.std()
-        most = np.sort(inside)[-rows:].sum() if rows >= len(inside) else math.inf
-        positions = _round_up(max(min(expected, most), inside.max()), LENGTH_STEP)
-        shapes.append(Shape(rows, int(length), positions))
+        positions = int(_strata(inside, response_lengths, rows)[1].max(axis=1).sum())
+        shapes.append(Shape(rows, int(length), _round_up(positions, LENGTH_STEP)))
     return tuple(shapes)
+
+
+def _strata(
+    rows: np.ndarray, response_lengths: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by answer length, cut into `batch_size` strata from which each batch draws one row.
+
+    So every batch, however the strata are shuffled, has at most the sum of their longest answers:
+    a bound close to the average, and the number of batches is the same in every epoch.
+
+    Returns:
+        `[batch_size, batches]` rows, -1 where there is none, and their answer lengths.
+    """
+    batches = math.ceil(len(rows) / batch_size)
+    ordered = rows[np.argsort(response_lengths[rows], kind="stable")]
+    slots = np.full(batches * batch_size, -1, np.int64)
+    slots[len(slots) - len(rows) :] = ordered
+    lengths = np.where(slots >= 0, response_lengths[slots], 0)
+    return slots.reshape(batch_size, batches), lengths.reshape(batch_size, batches)
 
 
 def _round_up(value: float, step: int) -> int:
@@ -458,36 +473,23 @@ class Batcher:
         batches: list[tuple[Shape, np.ndarray]] = []
         for index, shape in enumerate(self.shapes):
             rows = np.flatnonzero(self._group == index)
+            strata, _ = _strata(rows, self.tokens.response_lengths, shape.batch_size)
             if self.shuffle:
-                random.shuffle(rows)
-            batches += [(shape, batch) for batch in self._fill(rows, shape)]
+                strata = random.permuted(strata, axis=1)
+            batches += [(shape, batch[batch >= 0]) for batch in strata.T]
         if self.shuffle:
             batches = [batches[i] for i in random.permutation(len(batches))]
         missing = -len(batches) % self.gradient_accumulation_steps
         return batches + [(self.shapes[0], np.zeros(0, np.int64))] * missing
 
-    def _fill(self, rows: np.ndarray, shape: Shape) -> Iterator[np.ndarray]:
-        """Cut rows into batches that fit; a row too rich in answers waits for the next batch."""
-        responses = self.tokens.response_lengths
-        coming = iter(rows.tolist())
-        waiting: collections.deque[int] = collections.deque()
-        while True:
-            batch: list[int] = []
-            later: list[int] = []
-            room = shape.positions
-            while len(batch) < shape.batch_size and len(later) <= shape.batch_size:
-                row = waiting.popleft() if waiting else next(coming, None)
-                if row is None:
-                    break
-                if responses[row] <= room:
-                    batch.append(row)
-                    room -= int(responses[row])
-                else:
-                    later.append(row)
-            waiting.extendleft(reversed(later))
-            if not batch:
-                return
-            yield np.asarray(batch, np.int64)
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of every epoch, those that only complete the last update among them."""
+        counts = np.bincount(self._group, minlength=len(self.shapes))
+        batches = sum(
+            math.ceil(n / s.batch_size) for n, s in zip(counts, self.shapes, strict=True)
+        )
+        return batches + -batches % self.gradient_accumulation_steps
 
     def arrays(self, epoch: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
         """The arrays of one epoch, batch by batch, as `(x, y, sample_weight)`."""
@@ -509,18 +511,18 @@ class Batcher:
         positions = np.zeros(shape.positions, np.int32)
         labels = np.zeros(shape.positions, np.int32)
         weights = np.zeros(shape.positions, np.float32)
-        filled = 0
-        for place, row in enumerate(rows):
-            ids, trained = self.tokens.row(row)
-            count = len(ids) - 1
-            token_ids[place, :count] = ids[:-1]
-            padding_mask[place, :count] = 1
-            where = np.flatnonzero(trained[1:])
-            span = slice(filled, filled + len(where))
-            positions[span] = place * shape.length + where
-            labels[span] = ids[where + 1]
-            filled += len(where)
-        weights[:filled] = weight
+        if len(rows):
+            counts = self.tokens.lengths[rows]
+            # Where each token of these rows stands in the flat arrays, and where in the batch.
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            source = np.repeat(self.tokens.offsets[rows], counts) + within
+            target = np.repeat(np.arange(len(rows)) * shape.length, counts) + within
+            token_ids.reshape(-1)[target] = self.tokens.ids[source]
+            padding_mask.reshape(-1)[target] = 1
+            taught = np.flatnonzero(self.tokens.trained[source + 1])
+            positions[: len(taught)] = target[taught]
+            labels[: len(taught)] = self.tokens.ids[source[taught] + 1]
+            weights[: len(taught)] = weight
         x = {"token_ids": token_ids, "padding_mask": padding_mask, "positions": positions}
         return x, labels, weights
 
@@ -539,7 +541,8 @@ class Batcher:
         dataset = tf.data.Dataset.from_generator(
             lambda: self.arrays(next(epochs)), output_signature=signature
         )
-        return dataset.prefetch(2)
+        counted = dataset.apply(tf.data.experimental.assert_cardinality(self.batches_per_epoch))
+        return counted.prefetch(2)
 
 
 def make_batcher(

@@ -56,6 +56,8 @@ class TuningModel(keras.Model):
         self._head = (family_of(model).head(model),)
         self._nll = keras.metrics.Mean(name="loss")
         self._accuracy = keras.metrics.Mean(name="accuracy")
+        # Everything has its weights already; else Keras would draw a batch to find out.
+        self.built = True
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

@@ -1,0 +1,144 @@
+"""The command line: parse, call, print. `python -m gemma_keras_tune --help`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words after the program's name. Defaults to those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error the user can mend, which is printed without a
+        traceback.
+    """
+    options = _parser().parse_args(arguments)
+    from gemma_keras_tune.errors import GemmaTuneError
+
+    try:
+        options.run(options)
+    except GemmaTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+_MODEL = "preset name, folder, hf://…, kaggle://…, .gguf file or package://gemma3_270m"
+
+
+def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return text if text == "auto" else kind(text)
+
+    convert.__name__ = f"'auto' or {kind.__name__}"
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gemma_keras_tune",
+        description="Tune Gemma models with Keras. Gemma weights are under the Gemma terms of use.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    tune = commands.add_parser("tune", help="tune a model on pairs and save it")
+    tune.add_argument("model", help=_MODEL)
+    tune.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
+    tune.add_argument("--preset", metavar="DIR", help="save a KerasHub preset, merged")
+    tune.add_argument("--adapter", metavar="DIR", help="save the adapter in PEFT's layout")
+    tune.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+    tune.add_argument("--method", choices=["lora", "full"], default="lora")
+    for name in ("rank", "epochs", "batch-size", "gradient-accumulation-steps",
+                 "warmup-updates", "sequence-length"):  # fmt: skip
+        tune.add_argument(f"--{name}", type=_number(int), default="auto")
+    for name in ("alpha", "learning-rate", "weight-decay"):
+        tune.add_argument(f"--{name}", type=_number(float), default="auto")
+    tune.add_argument("--targets", default="all", help="all, attention, or names with commas")
+    tune.add_argument("--template", default="auto")
+    tune.add_argument("--overlong", choices=["error", "drop", "truncate"], default="error")
+    tune.add_argument("--validation-split", type=float, default=0.0, metavar="SHARE")
+    tune.add_argument("--early-stopping", type=int, metavar="EPOCHS")
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--dtype", default="auto")
+    tune.add_argument("--quiet", action="store_true")
+    tune.set_defaults(run=_tune)
+
+    generate = commands.add_parser("generate", help="answer prompts")
+    generate.add_argument("model", help=_MODEL)
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT")
+    generate.add_argument("--adapter", metavar="DIR", help="an adapter to put on the model")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--dtype", default="auto")
+    generate.set_defaults(run=_generate)
+
+    preview = commands.add_parser("preview", help="show rows exactly as they would be trained")
+    preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
+    preview.add_argument("model", help=_MODEL)
+    preview.add_argument("--rows", type=int, default=3)
+    preview.add_argument("--template", default="auto")
+    preview.set_defaults(run=_preview)
+
+    demo = commands.add_parser("demo", help="tune the embedded Gemma 3 270M on business e-mails")
+    demo.add_argument("--out", metavar="DIR", help="write preset, adapter and demo.json there")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _tune(options: argparse.Namespace) -> None:
+    import gemma_keras_tune as gkt
+
+    if not (options.preset or options.adapter):
+        raise gkt.PlanError(
+            "The tuned model would be thrown away.",
+            next_step="Say where it goes: `--preset DIR`, `--adapter DIR`, or both.",
+        )
+    targets = options.targets
+    names = ("method rank alpha epochs batch_size gradient_accumulation_steps learning_rate "
+             "warmup_updates weight_decay sequence_length overlong template validation_split "
+             "early_stopping seed").split()  # fmt: skip
+    model = gkt.load(options.model, dtype=options.dtype)
+    gkt.tune(
+        model,
+        options.pairs,
+        targets=targets if targets in ("all", "attention") else targets.split(","),
+        verbose=int(not options.quiet),
+        **{name: getattr(options, name) for name in names},
+    )
+    if options.adapter:
+        print(gkt.save_adapter(model, options.adapter, overwrite=options.overwrite))
+    if options.preset:
+        print(gkt.save_preset(model, options.preset, overwrite=options.overwrite))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import gemma_keras_tune as gkt
+
+    model = gkt.load(options.model, dtype=options.dtype)
+    if options.adapter:
+        gkt.load_adapter(model, options.adapter)
+    for answer in gkt.generate(model, options.prompts, max_new_tokens=options.max_new_tokens):
+        print(answer)
+
+
+def _preview(options: argparse.Namespace) -> None:
+    import gemma_keras_tune as gkt
+
+    model = gkt.load(options.model)
+    print(gkt.preview(options.pairs, model, rows=options.rows, template=options.template))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from gemma_keras_tune.demo import process_started, run_demo
+
+    run_demo(options.out, started=process_started())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
