@@ -145,7 +145,14 @@ def enable_lora(
 
 
 def lora_config(model: keras.Model) -> LoraConfig | None:
-    """The LoRA configuration of a model, or `None` when LoRA is not on."""
+    """The LoRA configuration of a model, or `None` when LoRA is not on.
+
+    Args:
+        model: A model.
+
+    Returns:
+        What `enable_lora` returned, while LoRA is on.
+    """
     state = _states.get(model)
     return state.config if state else None
 
