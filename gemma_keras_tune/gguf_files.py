@@ -298,8 +298,7 @@ def _family(file: GgufFile) -> Family:
     )
     if file.metadata.get("general.type", "model") != "model":
         raise LoadError(
-            f"{file.path} holds no model. Received: general.type="
-            f"{file.metadata['general.type']!r}",
+            f"{file.path} holds no model. Received: general.type={file.metadata['general.type']!r}",
             next_step="Load the base model, then the adapter onto it.",
         )
     family = FAMILIES.get(name)
@@ -309,8 +308,9 @@ def _family(file: GgufFile) -> Family:
             next_step=next_step,
         )
     if not family.gguf_complete:
-        raise LoadError(f"{file.path}: {family.title} cannot be read from GGUF.",
-                        next_step=next_step)
+        raise LoadError(
+            f"{file.path}: {family.title} cannot be read from GGUF.", next_step=next_step
+        )
     return family
 
 
@@ -319,15 +319,15 @@ def _backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
     values = _Metadata(file, family.name)
     layers, width = values.count("block_count"), values.count("embedding_length")
     heads = values.count("attention.head_count")
-    config: dict[str, Any] = dict(
-        num_layers=layers,
-        num_query_heads=heads,
-        num_key_value_heads=values.count("attention.head_count_kv", heads),
-        hidden_dim=width,
-        intermediate_dim=values.count("feed_forward_length"),
-        head_dim=values.count("attention.key_length"),
-        layer_norm_epsilon=values.number("attention.layer_norm_rms_epsilon", 1e-6),
-    )
+    config: dict[str, Any] = {
+        "num_layers": layers,
+        "num_query_heads": heads,
+        "num_key_value_heads": values.count("attention.head_count_kv", heads),
+        "hidden_dim": width,
+        "intermediate_dim": values.count("feed_forward_length"),
+        "head_dim": values.count("attention.key_length"),
+        "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon", 1e-6),
+    }
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         values.problems.append("the tensor token_embd.weight is missing or no matrix")
@@ -383,16 +383,16 @@ def _gemma(values: _Metadata, config: dict[str, Any]) -> None:
 
 def _gemma2(values: _Metadata, config: dict[str, Any]) -> None:
     _gemma(values, config)
-    config |= dict(
+    config |= {
         # 27B alone scales its queries by the width of the model; no key says so.
-        query_head_dim_normalize=config["num_layers"] != 46,
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        attention_logit_soft_cap=values.number("attn_logit_softcapping", 50.0),
-        final_logit_soft_cap=values.number("final_logit_softcapping", 30.0),
-        use_sliding_window_attention=True,
-        sliding_window_size=values.count("attention.sliding_window", 4096),
-    )
+        "query_head_dim_normalize": config["num_layers"] != 46,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "attention_logit_soft_cap": values.number("attn_logit_softcapping", 50.0),
+        "final_logit_soft_cap": values.number("final_logit_softcapping", 30.0),
+        "use_sliding_window_attention": True,
+        "sliding_window_size": values.count("attention.sliding_window", 4096),
+    }
 
 
 def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
@@ -401,17 +401,17 @@ def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
     scaling = values.metadata.get("gemma3.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         values.problems.append(f"gemma3.rope.scaling.type must be 'linear', not {scaling!r}")
-    config |= dict(
-        image_size=None,
+    config |= {
+        "image_size": None,
         # 27B alone scales its queries by the width of the model; no key says so.
-        query_head_dim_normalize=config["num_layers"] != 62,
-        use_query_key_norm=True,
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        use_sliding_window_attention=True,
-        sliding_window_size=values.count("attention.sliding_window", 1024),
-        global_rope_scaling_factor=float(values.number("rope.scaling.factor", 1.0)),
-    )
+        "query_head_dim_normalize": config["num_layers"] != 62,
+        "use_query_key_norm": True,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "use_sliding_window_attention": True,
+        "sliding_window_size": values.count("attention.sliding_window", 1024),
+        "global_rope_scaling_factor": float(values.number("rope.scaling.factor", 1.0)),
+    }
 
 
 _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
@@ -479,8 +479,11 @@ def _check_tensors(file: GgufFile, weights: Sequence[Weight]) -> None:
     unknown = [n for n in file.tensors if n not in known and not n.startswith("rope_freqs")]
     problems += [f"{name} is no weight of this model" for name in unknown]
     kinds = {info.kind for info in file.tensors.values()}
-    problems += [f"the quantization {kind.name} cannot be read" for kind in sorted(kinds)
-                 if not _readable(kind)]
+    problems += [
+        f"the quantization {kind.name} cannot be read"
+        for kind in sorted(kinds)
+        if not _readable(kind)
+    ]
     if problems:
         raise LoadError(
             f"{file.path}: the tensors do not fit the model its metadata describe.",
