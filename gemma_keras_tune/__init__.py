@@ -1,8 +1,101 @@
-"""Tune Google's Gemma models with Keras: from pairs to a tested, deployable model."""
+"""Tune Google's Gemma models with Keras: from pairs to a tested, deployable model.
 
-import os
-import sys
+Importing chooses the JAX backend, unless Keras is imported already or `KERAS_BACKEND` is set.
+"""
 
-if "keras" not in sys.modules:
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import os as _os
+import sys as _sys
+
+if "keras" not in _sys.modules:
+    _os.environ.setdefault("KERAS_BACKEND", "jax")
+_os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from gemma_keras_tune._quiet import quiet_import as _quiet_import
+
+with _quiet_import():
+    import keras_hub as _keras_hub  # noqa: F401
+
+from gemma_keras_tune.adapters import load_adapter, save_adapter, save_preset
+from gemma_keras_tune.errors import (
+    AdapterError,
+    BackendError,
+    EvaluationError,
+    ExportError,
+    GemmaTuneError,
+    LoadError,
+    LoraError,
+    PairsError,
+    PairsWarning,
+    PlanError,
+    TemplateError,
+)
+from gemma_keras_tune.generation import generate
+from gemma_keras_tune.loading import load
+from gemma_keras_tune.lora import (
+    LoraConfig,
+    enable_lora,
+    lora_config,
+    lora_disabled,
+    merge_lora,
+    remove_lora,
+)
+from gemma_keras_tune.losses import token_cross_entropy
+from gemma_keras_tune.pairs import (
+    Message,
+    Pair,
+    PairChecks,
+    PairSource,
+    Problem,
+    read_pairs,
+    split_pairs,
+)
+from gemma_keras_tune.pipeline import make_dataset
+from gemma_keras_tune.planning import Plan
+from gemma_keras_tune.previewing import Preview, preview
+from gemma_keras_tune.templates import Template, get_template, template_of
+from gemma_keras_tune.training import TuningModel, make_optimizer
+from gemma_keras_tune.tuning import TuneResult, tune
+
+__all__ = [
+    "AdapterError",
+    "BackendError",
+    "EvaluationError",
+    "ExportError",
+    "GemmaTuneError",
+    "LoadError",
+    "LoraConfig",
+    "LoraError",
+    "Message",
+    "Pair",
+    "PairChecks",
+    "PairSource",
+    "PairsError",
+    "PairsWarning",
+    "Plan",
+    "PlanError",
+    "Preview",
+    "Problem",
+    "Template",
+    "TemplateError",
+    "TuneResult",
+    "TuningModel",
+    "enable_lora",
+    "generate",
+    "get_template",
+    "load",
+    "load_adapter",
+    "lora_config",
+    "lora_disabled",
+    "make_dataset",
+    "make_optimizer",
+    "merge_lora",
+    "preview",
+    "read_pairs",
+    "remove_lora",
+    "save_adapter",
+    "save_preset",
+    "split_pairs",
+    "template_of",
+    "token_cross_entropy",
+    "tune",
+]

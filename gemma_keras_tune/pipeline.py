@@ -399,7 +399,8 @@ def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> li
         counts = np.diff(np.concatenate([[0], np.searchsorted(np.sort(rounded), edges, "right")]))
         values = edges
     best = _partition(values, counts, min(max_shapes, len(values)))
-    most = max(1, len(lengths) // (2 * batch_size))
+    # A compilation takes as long as several batches: a small set is not worth a second one.
+    most = max(1, len(lengths) // (8 * batch_size))
     chosen = best[0]
     for candidate in best[1:most]:
         if candidate[0] <= (1.0 - MIN_SAVING) * chosen[0]:

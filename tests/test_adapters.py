@@ -1,0 +1,158 @@
+"""Presets and adapters: what is saved loads, fits, and is refused where it does not."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gemma_keras_tune as gkt
+from gemma_keras_tune import testing
+from gemma_keras_tune.families import backbone_inputs
+from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.templates import attach_template, get_template, template_of
+
+IDS = np.arange(4, 20).reshape(2, 8)
+
+
+def hidden(model):
+    inputs = backbone_inputs(model.backbone, IDS, np.ones_like(IDS))
+    return np.asarray(model.backbone(inputs))
+
+
+def tuned(family="gemma3", rank=2, **options):
+    model = testing.tiny_model(family)
+    gkt.enable_lora(model, rank, verbose=0, **options)
+    random = np.random.default_rng(0)
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, random.normal(0, 0.3, a.shape), random.normal(0, 0.3, b.shape))
+    attach_template(model, get_template("Q: {input}\nA: {output}", model))
+    return model
+
+
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_an_adapter_comes_back_exactly(family, tmp_path):
+    model = tuned(family, alpha=6, rank_stabilized=True)
+    folder = gkt.save_adapter(model, tmp_path / "adapter")
+    fresh = testing.tiny_model(family)
+    config = gkt.load_adapter(fresh, folder)
+    np.testing.assert_array_equal(hidden(fresh), hidden(model))
+    assert config == gkt.lora_config(model)
+    assert template_of(fresh).to_config() == template_of(model).to_config()
+
+
+def test_the_layout_is_peft_at_the_rank_asked_for(tmp_path):
+    folder = gkt.save_adapter(tuned(rank=3), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 3)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+    assert tensors[name.format("A")].shape == (3, 16)
+    assert tensors[name.format("B")].shape == (32, 3)
+    assert len(tensors) == 2 * 7 * 2
+    record = json.loads((folder / "gemma_keras_tune.json").read_text())
+    assert record["generation"] == "gemma3" and record["stop_tokens"]
+
+
+@pytest.mark.slow
+def test_a_preset_loads_without_this_library_and_answers_the_same(tmp_path):
+    model = tuned()
+    prompt = "part number for cake"
+    expected = model.generate(prompt, max_length=24)
+    before = hidden(model)
+    folder = gkt.save_preset(model, tmp_path / "preset")
+    np.testing.assert_array_equal(hidden(model), before)
+    assert gkt.lora_config(model) is not None
+    code = (
+        "import sys, keras_hub\n"
+        f"model = keras_hub.models.CausalLM.from_preset({str(folder)!r})\n"
+        "assert 'gemma_keras_tune' not in sys.modules\n"
+        f"print(repr(model.generate({prompt!r}, max_length=24)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == repr(expected)
+
+
+def refused(folder, model):
+    before = hidden(model)
+    with pytest.raises(gkt.AdapterError) as caught:
+        gkt.load_adapter(model, folder)
+    np.testing.assert_array_equal(hidden(model), before)
+    return str(caught.value)
+
+
+def test_every_mismatch_is_listed_and_nothing_changes(tmp_path):
+    folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
+    message = refused(folder, testing.tiny_model("gemma3", seed=1))
+    assert "fingerprint" in message
+    message = refused(folder, testing.tiny_model("gemma2"))
+    assert "trained on gemma3, this is gemma2" in message and "fingerprint" in message
+    message = refused(folder, testing.tiny_model("gemma3", num_query_heads=2))
+    assert message.count("q_proj.lora_B") == 2 and message.count("o_proj.lora_A") == 2
+
+
+def test_other_lora_on_the_model_is_refused(tmp_path):
+    folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
+    model = testing.tiny_model()
+    gkt.enable_lora(model, 4, verbose=0)
+    assert "remove_lora" in refused(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("modules_to_save", ["embed_tokens"]),
+     ("bias", "all"), ("peft_type", "IA3")],
+)
+def test_what_cannot_be_done_is_refused_by_name(tmp_path, key, value):
+    folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert key in refused(folder, testing.tiny_model())
+
+
+def test_broken_files_are_refused(tmp_path):
+    model = testing.tiny_model()
+    assert "is missing" in refused(tmp_path, model)
+    folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, weights)
+    assert name in refused(folder, model)
+    save_file({k: v for k, v in tensors.items() if k != name}, weights)
+    assert "only one of its two factors" in refused(folder, model)
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "cannot be read" in refused(folder, model)
+    (folder / "adapter_config.json").write_text("[]")
+    assert "adapter_config.json cannot be read" in refused(folder, model)
+
+
+def test_without_lora_there_is_nothing_to_save(tmp_path):
+    with pytest.raises(gkt.AdapterError, match="LoRA is not on"):
+        gkt.save_adapter(testing.tiny_model(), tmp_path / "adapter")
+
+
+def test_an_existing_folder_is_kept_unless_asked_and_whole_after_a_failure(tmp_path, monkeypatch):
+    model = tuned()
+    folder = gkt.save_adapter(model, tmp_path / "adapter")
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(gkt.ExportError, match="already exists"):
+        gkt.save_adapter(model, folder)
+    monkeypatch.setattr(
+        pathlib.Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        gkt.save_adapter(model, folder, overwrite=True)
+    monkeypatch.undo()
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    gkt.save_adapter(tuned(rank=3), folder, overwrite=True)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
