@@ -100,9 +100,11 @@ def _tune(options: argparse.Namespace) -> None:
             next_step="Say where it goes: `--preset DIR`, `--adapter DIR`, or both.",
         )
     targets = options.targets
-    names = ("method rank alpha epochs batch_size gradient_accumulation_steps learning_rate "
-             "warmup_updates weight_decay sequence_length overlong template validation_split "
-             "early_stopping seed").split()  # fmt: skip
+    names = [
+        "method", "rank", "alpha", "epochs", "batch_size", "gradient_accumulation_steps",
+        "learning_rate", "warmup_updates", "weight_decay", "sequence_length", "overlong",
+        "template", "validation_split", "early_stopping", "seed",
+    ]  # fmt: skip
     model = gkt.load(options.model, dtype=options.dtype)
     gkt.tune(
         model,

@@ -11,9 +11,7 @@ from gemma_keras_tune.errors import ExportError
 
 
 @contextlib.contextmanager
-def new_folder(
-    path: str | os.PathLike[str], *, overwrite: bool = False
-) -> Iterator[pathlib.Path]:
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """A folder to write into that takes its real name only when all has gone well.
 
     Args:
@@ -34,7 +32,9 @@ def new_folder(
             next_step="Choose another name, or pass `overwrite=True` to replace a folder.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    part = pathlib.Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    )
     try:
         os.chmod(part, 0o755)
         yield part

@@ -131,7 +131,9 @@ def load_adapter(model: keras.Model, path: str | os.PathLike[str]) -> LoraConfig
     problems = _unsupported(config) + _wrong_base(model, record) + problems
     targets = sorted({linears[name].target for name in factors})
     adapted = {name for name, linear in linears.items() if linear.target in targets}
-    problems += [f"{name}: the adapter has no factors for it" for name in sorted(adapted - set(factors))]
+    problems += [
+        f"{name}: the adapter has no factors for it" for name in sorted(adapted - set(factors))
+    ]
     there = lora_config(model)
     stabilized = bool(config.get("use_rslora", False))
     alpha = float(config.get("lora_alpha", config["r"]))

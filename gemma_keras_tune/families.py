@@ -97,9 +97,7 @@ class Weight:
 
     def from_matrix(self, matrix: np.ndarray) -> np.ndarray:
         """The value in the variable's shape, from Hugging Face's or GGUF's layout."""
-        return from_matrix(
-            matrix, tuple(self.variable.shape), self.output_axes, self.input_axes
-        )
+        return from_matrix(matrix, tuple(self.variable.shape), self.output_axes, self.input_axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -255,7 +255,9 @@ class _Parser:
             return self._text()
         if kind == gguf.GGUFValueType.ARRAY:
             return self._array(self._number("I"), self._number("Q"))
-        return np.frombuffer(self._bytes(_NUMBERS[kind].itemsize), _NUMBERS[kind])[0].item()
+        number = np.frombuffer(self._bytes(_NUMBERS[kind].itemsize), _NUMBERS[kind])[0]
+        # The shortest decimal that gives this float32: 1e-06 and not 9.999999974752427e-07.
+        return float(str(number)) if kind == gguf.GGUFValueType.FLOAT32 else number.item()
 
     def _array(self, code: int, count: int) -> Any:
         kind = gguf.GGUFValueType(code)

@@ -110,7 +110,7 @@ def enable_lora(
     if model in _states:
         raise LoraError(
             f"LoRA is already on this model: {_states[model].config}",
-            next_step="Call `merge_lora(model)` to keep it, or `remove_lora(model)` to drop it, first.",
+            next_step="First call `merge_lora(model)` to keep it, or `remove_lora(model)`.",
         )
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise LoraError(f"`rank` must be an integer of at least 1. Received: {rank!r}")
@@ -271,9 +271,7 @@ def set_factors(linear: Linear, a: np.ndarray, b: np.ndarray) -> None:
         )
     b_shape = layer.lora_kernel_b.shape
     layer.lora_kernel_a.assign(a.T.reshape(layer.lora_kernel_a.shape))
-    layer.lora_kernel_b.assign(
-        np.moveaxis(b.reshape(*b_shape[:-2], b_shape[-1], rank), -1, -2)
-    )
+    layer.lora_kernel_b.assign(np.moveaxis(b.reshape(*b_shape[:-2], b_shape[-1], rank), -1, -2))
 
 
 def kernel_update(linear: Linear) -> np.ndarray:
@@ -308,7 +306,9 @@ def _select(linears: tuple[Linear, ...], targets: Targets) -> tuple[Linear, ...]
     else:
         wanted = {alias.get(name, name) for name in targets}
         if not wanted:
-            raise LoraError("`targets` is empty: nothing would be trained.", next_step=_known(known))
+            raise LoraError(
+                "`targets` is empty: nothing would be trained.", next_step=_known(known)
+            )
     unknown = wanted - known if targets not in ("all", "attention") else set()
     if unknown:
         raise LoraError(
@@ -320,7 +320,9 @@ def _select(linears: tuple[Linear, ...], targets: Targets) -> tuple[Linear, ...]
 
 
 def _known(known: set[str]) -> str:
-    return f"Known targets of this model: 'all', 'attention', {', '.join(map(repr, sorted(known)))}."
+    return (
+        f"Known targets of this model: 'all', 'attention', {', '.join(map(repr, sorted(known)))}."
+    )
 
 
 def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
@@ -330,7 +332,9 @@ def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
         if type(linear.layer) not in _LORA_CLASSES:
             problems.append(f"{linear.path}: a {type(linear.layer).__name__} cannot carry LoRA")
         elif mode not in (None, "int8", "int4") or (mode and family == "gemma4"):
-            problems.append(f"{linear.path}: quantized to {mode}, which KerasHub computes wrongly here")
+            problems.append(
+                f"{linear.path}: quantized to {mode}, which KerasHub computes wrongly here"
+            )
         elif mode == "int4" and isinstance(linear.layer, keras.layers.Dense):
             problems.append(f"{linear.path}: LoRA on a Dense layer in int4 is not supported")
         elif rank > min(_matrix_shape(linear)):
@@ -459,5 +463,7 @@ def _remove_factors(layer: Any) -> None:
 
 
 def _kernel_shape(layer: Any) -> tuple[int, ...]:
-    shape = layer.original_kernel_shape if layer.quantization_mode == "int4" else layer._kernel.shape
+    shape = (
+        layer.original_kernel_shape if layer.quantization_mode == "int4" else layer._kernel.shape
+    )
     return tuple(int(size) for size in shape)

@@ -49,8 +49,8 @@ def token_cross_entropy(
         hidden: `[positions, width]` final hidden states, any float dtype.
         embedding: `[vocabulary, width]` output embedding.
         labels: `[positions]` integer token ids. Ids must lie inside the vocabulary.
-        soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`, as in Gemma 2 (arXiv:2408.00118,
-            section 2). `None` leaves them as they are.
+        soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`, as in Gemma 2
+            (arXiv:2408.00118, section 2). `None` leaves them as they are.
         block_rows: Vocabulary rows in one block. Temporary memory is
             `positions x block_rows` floats.
         train_embedding: Whether a gradient with respect to `embedding` is wanted. `False` saves
@@ -60,7 +60,14 @@ def token_cross_entropy(
         `TokenScores`, one entry for each position.
     """
     return TokenScores(
-        *_scores(hidden, embedding, labels, soft_cap, min(block_rows, embedding.shape[0]), train_embedding)
+        *_scores(
+            hidden,
+            embedding,
+            labels,
+            soft_cap,
+            min(block_rows, embedding.shape[0]),
+            train_embedding,
+        )
     )
 
 
@@ -104,7 +111,11 @@ def _scores_backward(
     to_hidden = weights[:, None].astype(hidden_gradient.dtype) * hidden_gradient
     if kept is None:
         return to_hidden, None, None
-    return to_hidden, _embedding_gradient(*kept, weights, soft_cap, block_rows), None
+    hidden, embedding, labels, log_sum = kept
+    to_embedding = _embedding_gradient(
+        hidden, embedding, labels, log_sum, weights, soft_cap, block_rows
+    )
+    return to_hidden, to_embedding, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

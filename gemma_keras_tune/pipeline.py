@@ -241,7 +241,7 @@ class _Spool:
     def _spill(self) -> None:
         if self._files is None:
             # Unnamed files: the system takes them back even if the process is killed.
-            self._files = [tempfile.TemporaryFile(prefix="gemma_keras_tune_") for _ in range(2)]
+            self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         for file, arrays in zip(self._files, (self._ids, self._trained), strict=True):
             for array in arrays:
                 file.write(array.tobytes())
@@ -387,7 +387,7 @@ def _strata(
 
 
 def _round_up(value: float, step: int) -> int:
-    return int(math.ceil(value / step)) * step
+    return math.ceil(value / step) * step
 
 
 def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> list[int]:
@@ -395,7 +395,7 @@ def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> li
     values, counts = np.unique(rounded, return_counts=True)
     if len(values) > 256:
         # Enough candidates for any choice of four; keeps the table small.
-        edges = np.unique(np.quantile(rounded, np.linspace(0, 1, 257), method="higher"))
+        edges = np.unique(np.quantile(rounded, np.linspace(0, 1, 257), method="higher")).astype(int)
         counts = np.diff(np.concatenate([[0], np.searchsorted(np.sort(rounded), edges, "right")]))
         values = edges
     best = _partition(values, counts, min(max_shapes, len(values)))
@@ -408,9 +408,7 @@ def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> li
     return chosen[1]
 
 
-def _partition(
-    values: np.ndarray, counts: np.ndarray, most: int
-) -> list[tuple[float, list[int]]]:
+def _partition(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[float, list[int]]]:
     """For 1, 2, … `most` groups: padded tokens and the group bounds that make them fewest."""
     total = np.concatenate([[0], np.cumsum(counts)])
     size = len(values)
@@ -487,9 +485,7 @@ class Batcher:
     def batches_per_epoch(self) -> int:
         """Batches of every epoch, those that only complete the last update among them."""
         counts = np.bincount(self._group, minlength=len(self.shapes))
-        batches = sum(
-            math.ceil(n / s.batch_size) for n, s in zip(counts, self.shapes, strict=True)
-        )
+        batches = sum(math.ceil(n / s.batch_size) for n, s in zip(counts, self.shapes, strict=True))
         return batches + -batches % self.gradient_accumulation_steps
 
     def arrays(self, epoch: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
@@ -576,8 +572,11 @@ def make_batcher(
     sizes = {"batch_size": batch_size, "gradient_accumulation_steps": gradient_accumulation_steps}
     if sequence_length != "auto":
         sizes["sequence_length"] = sequence_length
-    wrong = [f"`{k}` must be an integer of at least 1. Received: {v!r}" for k, v in sizes.items()
-             if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1]
+    wrong = [
+        f"`{k}` must be an integer of at least 1. Received: {v!r}"
+        for k, v in sizes.items()
+        if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1
+    ]
     if wrong:
         raise PlanError("The batches cannot be built.", wrong)
     shapes = choose_shapes(
@@ -613,8 +612,8 @@ def make_dataset(
     Each element is `(x, y, sample_weight)`: `x` holds `token_ids` and `padding_mask`
     `[batch, length]` int32 and `positions` `[positions]` int32, indices into the flattened
     `[batch * length]` tokens whose hidden state predicts a trained token; `y` `[positions]` int32
-    are those tokens; `sample_weight` `[positions]` float32 is 1 over the number of trained tokens in
-    the batch (over all accumulated batches), and 0 where a position only fills the shape.
+    are those tokens; `sample_weight` `[positions]` float32 is 1 over the number of trained tokens
+    in the batch (over all accumulated batches), and 0 where a position only fills the shape.
 
     Args:
         pairs: Anything `read_pairs` takes.

@@ -163,24 +163,24 @@ def plan_settings(
     updates_an_epoch = math.ceil(pairs / (batch_size * gradient_accumulation_steps))
     if epochs == "auto":
         least = 3 if pairs < 5_000 else 1
-        epochs = min(MAX_EPOCHS, max(least, math.ceil(TARGET_UPDATES / updates_an_epoch)))
+        epochs = int(min(MAX_EPOCHS, max(least, math.ceil(TARGET_UPDATES / updates_an_epoch))))
     if learning_rate == "auto":
         learning_rate = {"lora": (5e-4, 2e-4), "full": (5e-5, 1e-5)}[method][large]
-    updates = updates_an_epoch * epochs
+    updates = updates_an_epoch * int(epochs)
     if warmup_updates == "auto":
-        warmup_updates = min(round(0.05 * updates), updates - 1)
+        warmup_updates = int(min(round(0.05 * updates), updates - 1))
     lora_rank = (8 if pairs < 1_000 else 16) if rank == "auto" else rank
-    lora_alpha = float(lora_rank or 0) if alpha in ("auto", None) else float(alpha)  # type: ignore[arg-type]
+    lora_alpha = float(lora_rank or 0) if alpha in ("auto", None) else float(alpha)
     lora = method == "lora"
     return Plan(
         method=method,
         rank=lora_rank if lora else None,
         alpha=lora_alpha if lora else None,
-        epochs=epochs,
+        epochs=int(epochs),
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         learning_rate=learning_rate,
-        warmup_updates=warmup_updates,
+        warmup_updates=int(warmup_updates),
         weight_decay=0.01 if weight_decay == "auto" else weight_decay,
         sequence_length=sequence_length,
         seed=seed,
@@ -200,15 +200,18 @@ def _check_settings(given: dict[str, Any]) -> None:
         if value == "auto" or (name == "rank" and value is None):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            problems.append(f"`{name}` must be 'auto' or an integer of at least {low}. Received: {value!r}")
-    for name, low in (("learning_rate", 0.0), ("weight_decay", -1e-30), ("alpha", 0.0)):
+            problems.append(
+                f"`{name}` must be 'auto' or an integer of at least {low}. Received: {value!r}"
+            )
+    floors = {"learning_rate": 0.0, "weight_decay": -1e-30, "alpha": 0.0}
+    for name, floor in floors.items():
         value = given[name]
         if value == "auto" or (name == "alpha" and value is None):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             problems.append(f"`{name}` must be 'auto' or a number. Received: {value!r}")
-        elif not low < value < math.inf:
-            problems.append(f"`{name}` must be above {max(low, 0):g}. Received: {value!r}")
+        elif not floor < value < math.inf:
+            problems.append(f"`{name}` must be above {max(floor, 0.0):g}. Received: {value!r}")
     if problems:
         raise PlanError("The plan cannot be carried out.", problems)
 
@@ -262,9 +265,8 @@ def activation_bytes(model: keras.Model, batch_size: int, length: int) -> int:
         (math.prod(n.layer.kernel.shape) // width for n in linears if n.target == "gate_proj"),
         default=4 * width,
     )
-    heads = getattr(model.backbone, "num_query_heads", None) or getattr(
-        model.backbone, "num_attention_heads", 8
-    )
+    backbone = model.backbone
+    heads = int(getattr(backbone, "num_query_heads", getattr(backbone, "num_attention_heads", 8)))
     size = 2 if model.compute_dtype in ("bfloat16", "float16") else 4
     a_token = 14 * width + 4 * feed_forward + 3 * heads * length
     return blocks * batch_size * length * a_token * size

@@ -438,8 +438,8 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
     Args:
         spec: `"auto"`; a name of `TEMPLATES`; a string with `{input}` and `{output}`; a function
             from messages to the text before the answer; or a `Template`. `"auto"` is the template
-            attached to the model, when it was tuned here; else the turn format of its generation
-            when it is an instruct model (`families.is_instruct`); else `"plain"`.
+            attached to the model, when it was tuned here; else `"plain"` when it is known to be
+            pretrained (`load` knows); else the turn format of its generation.
         model: A KerasHub Gemma `CausalLM`.
 
     Returns:
@@ -599,7 +599,8 @@ def _from_config(config: Mapping[str, Any]) -> Template:
 
 
 def _auto(model: keras.Model) -> Template:
-    if not is_instruct(model):
+    # Where nothing says, an instruct model is the likelier: small sets are tuned on them.
+    if is_instruct(model) is False:
         return PLAIN
     family = family_of(model).name
     if family == "gemma4" and not model.backbone.hidden_size_per_layer_input:

@@ -38,7 +38,6 @@ class TuningModel(keras.Model):
         BackendError: Keras keeps floats in half precision, where token ids would be rounded.
 
     Example:
-
     ```python
     gkt.enable_lora(model, rank=8)
     trainer = gkt.TuningModel(model)
@@ -152,7 +151,9 @@ def make_optimizer(
     batches = gradient_accumulation_steps
     decay = (updates - warmup_updates) * batches
     schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=learning_rate / (warmup_updates + 1) if warmup_updates else learning_rate,
+        initial_learning_rate=learning_rate / (warmup_updates + 1)
+        if warmup_updates
+        else learning_rate,
         decay_steps=decay,
         alpha=0.1,
         warmup_target=learning_rate if warmup_updates else None,
@@ -224,18 +225,18 @@ def trainable_parameters(variables: Iterable[keras.Variable]) -> int:
 def _check_floatx() -> None:
     if keras.config.floatx() != "float32":
         raise BackendError(
-            f"Keras keeps floats in {keras.config.floatx()}, where token ids above 256 are rounded.",
+            f"Keras keeps floats in {keras.config.floatx()}, where token ids are rounded.",
             next_step="Call `keras.config.set_floatx('float32')`, and load the model with "
             "`dtype='bfloat16'` if it should compute in half precision.",
         )
 
 
 def _check_trainable(model: keras.Model) -> None:
-    training = [v for v in model.trainable_variables]
+    training = list(model.trainable_variables)
     if not training:
         raise LoraError(
             "No variable of this model trains.",
-            next_step="Call `enable_lora(model)`, or set `model.trainable = True` to tune it whole.",
+            next_step="Call `enable_lora(model)`, or set `model.trainable = True`.",
         )
     if lora_config(model) is None:
         return
@@ -249,5 +250,5 @@ def _check_trainable(model: keras.Model) -> None:
         raise LoraError(
             "LoRA is on, but base weights train too (setting `trainable = True` thaws them).",
             loose,
-            "Leave `trainable` alone after `enable_lora`, or take LoRA off to tune the model whole.",
+            "Leave `trainable` alone after `enable_lora`, or call `remove_lora(model)`.",
         )

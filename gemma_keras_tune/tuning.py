@@ -192,7 +192,10 @@ def tune(
     progress = TuningProgress(plan.batches, plan.tokens * plan.epochs, disable=not verbose)
     watchers: list[keras.callbacks.Callback] = [progress, *callbacks]
     if early_stopping is not None:
-        watchers += [BestWeights(), keras.callbacks.EarlyStopping("val_loss", patience=early_stopping)]
+        watchers += [
+            BestWeights(),
+            keras.callbacks.EarlyStopping("val_loss", patience=early_stopping),
+        ]
     history = trainer.fit(
         batcher.to_dataset(),
         epochs=plan.epochs,
@@ -220,7 +223,7 @@ class BestWeights(keras.callbacks.Callback):
         loss = (logs or {}).get("val_loss")
         if loss is not None and loss < self.best:
             self.best = float(loss)
-            self._kept = [np.array(v) for v in self.model.trainable_variables]
+            self._kept = [np.asarray(v) for v in self.model.trainable_variables]
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Go back to the best weights."""
@@ -243,8 +246,9 @@ def use_compilation_cache(folder: str | None = None) -> str:
     import jax
     import platformdirs
 
-    if folder is None and jax.config.jax_compilation_cache_dir:
-        return str(jax.config.jax_compilation_cache_dir)
+    there: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if folder is None and there:
+        return there
     folder = folder or str(platformdirs.user_cache_path("gemma_keras_tune") / "jax")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -107,8 +107,13 @@ def test_other_lora_on_the_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("modules_to_save", ["embed_tokens"]),
-     ("bias", "all"), ("peft_type", "IA3")],
+    [
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["embed_tokens"]),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+    ],
 )
 def test_what_cannot_be_done_is_refused_by_name(tmp_path, key, value):
     folder = gkt.save_adapter(tuned(), tmp_path / "adapter")

@@ -88,11 +88,9 @@ def test_no_array_of_tokens_by_vocabulary_is_ever_made(train_embedding):
     shapes = jax.ShapeDtypeStruct
     program = jax.jit(
         jax.grad(
-            lambda h, e, y: (
-                token_cross_entropy(
-                    h, e, y, block_rows=block, soft_cap=5.0, train_embedding=train_embedding
-                ).losses.sum()
-            ),
+            lambda h, e, y: token_cross_entropy(
+                h, e, y, block_rows=block, soft_cap=5.0, train_embedding=train_embedding
+            ).losses.sum(),
             argnums=(0, 1),
         )
     ).lower(

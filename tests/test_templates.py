@@ -274,6 +274,7 @@ def test_names_strings_and_templates_are_understood():
     [
         *((family, False, 4, "plain") for family in FAMILIES),
         *((family, True, 4, family) for family in FAMILIES),
+        ("gemma3", None, 4, "gemma3"),
         ("gemma4", True, 0, "gemma4_no_thought"),
     ],
 )

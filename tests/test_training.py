@@ -31,8 +31,14 @@ def one_batch(model, pairs, **options):
 def step_gradients(trainer, batch):
     """Loss and gradients as Keras's own train step takes them."""
     x, y, weights = batch
-    state = [[v.value for v in group] for group in (
-        trainer.trainable_variables, trainer.non_trainable_variables, trainer.metrics_variables)]
+    state = [
+        [v.value for v in group]
+        for group in (
+            trainer.trainable_variables,
+            trainer.non_trainable_variables,
+            trainer.metrics_variables,
+        )
+    ]
 
     def loss(trainable):
         return trainer.compute_loss_and_updates(
@@ -57,7 +63,14 @@ def plain_gradients(model, pairs):
     others = [v.value for v in model.non_trainable_variables]
 
     def loss(trainable):
-        logits, _ = model.stateless_call(trainable, others, inputs)
+        if hasattr(model.backbone, "language_model"):
+            # Gemma 3n's task model holds its head as a constant, taken when it was built.
+            values = zip(model.trainable_variables, trainable, strict=True)
+            with keras.StatelessScope(state_mapping=list(values)):
+                states = model.backbone(inputs)
+                logits = model.backbone.language_model.token_embedding(states, reverse=True)
+        else:
+            logits, _ = model.stateless_call(trainable, others, inputs)
         nll = -jax.nn.log_softmax(logits.astype("float32"))
         picked = jnp.take_along_axis(nll, ids[:, 1:, None], axis=-1)[..., 0]
         return (picked * trained[:, 1:]).sum() / trained[:, 1:].sum()
@@ -88,7 +101,10 @@ def test_loss_and_gradients_equal_the_full_logits_computation(generation, method
     for variable, got in zip(trainer.trainable_variables, gradients, strict=True):
         want = by_path[variable.path]
         np.testing.assert_allclose(
-            got, want, rtol=1e-4, atol=1e-4 * max(float(jnp.abs(want).max()), 1e-3 * largest),
+            got,
+            want,
+            rtol=1e-4,
+            atol=1e-4 * max(float(jnp.abs(want).max()), 1e-3 * largest),
             err_msg=variable.path,
         )
 
@@ -102,8 +118,13 @@ def losses_after_one_update(batch_size, steps):
         keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps if steps > 1 else None)
     )
     dataset = gkt.make_dataset(
-        pairs, model, template=PLAIN, batch_size=batch_size, shuffle=False,
-        gradient_accumulation_steps=steps, sequence_length=40,
+        pairs,
+        model,
+        template=PLAIN,
+        batch_size=batch_size,
+        shuffle=False,
+        gradient_accumulation_steps=steps,
+        sequence_length=40,
     )
     trainer.fit(dataset, epochs=1, shuffle=False, verbose=0)
     return np.concatenate([get_factors(n)[1].ravel() for n in lora_linears(model)])
@@ -162,8 +183,15 @@ def test_tune_learns_by_heart_and_generate_says_it(generation):
     model = tiny(generation)
     pairs = [("part number for roll", "yes"), ("part number for cake", "no")]
     result = gkt.tune(
-        model, pairs, rank=8, epochs=60, batch_size=2, learning_rate=3e-2, template=PLAIN,
-        verbose=0, compilation_cache=False,
+        model,
+        pairs,
+        method="full",
+        epochs=120,
+        batch_size=2,
+        learning_rate=1e-2,
+        template=PLAIN,
+        verbose=0,
+        compilation_cache=False,
     )
     assert result.history["loss"][-1] < 0.5 * result.history["loss"][0]
     assert result.history["accuracy"][-1] > 0.9
@@ -178,7 +206,11 @@ def test_tune_resolves_prints_and_repeats_a_plan(capsys):
     assert plan.updates == plan.batches == 60 and plan.epochs == 12 and plan.batch_size == 4
     assert "60 updates" in capsys.readouterr().out
     again = gkt.tune(
-        tiny("gemma3"), testing.tiny_pairs(20), template=PLAIN, plan=plan, verbose=0,
+        tiny("gemma3"),
+        testing.tiny_pairs(20),
+        template=PLAIN,
+        plan=plan,
+        verbose=0,
         compilation_cache=False,
     )
     assert again.plan == plan
@@ -189,8 +221,15 @@ def test_tune_resolves_prints_and_repeats_a_plan(capsys):
 @pytest.mark.slow
 def test_validation_and_early_stopping_restore_the_best_epoch():
     result = gkt.tune(
-        tiny("gemma3"), testing.tiny_pairs(20), validation_split=0.2, early_stopping=1,
-        template=PLAIN, learning_rate=0.3, epochs=30, verbose=0, compilation_cache=False,
+        tiny("gemma3"),
+        testing.tiny_pairs(20),
+        validation_split=0.2,
+        early_stopping=1,
+        template=PLAIN,
+        learning_rate=0.3,
+        epochs=30,
+        verbose=0,
+        compilation_cache=False,
     )
     assert result.plan.pairs == 16
     losses = result.history["val_loss"]
@@ -200,15 +239,27 @@ def test_validation_and_early_stopping_restore_the_best_epoch():
 
 def test_bad_settings_are_reported_together():
     with pytest.raises(gkt.PlanError) as caught:
-        gkt.tune(tiny("gemma3"), testing.tiny_pairs(4), epochs=0, batch_size=1.5,
-                 learning_rate=-1.0, verbose=0)
+        gkt.tune(
+            tiny("gemma3"),
+            testing.tiny_pairs(4),
+            epochs=0,
+            batch_size=1.5,
+            learning_rate=-1.0,
+            verbose=0,
+        )
     assert len(caught.value.problems) == 3
 
 
 def test_a_plan_that_is_all_warm_up_is_refused():
     with pytest.raises(gkt.PlanError, match="would train nothing"):
-        gkt.tune(tiny("gemma3"), testing.tiny_pairs(4), epochs=1, batch_size=4,
-                 warmup_updates=1, verbose=0)
+        gkt.tune(
+            tiny("gemma3"),
+            testing.tiny_pairs(4),
+            epochs=1,
+            batch_size=4,
+            warmup_updates=1,
+            verbose=0,
+        )
 
 
 def test_early_stopping_without_validation_is_refused():
