@@ -1,0 +1,182 @@
+"""Pairs to batches: token ids, masks, shapes, order, limits."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gemma_keras_tune as gkt
+from gemma_keras_tune import pipeline, testing
+from gemma_keras_tune.pipeline import (
+    Batcher,
+    TokenizedPairs,
+    choose_shapes,
+    make_batcher,
+    tokenize_pairs,
+)
+
+PLAIN = "{input}\n{output}"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return testing.tiny_model()
+
+
+def rows(lengths, responses):
+    """Rows of ids 10, 11, …, whose last tokens are trained."""
+    ids, trained = [], []
+    for length, response in zip(lengths, responses, strict=True):
+        ids += list(range(10, 11 + length))
+        trained += [False] * (length + 1 - response) + [True] * response
+    offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths) + 1)])
+    return TokenizedPairs(
+        np.asarray(ids, np.int32), np.asarray(trained), offsets, np.arange(1, 1 + len(lengths))
+    )
+
+
+def test_a_row_in_aligned_columns():
+    tokens = rows([4, 2], [2, 1])
+    batcher = Batcher(tokens, choose_shapes(tokens.lengths, tokens.response_lengths, 2), 0)
+    batcher.shuffle = False
+    x, labels, weights = next(batcher.arrays(0))
+    by_length = np.argsort(-x["padding_mask"].sum(axis=1))
+    # inputs  10 11 12 13      10 11
+    # labels  .  .  13 14      .  12
+    assert x["token_ids"][by_length].tolist() == [
+        [10, 11, 12, 13, 0, 0, 0, 0],
+        [10, 11, 0, 0, 0, 0, 0, 0],
+    ]
+    assert x["padding_mask"][by_length].sum(axis=1).tolist() == [4, 2]
+    live = weights > 0
+    seen = x["token_ids"].reshape(-1)[x["positions"][live]]
+    pairs = sorted(zip(seen.tolist(), labels[live].tolist(), strict=True))
+    assert pairs == [(11, 12), (12, 13), (13, 14)]
+    np.testing.assert_allclose(weights[live], 1 / 3)
+
+
+def test_the_last_label_is_the_stop_token_and_the_prompt_carries_none(model):
+    tokens = tokenize_pairs([("part number", "yes")], model, template=PLAIN)
+    ids, trained = tokens.row(0)
+    tokenizer = model.preprocessor.tokenizer
+    assert ids[0] == tokenizer.start_token_id
+    assert trained[-1] and tokenizer.id_to_token(int(ids[-1])) == "<eos>"
+    text = "".join(tokenizer.id_to_token(int(i)) for i in ids[trained][:-1])
+    assert text == "yes"
+    assert not trained[: len(ids) - int(trained.sum())].any()
+
+
+lengths_and_answers = st.lists(
+    st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    min_size=1,
+    max_size=80,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_and_answers, st.integers(1, 9), st.integers(1, 4), st.booleans())
+def test_every_row_comes_once_an_epoch_and_every_batch_fits(sizes, batch_size, steps, shuffle):
+    lengths, responses = zip(*sizes, strict=True)
+    tokens = rows(lengths, responses)
+    shapes = choose_shapes(tokens.lengths, tokens.response_lengths, batch_size)
+    assert 1 <= len(shapes) <= pipeline.MAX_SHAPES
+    batcher = Batcher(tokens, shapes, 0, shuffle=shuffle, gradient_accumulation_steps=steps)
+    for epoch in range(2):
+        batches = batcher.epoch(epoch)
+        assert len(batches) == batcher.batches_per_epoch and len(batches) % steps == 0
+        seen = np.concatenate([b for _, b in batches])
+        assert sorted(seen.tolist()) == list(range(len(tokens)))
+        for shape, batch in batches:
+            assert len(batch) <= shape.batch_size
+            assert (tokens.lengths[batch] <= shape.length).all()
+            assert tokens.response_lengths[batch].sum() <= shape.positions
+        weights = [w for _, _, w in batcher.arrays(epoch)]
+        for start in range(0, len(weights), steps):
+            total = sum(w.sum() for w in weights[start : start + steps]) / steps
+            assert total == pytest.approx(1.0, rel=1e-5)
+
+
+def test_order_is_seeded_and_changes_with_the_epoch():
+    tokens = rows([8] * 64, [3] * 64)
+    shapes = choose_shapes(tokens.lengths, tokens.response_lengths, 8)
+
+    def order(seed, epoch):
+        return np.concatenate([b for _, b in Batcher(tokens, shapes, 0, seed=seed).epoch(epoch)])
+
+    assert order(0, 0).tolist() == order(0, 0).tolist()
+    assert order(0, 0).tolist() != order(0, 1).tolist()
+    assert order(0, 0).tolist() != order(1, 0).tolist()
+
+
+def test_a_thousand_mixed_rows_make_at_most_four_programs_and_little_padding():
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(4, 0.6, 1000), 8, 400).astype(int)
+    tokens = rows(lengths, np.maximum(1, lengths // 3))
+    shapes = choose_shapes(tokens.lengths, tokens.response_lengths, 8)
+    assert 2 <= len(shapes) <= 4
+    batcher = Batcher(tokens, shapes, 0)
+    fed = sum(s.batch_size * s.length for s, _ in batcher.epoch(0))
+    assert tokens.lengths.sum() / fed > 0.65
+    assert tokens.lengths.mean() / tokens.lengths.max() < 0.2  # what one shape would give
+
+
+def test_the_dataset_gives_the_next_epoch_each_time(model):
+    dataset = gkt.make_dataset(testing.tiny_pairs(40), model, template=PLAIN, batch_size=4)
+    first, second = ([y.numpy().tolist() for _, y, _ in dataset] for _ in range(2))
+    assert len(first) == len(second) == int(dataset.cardinality())
+    assert first != second
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
+
+
+def test_long_rows_are_reported_dropped_or_cut(model):
+    pairs = [("a", "yes"), ("b" * 50, "no"), ("c", "d" * 50)]
+    with pytest.raises(gkt.PairsError) as caught:
+        gkt.make_dataset(pairs, model, template=PLAIN, sequence_length=20)
+    assert [p.split(":")[0] for p in caught.value.problems] == ["row 2", "row 3"]
+    limits = {"template": PLAIN, "max_length": 20}
+    dropped = tokenize_pairs(pairs, model, overlong="drop", **limits)
+    assert dropped.dropped == (2, 3) and len(dropped) == 1
+    with pytest.raises(gkt.PairsError, match="no answer left") as caught:
+        tokenize_pairs(pairs, model, overlong="truncate", **limits)
+    assert "row 2" in caught.value.problems[0]
+    cut = tokenize_pairs([pairs[0], pairs[2]], model, overlong="truncate", **limits)
+    assert cut.truncated == (2,) and cut.lengths.max() == 20
+    with pytest.raises(gkt.PairsError, match="'error', 'drop' or 'truncate'"):
+        tokenize_pairs(pairs, model, overlong="cut", **limits)
+
+
+def test_all_bad_rows_are_reported_before_any_work(model):
+    with pytest.raises(gkt.PairsError) as caught:
+        gkt.make_dataset([("a", "b"), ("c", ""), ("d", None)], model, template=PLAIN)
+    assert "row 2" in str(caught.value) and "row 3" in str(caught.value)
+
+
+def test_sizes_that_are_no_sizes_are_refused(model):
+    tokens = tokenize_pairs(testing.tiny_pairs(2), model, template=PLAIN)
+    with pytest.raises(gkt.PlanError) as caught:
+        make_batcher(tokens, model, batch_size=0, sequence_length=2.5)
+    assert len(caught.value.problems) == 2
+
+
+def test_large_sets_are_spooled_to_disk(model, monkeypatch):
+    pairs = testing.tiny_pairs(50)
+    held = tokenize_pairs(pairs, model, template=PLAIN)
+    monkeypatch.setattr(pipeline, "SPOOL_BYTES", 100)
+    monkeypatch.setattr(pipeline, "_ROWS_AT_ONCE", 8)
+    spooled = tokenize_pairs(pairs, model, template=PLAIN)
+    assert isinstance(spooled.ids, np.memmap) and not isinstance(held.ids, np.memmap)
+    for index in range(50):
+        for got, want in zip(spooled.row(index), held.row(index), strict=True):
+            np.testing.assert_array_equal(got, want)
+    first = next(make_batcher(spooled, model).arrays(0))
+    np.testing.assert_array_equal(first[1], next(make_batcher(held, model).arrays(0))[1])
+
+
+def test_preview_shows_ids_and_what_is_trained(model):
+    shown = gkt.preview([("a", "yes")], model, template=PLAIN)
+    row = shown.rows[0]
+    assert "«yes<eos>»" in str(shown)
+    assert row.trained[-1] and not row.trained[0]
+    assert "<script>" not in gkt.preview([("<script>", "y")], model, template=PLAIN)._repr_html_()
