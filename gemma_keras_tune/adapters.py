@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.errors import AdapterError
-from gemma_keras_tune.families import Linear, family_of, fingerprint, origin_of
+from gemma_keras_tune.families import Linear, family_of, fingerprint, is_instruct, origin_of
 from gemma_keras_tune.lora import (
     LoraConfig,
     enable_lora,
@@ -163,6 +163,9 @@ def _record(model: keras.Model, folder: pathlib.Path) -> None:
         "generation": family_of(model).name,
         "base_fingerprint": fingerprint(model),
     }
+    instruct = is_instruct(model)
+    if instruct is not None:
+        entries["instruct"] = instruct
     if template is not None:
         entries["template"] = template.to_config()
         entries["stop_tokens"] = list(template.stop_tokens)

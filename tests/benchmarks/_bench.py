@@ -1,0 +1,95 @@
+"""What the benchmarks share: the pairs, the peers at their documented settings, and the table."""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import platform
+import random
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+
+import gemma_keras_tune as gkt
+
+MODEL = "package://gemma3_270m"
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs in an epoch")
+    return parser.parse_args()
+
+
+def short_pairs(count: int) -> list[tuple[str, str]]:
+    """Questions for part numbers: about 10 tokens of prompt and 13 of answer."""
+    draw = random.Random(0)
+    cars = ("A4", "Golf", "Polo", "Passat", "Octavia", "Leon")
+    parts = ("brake caliper", "oil filter", "air filter", "clutch", "door handle", "wiper arm")
+    return [
+        (
+            f"Part number for {draw.choice(cars)} {draw.choice(parts)} {i}",
+            f"{draw.randrange(10)}E{draw.randrange(10)}-{draw.randrange(1000):03d}"
+            f"-{draw.randrange(1000):03d}",
+        )
+        for i in range(count)
+    ]
+
+
+def kerashub_recipe(length: int) -> keras.Model:
+    """KerasHub's documented LoRA recipe: rank 4, AdamW 5e-5, all logits over the padded length."""
+    model = gkt.load(MODEL)
+    model.backbone.enable_lora(rank=4)
+    model.preprocessor.sequence_length = length
+    optimizer = keras.optimizers.AdamW(learning_rate=5e-5, weight_decay=0.01)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer=optimizer,
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
+        sampler="greedy",
+    )
+    return model
+
+
+def ours(model: keras.Model) -> gkt.TuningModel:
+    """The same LoRA, rank 4 on query and value, with the same optimizer."""
+    gkt.enable_lora(model, 4, targets=["q_proj", "v_proj"], verbose=0)
+    trainer = gkt.TuningModel(model)
+    trainer.compile(gkt.make_optimizer(5e-5, updates=1000, weight_decay=0.01))
+    return trainer
+
+
+def state_of(trainer: keras.Model) -> tuple[list[Any], ...]:
+    """The variables a Keras train step takes and gives back."""
+    trainer.optimizer.build(trainer.trainable_variables)
+    groups = (
+        trainer.trainable_variables,
+        trainer.non_trainable_variables,
+        trainer.optimizer.variables,
+        trainer.metrics_variables,
+    )
+    return tuple([v.value for v in group] for group in groups)
+
+
+def forget() -> None:
+    """Let go of a model before the next one is loaded."""
+    keras.utils.clear_session(free_memory=True)
+    gc.collect()
+
+
+def report(title: str, lines: list[str], figures: dict[str, Any], path: Any) -> None:
+    """Print the table and the machine, and write the figures."""
+    import jax
+
+    machine = f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
+    print(f"\n{title}\n{machine}, {jax.devices()[0].device_kind}, jax {jax.__version__}, keras "
+          f"{keras.__version__}, numpy {np.__version__}")  # fmt: skip
+    print("\n".join(lines))
+    if path:
+        path.write_text(json.dumps({**figures, "machine": machine}, indent=2) + "\n")
