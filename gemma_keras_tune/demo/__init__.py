@@ -22,7 +22,7 @@ MODEL = "package://gemma3_270m"
 FOLDER = importlib.resources.files(__name__)
 MAX_NEW_TOKENS = 128
 # `tune` alone would take more, smaller steps. These answers repeat one structure and bear a higher
-# rate; rate and epochs were chosen by leaving pairs out of the 24, not by the held-out e-mails.
+# rate, chosen by leaving pairs out of the 24; the epochs were cut from six to spare time.
 RECIPE: dict[str, Any] = {"rank": 8, "batch_size": 4, "epochs": 4, "learning_rate": 1e-3}
 
 
