@@ -29,7 +29,7 @@ from gemma_keras_tune.errors import (
     PlanError,
     TemplateError,
 )
-from gemma_keras_tune.generation import generate
+from gemma_keras_tune.generation import Answer, generate, generate_answers
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import (
     LoraConfig,
@@ -58,6 +58,7 @@ from gemma_keras_tune.tuning import TuneResult, tune
 
 __all__ = [
     "AdapterError",
+    "Answer",
     "BackendError",
     "EvaluationError",
     "ExportError",
@@ -81,6 +82,7 @@ __all__ = [
     "TuningModel",
     "enable_lora",
     "generate",
+    "generate_answers",
     "get_template",
     "load",
     "load_adapter",
