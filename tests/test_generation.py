@@ -306,5 +306,5 @@ def test_real_model_writes_as_kerashub():
     rows = [encoder.encode([Segment(prompt, False)])[0] for prompt in prompts]
     for row, written in zip(rows, ids(model, rows, max_new_tokens=24), strict=True):
         np.testing.assert_array_equal(written, stock_ids(model, row, new_tokens=24))
-    answer = generate(model, prompts[0], max_new_tokens=4, template="{input}{output}")
-    assert "Paris" in answer
+    answer = generate(model, prompts[3], max_new_tokens=6, template="{input}{output}")
+    assert "5" in answer
