@@ -223,7 +223,8 @@ class BestWeights(keras.callbacks.Callback):
         loss = (logs or {}).get("val_loss")
         if loss is not None and loss < self.best:
             self.best = float(loss)
-            self._kept = [np.asarray(v) for v in self.model.trainable_variables]
+            # A copy: the next step takes the arrays back and writes over them.
+            self._kept = [np.asarray(v).copy() for v in self.model.trainable_variables]
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Go back to the best weights."""
