@@ -539,7 +539,11 @@ class Batcher:
             lambda: self.arrays(next(epochs)), output_signature=signature
         )
         counted = dataset.apply(tf.data.experimental.assert_cardinality(self.batches_per_epoch))
-        return counted.prefetch(2)
+        # With nothing to tune here, TensorFlow's tuning thread only holds up the end of an epoch: it
+        # sleeps in ever longer naps, and an iterator is not let go before its thread wakes up.
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return counted.prefetch(2).with_options(options)
 
 
 def make_batcher(
