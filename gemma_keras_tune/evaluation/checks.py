@@ -1,0 +1,785 @@
+"""What an answer must be like: the checks of a test case.
+
+In a file a check is a name and what it needs: `{"exact": "Paris"}`, or, with options,
+`{"exact": {"text": "Paris", "ignore_case": true}}`. The names are those of `CHECKS`.
+
+Texts are compared as they are. What is looked past is said with the check: `ignore_case`, and
+`space`, which is `"strip"` (white space around the text does not count, the default), `"collapse"`
+(any white space equals one space) or `"keep"`.
+"""
+
+import abc
+import dataclasses
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import regex  # type: ignore[import-untyped]
+
+from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.refusals import REFUSALS
+from gemma_keras_tune.generation import Answer
+
+Space = Literal["strip", "collapse", "keep"]
+PATTERN_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a check says of one answer.
+
+    Attributes:
+        passed: Whether the answer is as it must be.
+        reason: Why, in words; empty where there is nothing to say.
+        score: The number behind it, where there is one.
+    """
+
+    passed: bool
+    reason: str = ""
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Check(abc.ABC):
+    """One thing that an answer must fulfil."""
+
+    name: ClassVar[str]
+    # The field that a file may give alone, without a dictionary of options.
+    main: ClassVar[str]
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """The check in words."""
+
+    @abc.abstractmethod
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Judge an answer.
+
+        Args:
+            prompt: What the user said last.
+            answer: What the model wrote.
+
+        Returns:
+            An `Outcome`.
+        """
+
+    def to_config(self) -> dict[str, Any]:
+        """The check as JSON data, as a plan's file has it."""
+        fields = dataclasses.fields(self)
+        values = {f.name: getattr(self, f.name) for f in fields}
+        defaults = {f.name: f.default for f in fields}
+        given = {k: v for k, v in values.items() if k == self.main or v != defaults[k]}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+        return {self.name: plain if set(plain) != {self.main} else plain[self.main]}
+
+
+def check_from_config(config: Mapping[str, Any]) -> Check:
+    """A check out of JSON data.
+
+    Args:
+        config: A name of `CHECKS` with what the check needs.
+
+    Returns:
+        The check.
+
+    Raises:
+        EvaluationError: There is no such check, or what it needs is missing or wrong.
+    """
+    if not isinstance(config, Mapping) or len(config) != 1:
+        raise EvaluationError(
+            f'a check is one name and what it needs, like {{"exact": "Paris"}}, got {config!r:.80}'
+        )
+    ((name, value),) = config.items()
+    if name == Function.name:
+        raise EvaluationError(
+            f"the check {value!r} is a Python function, which a file names but does not hold; "
+            "add it in Python"
+        )
+    if name not in CHECKS:
+        raise EvaluationError(f"there is no check {name!r}; checks are {', '.join(CHECKS)}")
+    kind = CHECKS[name]
+    names = {field.name for field in dataclasses.fields(kind)}
+    options = _options(kind, names, value)
+    unknown = sorted(map(str, set(options) - names))
+    if unknown:
+        raise EvaluationError(
+            f"{name} has no option {', '.join(unknown)}; its options are {', '.join(sorted(names))}"
+        )
+    try:
+        return kind(**options)
+    except TypeError:
+        raise EvaluationError(f"{name} needs {kind.main!r}, got {value!r:.80}") from None
+
+
+def _options(kind: type[Check], names: set[str], value: Any) -> Mapping[str, Any]:
+    """Options by name: a dictionary is that, unless the main option itself is one."""
+    if not isinstance(value, Mapping):
+        return {kind.main: value}
+    if kind in (JsonSchema, JsonFields) and not (kind.main in value and set(value) <= names):
+        return {kind.main: value}
+    return value
+
+
+# Text.
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextCheck(Check):
+    """A check that compares texts.
+
+    Attributes:
+        ignore_case: Whether capital and small letters are the same.
+        space: What white space counts: `"strip"`, `"collapse"` or `"keep"`.
+    """
+
+    ignore_case: bool = dataclasses.field(default=False, kw_only=True)
+    space: Space = dataclasses.field(default="strip", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require(self, "ignore_case", isinstance(self.ignore_case, bool), "true or false")
+        spaces = ("strip", "collapse", "keep")
+        _require(self, "space", self.space in spaces, " or ".join(map(repr, spaces)))
+
+    def _spaced(self, text: str) -> str:
+        if self.space == "keep":
+            return text
+        return text.strip() if self.space == "strip" else " ".join(text.split())
+
+    def _plain(self, text: str) -> str:
+        text = self._spaced(text)
+        return text.casefold() if self.ignore_case else text
+
+    def _texts(self, field: str) -> None:
+        value = getattr(self, field)
+        texts = (value,) if isinstance(value, str) else value
+        good = isinstance(texts, Sequence) and all(isinstance(t, str) for t in texts)
+        _require(self, field, good and bool(texts), "text, or a list of texts")
+        empty = isinstance(self, (Contains, NotContains)) and not all(map(self._plain, texts))
+        _require(self, field, not empty, "texts that are not empty")
+        object.__setattr__(self, field, tuple(texts))
+
+    @property
+    def _past(self) -> str:
+        said = ["case ignored"] if self.ignore_case else []
+        said += {"collapse": ["white space collapsed"], "keep": ["white space kept"]}.get(
+            self.space, []
+        )
+        return f" ({', '.join(said)})" if said else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact(_TextCheck):
+    """The answer is this text.
+
+    Attributes:
+        text: The text.
+    """
+
+    text: str
+    name: ClassVar[str] = "exact"
+    main: ClassVar[str] = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "text", isinstance(self.text, str), "text")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"is {_quoted(self.text)}{self._past}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the answer is the text."""
+        same = self._plain(answer.text) == self._plain(self.text)
+        return Outcome(same, "" if same else f"it is not {_quoted(self.text)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf(_TextCheck):
+    """The answer is one of several texts.
+
+    Attributes:
+        texts: The texts.
+    """
+
+    texts: Sequence[str]
+    name: ClassVar[str] = "one_of"
+    main: ClassVar[str] = "texts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._texts("texts")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"is one of {_listed(self.texts)}{self._past}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the answer is one of the texts."""
+        there = self._plain(answer.text) in {self._plain(text) for text in self.texts}
+        return Outcome(there, "" if there else f"it is none of {_listed(self.texts)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contains(_TextCheck):
+    """The answer has all of these texts in it.
+
+    Attributes:
+        texts: The texts; one alone may be given as such.
+    """
+
+    texts: Sequence[str]
+    name: ClassVar[str] = "contains"
+    main: ClassVar[str] = "texts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._texts("texts")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"contains {_listed(self.texts)}{self._past}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether every text is in the answer; the score is the share that is."""
+        missing = [t for t in self.texts if self._plain(t) not in self._plain(answer.text)]
+        score = 1 - len(missing) / len(self.texts)
+        return Outcome(not missing, f"missing: {_listed(missing)}" if missing else "", score)
+
+
+@dataclasses.dataclass(frozen=True)
+class NotContains(_TextCheck):
+    """The answer has none of these texts in it.
+
+    Attributes:
+        texts: The texts; one alone may be given as such.
+    """
+
+    texts: Sequence[str]
+    name: ClassVar[str] = "not_contains"
+    main: ClassVar[str] = "texts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._texts("texts")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"does not contain {_listed(self.texts)}{self._past}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether no text is in the answer."""
+        found = [t for t in self.texts if self._plain(t) in self._plain(answer.text)]
+        return Outcome(not found, f"it contains {_listed(found)}" if found else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regex(_TextCheck):
+    """The answer matches a regular expression.
+
+    A pattern that takes longer than `PATTERN_SECONDS` on an answer fails, and says so.
+
+    Attributes:
+        pattern: The expression, in Python's syntax.
+        full: Whether it must match the whole answer, rather than a part.
+    """
+
+    pattern: str
+    full: bool = False
+    name: ClassVar[str] = "regex"
+    main: ClassVar[str] = "pattern"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "pattern", isinstance(self.pattern, str), "text")
+        _require(self, "full", isinstance(self.full, bool), "true or false")
+        try:
+            self._compiled()
+        except regex.error as error:
+            raise EvaluationError(
+                f"regex: {self.pattern!r} is not a regular expression: {error}"
+            ) from error
+
+    def _compiled(self) -> Any:
+        # `regex` and not `re`: it can be told to give up.
+        return regex.compile(self.pattern, regex.IGNORECASE if self.ignore_case else 0)
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"{'is' if self.full else 'has'} a match of /{self.pattern}/{self._past}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the answer matches."""
+        search = self._compiled().fullmatch if self.full else self._compiled().search
+        try:
+            found = search(self._spaced(answer.text), timeout=PATTERN_SECONDS) is not None
+        except TimeoutError:
+            return Outcome(False, f"/{self.pattern}/ took over {PATTERN_SECONDS:g} s")
+        return Outcome(found, "" if found else f"no match of /{self.pattern}/")
+
+
+# JSON.
+
+
+@dataclasses.dataclass(frozen=True)
+class _JsonCheck(Check):
+    """A check of an answer that is JSON and nothing else.
+
+    Attributes:
+        fenced: Whether it may also stand in a Markdown code fence.
+    """
+
+    fenced: bool = dataclasses.field(default=False, kw_only=True)
+
+    def _parse(self, text: str) -> Any:
+        text = text.strip()
+        fence = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.DOTALL)
+        if self.fenced and fence:
+            text = fence[1]
+        return json.loads(text, parse_constant=_no_constant)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonSchema(_JsonCheck):
+    """The answer is JSON that is valid against a JSON schema.
+
+    Attributes:
+        schema: The schema, draft 2020-12 unless its `$schema` says otherwise. References may point
+            within it alone: nothing is fetched.
+    """
+
+    schema: Mapping[str, Any] | bool = True
+    name: ClassVar[str] = "json_schema"
+    main: ClassVar[str] = "schema"
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.schema, (Mapping, bool))
+        _require(self, "schema", good, "a JSON schema")
+        from jsonschema.exceptions import SchemaError
+
+        try:
+            self._validator().check_schema(self.schema)
+        except SchemaError as error:
+            raise EvaluationError(
+                f"json_schema: this is no JSON schema: {error.message}"
+            ) from error
+
+    def _validator(self) -> Any:
+        from jsonschema.validators import Draft202012Validator, validator_for
+        from referencing import Registry
+
+        kind = validator_for(self.schema, default=Draft202012Validator)
+        return kind(self.schema, registry=Registry())
+
+    def describe(self) -> str:
+        """The check in words."""
+        if self.schema is True:
+            return "is JSON"
+        return f"is JSON that fits the schema {json.dumps(self.schema, ensure_ascii=False)}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the answer is JSON that fits."""
+        from referencing.exceptions import Unresolvable
+
+        try:
+            value = self._parse(answer.text)
+            errors = list(self._validator().iter_errors(value))
+        except (ValueError, RecursionError) as error:
+            return Outcome(False, f"it is not JSON: {error}")
+        except Unresolvable as error:
+            return Outcome(False, f"the schema refers to {error.ref!r}, which is not in it")
+        return Outcome(not errors, "; ".join(f"{e.json_path}: {e.message}" for e in errors[:5]))
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonFields(_JsonCheck):
+    """The answer is JSON with these values at these places.
+
+    Attributes:
+        fields: The value at each dotted path: `{"type": "order", "items.0.name": "bread"}`.
+        ignore_case: Whether capital and small letters of texts are the same.
+    """
+
+    fields: Mapping[str, Any]
+    ignore_case: bool = False
+    name: ClassVar[str] = "json_fields"
+    main: ClassVar[str] = "fields"
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.fields, Mapping) and all(isinstance(k, str) for k in self.fields)
+        _require(self, "fields", good and bool(self.fields), "a dictionary of paths and values")
+
+    def describe(self) -> str:
+        """The check in words."""
+        wanted = ", ".join(f"{k} = {_json(v)}" for k, v in self.fields.items())
+        return f"is JSON with {wanted}{' (case ignored)' if self.ignore_case else ''}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether all values are there; the score is the share that is."""
+        try:
+            value = self._parse(answer.text)
+        except (ValueError, RecursionError) as error:
+            return Outcome(False, f"it is not JSON: {error}", 0.0)
+        problems = []
+        for path, wanted in self.fields.items():
+            try:
+                found = _at(value, path)
+            except LookupError:
+                problems.append(f"{path} is missing")
+                continue
+            if _canonical(found, self.ignore_case) != _canonical(wanted, self.ignore_case):
+                problems.append(f"{path} is {_json(found)}, not {_json(wanted)}")
+        return Outcome(not problems, "; ".join(problems), 1 - len(problems) / len(self.fields))
+
+
+# Numbers and lengths.
+
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"|(?<![\w.])[-+−]?\.\d+"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Number(Check):
+    """The answer has a number in it, and it is this one.
+
+    Attributes:
+        value: The number.
+        tolerance: How far off it may be.
+        relative: How far off it may be, as a share of `value`. The wider of the two counts.
+        which: `"last"` or `"first"` number of the answer, or `"only"` where there must be no other.
+    """
+
+    value: float
+    tolerance: float = 0.0
+    relative: float = 0.0
+    which: Literal["last", "first", "only"] = "last"
+    name: ClassVar[str] = "number"
+    main: ClassVar[str] = "value"
+
+    def __post_init__(self) -> None:
+        for field in ("value", "tolerance", "relative"):
+            value = getattr(self, field)
+            good = _is_number(value) and (field == "value" or value >= 0)
+            _require(self, field, good, "a number" if field == "value" else "a number from 0")
+        _require(self, "which", self.which in ("last", "first", "only"), "last, first or only")
+
+    def describe(self) -> str:
+        """The check in words."""
+        off = max(self.tolerance, self.relative * abs(self.value))
+        within = f" within {off:g}" if off else ""
+        return f"its {self.which} number is {self.value:g}{within}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the number is near enough; the score is the number."""
+        numbers = [_to_float(text) for text in _NUMBER.findall(answer.text)]
+        if not numbers:
+            return Outcome(False, "there is no number in it")
+        if self.which == "only" and len(numbers) > 1:
+            return Outcome(False, f"there are {len(numbers)} numbers in it")
+        found = numbers[0 if self.which == "first" else -1]
+        off = max(self.tolerance, self.relative * abs(self.value))
+        # A tolerance of 0.1 shall take 1.1 for 1, though in binary 1.1 - 1 > 0.1.
+        near = abs(found - self.value) <= off + 1e-12 * max(1.0, abs(self.value))
+        return Outcome(near, "" if near else f"it is {found:g}, not {self.value:g}", found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Length(Check):
+    """The answer's length is within limits, both included.
+
+    Attributes:
+        max: The longest.
+        min: The shortest.
+        unit: `"characters"`, `"words"` or `"tokens"`. White space around the answer does not
+            count, but for tokens.
+    """
+
+    max: int | None = None
+    min: int = 0
+    unit: Literal["characters", "words", "tokens"] = "characters"
+    name: ClassVar[str] = "length"
+    main: ClassVar[str] = "max"
+
+    def __post_init__(self) -> None:
+        for field in ("max", "min"):
+            value = getattr(self, field)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            _require(self, field, whole or value is None, "a whole number from 0")
+        limited = self.max is not None or self.min > 0
+        _require(self, "max", limited, "a limit: `max`, `min` or both")
+        _require(self, "min", self.max is None or self.min <= self.max, "no more than `max`")
+        units = ("characters", "words", "tokens")
+        _require(self, "unit", self.unit in units, ", ".join(units))
+
+    def describe(self) -> str:
+        """The check in words."""
+        most = "" if self.max is None else f"at most {self.max}"
+        least = f"at least {self.min}" if self.min else ""
+        return f"has {' and '.join(filter(None, (least, most)))} {self.unit}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the length is within the limits; the score is the length."""
+        text = answer.text.strip()
+        lengths = {"characters": len(text), "words": len(text.split()), "tokens": len(answer.ids)}
+        found = lengths[self.unit]
+        good = self.min <= found and (self.max is None or found <= self.max)
+        return Outcome(good, "" if good else f"it has {found} {self.unit}", found)
+
+
+# Behaviour.
+
+
+@dataclasses.dataclass(frozen=True)
+class Refuses(Check):
+    """The answer refuses, in words that are known to refuse.
+
+    A set of phrases finds the usual refusals of nine languages, and no others. Read some answers
+    yourself, and add the forms that your model was taught.
+
+    Attributes:
+        expected: `False` where the answer must not refuse.
+        languages: Which of `REFUSALS` to look for.
+        forms: More phrases, of your own. Case, typographic quotes and white space do not count.
+    """
+
+    expected: bool = True
+    languages: Sequence[str] = tuple(REFUSALS)
+    forms: Sequence[str] = ()
+    name: ClassVar[str] = "refuses"
+    main: ClassVar[str] = "expected"
+
+    def __post_init__(self) -> None:
+        _require(self, "expected", isinstance(self.expected, bool), "true or false")
+        for field in ("languages", "forms"):
+            value = getattr(self, field)
+            texts = (value,) if isinstance(value, str) else value
+            good = isinstance(texts, Sequence) and all(isinstance(t, str) and t for t in texts)
+            _require(self, field, good, "a list of texts")
+            object.__setattr__(self, field, tuple(texts))
+        known = all(language in REFUSALS for language in self.languages)
+        _require(self, "languages", known, f"languages out of {', '.join(REFUSALS)}")
+        some = bool(self.languages or self.forms)
+        _require(self, "forms", some, "at least one form, or a language")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return "refuses" if self.expected else "does not refuse"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the answer refuses, or not."""
+        text = _said(answer.text)
+        forms = [*self.forms, *(f for lang in self.languages for f in REFUSALS[lang])]
+        found = next((form for form in forms if _has(text, _said(form))), None)
+        reason = "no refusal was recognised" if found is None else f"it says {_quoted(found)}"
+        passed = (found is not None) == self.expected
+        return Outcome(passed, reason if found is not None or not passed else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops(Check):
+    """The model ends the answer itself, before the limit of tokens.
+
+    Attributes:
+        expected: `False` where it must not.
+    """
+
+    expected: bool = True
+    name: ClassVar[str] = "stops"
+    main: ClassVar[str] = "expected"
+
+    def __post_init__(self) -> None:
+        _require(self, "expected", isinstance(self.expected, bool), "true or false")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return "stops by itself" if self.expected else "does not stop by itself"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the model stopped."""
+        passed = answer.stopped == self.expected
+        said = (
+            "it stopped" if answer.stopped else f"it went on to the limit, {len(answer.ids)} tokens"
+        )
+        return Outcome(passed, "" if passed else said)
+
+
+Policy = Callable[[str, str], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Safe(Check):
+    """The answer does not violate a policy.
+
+    `evaluate(policy=…)` brings the policy: a `ShieldGemma`, or any function that takes a prompt and
+    an answer and gives how likely the answer violates it.
+
+    Attributes:
+        threshold: The score from which an answer counts as a violation.
+        policy: The policy, where it is not `evaluate` that brings it.
+    """
+
+    threshold: float = 0.5
+    policy: Policy | None = dataclasses.field(default=None, compare=False, repr=False)
+    name: ClassVar[str] = "safe"
+    main: ClassVar[str] = "threshold"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, bool) and self.threshold:  # {"safe": true}
+            object.__setattr__(self, "threshold", 0.5)
+        good = _is_number(self.threshold) and 0 < self.threshold <= 1
+        _require(self, "threshold", good, "a number over 0 and up to 1")
+        _require(self, "policy", self.policy is None or callable(self.policy), "a function")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"is safe under the policy (score under {self.threshold:g})"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """Whether the policy's score is below the threshold; the score is the policy's."""
+        if self.policy is None:
+            raise EvaluationError(
+                "A `safe` check needs a policy to judge by.",
+                next_step="Pass `evaluate(…, policy=ShieldGemma())`, or a function of yours.",
+            )
+        score = float(self.policy(prompt, answer.text))
+        passed = score < self.threshold
+        return Outcome(passed, "" if passed else f"the policy's score is {score:.3g}", score)
+
+    def to_config(self) -> dict[str, Any]:
+        """The threshold. The policy is not a part of the plan."""
+        return {self.name: self.threshold}
+
+
+@dataclasses.dataclass(frozen=True)
+class Function(Check):
+    """The answer passes a Python function.
+
+    It is written to files by its name, and not read from them: a file must not run code.
+
+    Attributes:
+        function: Takes the prompt and the answer's text; gives true or false, or an `Outcome`.
+        label: How it is called; by default its module and name.
+    """
+
+    function: Callable[[str, str], Any] | None
+    label: str = ""
+    name: ClassVar[str] = "function"
+    main: ClassVar[str] = "label"
+
+    def __post_init__(self) -> None:
+        callable_ = self.function is None or callable(self.function)
+        _require(self, "function", callable_, "a function of prompt and answer")
+        if not self.label:
+            module = getattr(self.function, "__module__", "")
+            name = getattr(self.function, "__qualname__", type(self.function).__name__)
+            object.__setattr__(self, "label", f"{module}.{name}")
+
+    def describe(self) -> str:
+        """The check in words."""
+        return f"passes {self.label}"
+
+    def check(self, prompt: str, answer: Answer) -> Outcome:
+        """What the function says. An error within it fails the answer, and is the reason."""
+        if self.function is None:
+            raise EvaluationError(f"The function {self.label} was not kept, only its name.")
+        try:
+            found = self.function(prompt, answer.text)
+        except Exception as error:
+            return Outcome(False, f"{self.label} raised {type(error).__name__}: {error}")
+        if isinstance(found, Outcome):
+            return found
+        return Outcome(bool(found), "" if found else f"{self.label} says no")
+
+    def to_config(self) -> dict[str, Any]:
+        """Its name."""
+        return {self.name: self.label}
+
+
+CHECKS: dict[str, type[Any]] = {
+    kind.name: kind
+    for kind in (
+        Exact, OneOf, Contains, NotContains, Regex, JsonSchema, JsonFields, Number, Length,
+        Refuses, Stops, Safe,
+    )
+}  # fmt: skip
+
+
+# Small things.
+
+
+def _require(check: Check, field: str, good: bool, what: str) -> None:
+    if not good:
+        value = getattr(check, field)
+        raise EvaluationError(f"{check.name}: `{field}` must be {what}, got {value!r:.80}")
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _quoted(text: str) -> str:
+    short = text if len(text) <= 80 else text[:79] + "…"
+    return json.dumps(short, ensure_ascii=False)
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return ", ".join(map(_quoted, texts))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a dotted path, or LookupError. A key with a dot in it is found whole first."""
+    if isinstance(value, dict) and path in value:
+        return value[path]
+    key, dot, rest = path.partition(".")
+    if isinstance(value, dict):
+        found = value[key]
+    elif isinstance(value, list) and key.isdecimal():
+        found = value[int(key)]
+    else:
+        raise LookupError(path)
+    return _at(found, rest) if dot else found
+
+
+def _canonical(value: Any, ignore_case: bool) -> Any:
+    """Equal for equal JSON: 1 equals 1.0, but true is no number."""
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, str):
+        return value.casefold() if ignore_case else value
+    if isinstance(value, Mapping):
+        return {k: _canonical(v, ignore_case) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(v, ignore_case) for v in value]
+    return value
+
+
+def _to_float(text: str) -> float:
+    return float(text.replace(",", "").replace("−", "-"))
+
+
+_QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"'})
+
+
+def _said(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
+    return " ".join(text.casefold().split())
+
+
+def _has(text: str, form: str) -> bool:
+    """Whether a phrase stands in a text, its ends not within words."""
+    start = r"(?<!\w)" if form[0].isascii() and form[0].isalnum() else ""
+    end = r"(?!\w)" if form[-1].isascii() and form[-1].isalnum() else ""
+    return re.search(start + re.escape(form) + end, text) is not None
