@@ -1,0 +1,161 @@
+"""How probable a model finds given tokens, with the logits of no other position.
+
+One compiled program serves the base and the tuned model: weights are arguments of it, and LoRA that
+is switched off counts as zero, as in `generation`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from gemma_keras_tune.families import backbone_inputs, family_of
+from gemma_keras_tune.lora import lora_linears
+from gemma_keras_tune.losses import token_cross_entropy
+from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
+from gemma_keras_tune.templates import Segment
+
+# Texts are padded to a multiple of this many tokens, so that few shapes are compiled.
+LENGTH_STEP = 64
+
+
+class Scorer:
+    """Reads token probabilities from a model, a batch at a time.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` with its preprocessor.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        import jax
+
+        self.model = model
+        self.encoder = Encoder(model.preprocessor.tokenizer)
+        self.programs = 0
+        self._soft_cap = family_of(model).head(model).soft_cap
+        self._losses = jax.jit(self._token_losses)
+        self._logits = jax.jit(self._token_logits)
+
+    def encode(self, rows: Sequence[Sequence[Segment]]) -> TokenizedPairs:
+        """Token ids of rows of text pieces; those marked as trained are the ones to score.
+
+        Args:
+            rows: The segments of each row.
+
+        Returns:
+            `TokenizedPairs`.
+        """
+        ids, trained, counts = self.encoder.encode_rows(rows)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return TokenizedPairs(ids, trained, offsets, np.arange(1, len(rows) + 1))
+
+    def losses(self, tokens: TokenizedPairs, *, batch_size: int = 8) -> list[np.ndarray]:
+        """Negative log-likelihoods of the tokens to score, given all before them.
+
+        Args:
+            tokens: The rows, as from `encode` or `tokenize_pairs`.
+            batch_size: Rows that run at once.
+
+        Returns:
+            For each row, in order, `[tokens]` float32, in nats.
+        """
+        shapes = choose_shapes(
+            tokens.lengths, tokens.response_lengths, batch_size,
+            sequence_length=_round_up(int(tokens.lengths.max())),
+        )  # fmt: skip
+        batcher = Batcher(tokens, shapes, self.encoder.pad_id, shuffle=False)
+        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(tokens)
+        for (_, rows), (x, y, _) in zip(batcher.epoch(0), batcher.arrays(0), strict=True):
+            losses = self._run(self._losses, x, y)
+            ends = np.cumsum(tokens.response_lengths[rows])
+            for row, part in zip(rows, np.split(losses, ends), strict=False):
+                found[row] = part
+        return found
+
+    def next_logits(
+        self, rows: Sequence[np.ndarray], token_ids: Sequence[int], *, batch_size: int = 8
+    ) -> np.ndarray:
+        """Logits of a few tokens as the next one of each row.
+
+        Args:
+            rows: Token ids of each row, `<bos>` first.
+            token_ids: The tokens asked about.
+            batch_size: Rows that run at once.
+
+        Returns:
+            `[rows, token_ids]` float32.
+        """
+        found = np.zeros((len(rows), len(token_ids)), np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            x = self._pad([rows[i] for i in batch], batch_size)
+            found[batch] = self._run(self._logits, x, np.asarray(token_ids))[: len(batch)]
+        return found
+
+    def _pad(self, rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
+        length = _round_up(max(map(len, rows)))
+        ids = np.full((size, length), self.encoder.pad_id, np.int32)
+        mask = np.zeros((size, length), np.int32)
+        mask[:, 0] = 1
+        positions = np.arange(size, dtype=np.int32) * length
+        for place, row in enumerate(rows):
+            ids[place, : len(row)], mask[place, : len(row)] = row, 1
+            positions[place] += len(row) - 1
+        return {"token_ids": ids, "padding_mask": mask, "positions": positions}
+
+    def _run(self, program: Any, x: dict[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+        backbone = self.model.backbone
+        off = {id(n.layer.lora_kernel_b) for n in lora_linears(self.model) if not _is_on(n)}
+        trainable, fixed = (
+            [ops.zeros_like(v.value) if id(v) in off else v.value for v in group]
+            for group in (backbone.trainable_variables, backbone.non_trainable_variables)
+        )
+        embedding = family_of(self.model).head(self.model).embedding
+        with _lora_on(self.model):
+            return np.asarray(program(trainable, fixed, embedding.value, x, labels))
+
+    def _hidden(self, trainable: Any, fixed: Any, x: Any) -> Any:
+        self.programs += 1  # while it is traced, and so once for each program
+        backbone = self.model.backbone
+        inputs = backbone_inputs(backbone, x["token_ids"], x["padding_mask"])
+        hidden, _ = backbone.stateless_call(trainable, fixed, inputs, training=False)
+        return ops.take(ops.reshape(hidden, (-1, hidden.shape[-1])), x["positions"], axis=0)
+
+    def _token_losses(self, trainable: Any, fixed: Any, embedding: Any, x: Any, labels: Any) -> Any:
+        hidden = self._hidden(trainable, fixed, x)
+        embedding = ops.cast(embedding, hidden.dtype)
+        return token_cross_entropy(hidden, embedding, labels, soft_cap=self._soft_cap).losses
+
+    def _token_logits(self, trainable: Any, fixed: Any, embedding: Any, x: Any, ids: Any) -> Any:
+        hidden = ops.cast(self._hidden(trainable, fixed, x), "float32")
+        rows = ops.cast(ops.take(embedding, ids, axis=0), "float32")
+        logits = ops.matmul(hidden, ops.transpose(rows))
+        if self._soft_cap is None:
+            return logits
+        return ops.tanh(logits / self._soft_cap) * self._soft_cap
+
+
+def _is_on(linear: Any) -> bool:
+    return bool(linear.layer.lora_enabled)
+
+
+@contextlib.contextmanager
+def _lora_on(model: keras.Model) -> Iterator[None]:
+    """While a program is traced, LoRA is part of it, whether or not it is switched off just now."""
+    off = [linear.layer for linear in lora_linears(model) if not _is_on(linear)]
+    for layer in off:
+        layer.lora_enabled = True
+    try:
+        yield
+    finally:
+        for layer in off:
+            layer.lora_enabled = False
+
+
+def _round_up(tokens: int) -> int:
+    return max(1, math.ceil(tokens / LENGTH_STEP)) * LENGTH_STEP
