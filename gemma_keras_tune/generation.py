@@ -13,6 +13,7 @@ distances; causal and sliding-window masks see distances too; and the padding it
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import weakref
@@ -153,9 +154,10 @@ def generate_ids(
     stop_token_ids: Iterable[int],
     max_new_tokens: int = 256,
     sampler: str | keras_hub.samplers.Sampler = "greedy",
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
+    on_batch: Callable[[list[tuple[int, np.ndarray, bool]]], None] | None = None,
 ) -> list[tuple[np.ndarray, bool]]:
     """Continue rows of token ids.
 
@@ -165,27 +167,33 @@ def generate_ids(
         stop_token_ids: Ids at which a row ends.
         max_new_tokens: Longest continuation, in tokens, at least 1.
         sampler: A KerasHub sampler or its name.
-        seed: Makes a random sampler repeat itself, for the same rows and `batch_size`.
+        seed: Makes a random sampler repeat itself, for the same rows and `batch_size`. With a seed
+            for each row, what a row draws depends neither on the others nor on `batch_size`.
         batch_size: Rows that run at once, at least 1.
         progress: Called after every batch with the number of rows done in it.
+        on_batch: Called after every batch with what it wrote: place in `rows`, new ids, stopped.
 
     Returns:
         For each row, in order, the new ids (`[tokens]` int32, without the stop token) and whether
         a stop token ended them.
 
     Raises:
-        ValueError: A number is out of range, a row is empty, or the sampler is a search.
+        ValueError: A number is out of range, a row is empty, there is not a seed for each row, or
+            the sampler is a search.
     """
     _check_numbers(rows, max_new_tokens, batch_size)
     results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.int32), False)] * len(rows)
     if not rows:
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
-    state = _SamplerState(keras_hub.samplers.get(sampler), seed)
+    state = _SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
     for batch in _batches(model, rows, state, max_new_tokens, batch_size):
+        state.begin(batch)
         written = _run_batch(model, [rows[i] for i in batch.rows], batch, stops, state)
         for index, ids in zip(batch.rows, written, strict=True):
             results[index] = _cut(ids, stops)
+        if on_batch:
+            on_batch([(index, *results[index]) for index in batch.rows])
         if progress:
             progress(len(batch.rows))
     state.keep()
@@ -228,7 +236,7 @@ class _Batch:
 class _SamplerState:
     """A sampler and its random state. With a seed, the user's sampler is left as it was."""
 
-    def __init__(self, sampler: Any, seed: int | None) -> None:
+    def __init__(self, sampler: Any, seed: int | Sequence[int] | None, rows: int) -> None:
         if type(sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
             raise ValueError(
                 "`sampler` must choose token by token, as 'greedy', 'top_k', 'top_p' and 'random' "
@@ -237,10 +245,25 @@ class _SamplerState:
             )
         self.sampler = sampler
         self.seeded = seed is not None
-        self.values = [
-            v.value if seed is None else keras.random.SeedGenerator(seed + i).state.value
-            for i, v in enumerate(sampler.variables)
-        ]
+        self.row_seeds = seed if isinstance(seed, Sequence) else None
+        if self.row_seeds is not None and len(self.row_seeds) != rows:
+            raise ValueError(f"There are {len(self.row_seeds)} seeds for {rows} rows.")
+        self.values = [v.value for v in sampler.variables]
+        if isinstance(seed, int):
+            self.values = self._seeded(seed)
+
+    def _seeded(self, seed: int) -> list[Any]:
+        """First values of the sampler's variables."""
+        count = len(self.sampler.variables)
+        return [keras.random.SeedGenerator(seed + i).state.value for i in range(count)]
+
+    def begin(self, batch: "_Batch") -> None:
+        """Where every row has its own seed, its values: each `[batch, …]`."""
+        if self.row_seeds is None:
+            return
+        values = [self._seeded(self.row_seeds[index]) for index in batch.rows]
+        values += [values[-1]] * (batch.size - len(values))
+        self.values = [np.stack([np.asarray(v) for v in one]) for one in zip(*values, strict=True)]
 
     @property
     def is_greedy(self) -> bool:
@@ -555,6 +578,16 @@ def _choose(
         return _largest(head, hidden), random_state
     if sampler is None:
         return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
+    kept_apart = [len(v.shape) for v in sampler.variables] != [len(v.shape) for v in random_state]
+    if kept_apart:  # every row draws with a state of its own
+        import jax
+
+        chosen, kept = jax.vmap(functools.partial(_draw, sampler))(logits[:, None], random_state)
+        return chosen[:, 0], kept
+    return _draw(sampler, logits, random_state)
+
+
+def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
     mapping = list(zip(sampler.variables, random_state, strict=True))
     with keras.StatelessScope(state_mapping=mapping) as scope:
         chosen = sampler.get_next_token(sampler.compute_probabilities(logits))

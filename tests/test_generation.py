@@ -234,6 +234,30 @@ def test_random_sampler_repeats_with_a_seed_and_moves_without(model):
     assert compiled_programs(model) == before
 
 
+def test_a_seed_for_each_row_makes_it_independent_of_the_others(model):
+    rows = rows_of_lengths(6, 9, 6, 7, 12)
+    sampler = keras_hub.samplers.TopPSampler(p=0.9, temperature=3.0)
+    seeds = [5, 5, 6, 7, 8]
+    seen = []
+    together = generate_ids(
+        model, rows, stop_token_ids=(), max_new_tokens=NEW_TOKENS, sampler=sampler, seed=seeds,
+        batch_size=4, on_batch=seen.extend,
+    )  # fmt: skip
+    order = [3, 0, 4, 2, 1]
+    others = ids(
+        model, [rows[i] for i in order], sampler=sampler, seed=[seeds[i] for i in order],
+        batch_size=2,
+    )  # fmt: skip
+    for place, written in zip(order, others, strict=True):
+        np.testing.assert_array_equal(written, together[place][0])
+    assert not np.array_equal(together[2][0], together[3][0])
+    for index, written, stopped in seen:
+        assert written is together[index][0] and stopped == together[index][1]
+    assert sorted(entry[0] for entry in seen) == list(range(5))
+    with pytest.raises(ValueError, match="2 seeds for 5 rows"):
+        ids(model, rows, sampler=sampler, seed=[1, 2])
+
+
 def test_a_search_is_left_to_kerashub(model):
     with pytest.raises(ValueError, match="must choose token by token"):
         ids(model, rows_of_lengths(4), sampler="beam")
