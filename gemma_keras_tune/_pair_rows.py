@@ -152,6 +152,13 @@ class RowReader:
 
     def read(self, record: Any) -> tuple[Message, ...]:
         """The messages of a row, or `RowError`."""
+        if isinstance(record, (tuple, list)):
+            first = record[0] if record else None
+            if isinstance(first, Message) or (not isinstance(first, str) and is_message(first)):
+                return _conversation(record, "the row", None)
+            if len(record) == 2:
+                return _pair_messages(first, record[1], ("the input", "the output"), None)
+            raise RowError([f"{_kind(record)} of {len(record)}, expected (input, output)"])
         if isinstance(record, Mapping):
             keys = tuple(record)
             reader = self._readers.get(keys)
@@ -162,12 +169,6 @@ class RowReader:
             return _conversation(record.messages, "the row", None)
         if isinstance(record, Broken):
             raise RowError([record.text])
-        if isinstance(record, (tuple, list)):
-            if record and (is_message(record[0]) or isinstance(record[0], Message)):
-                return _conversation(record, "the row", None)
-            if len(record) == 2:
-                return _pair_messages(record[0], record[1], ("the input", "the output"), None)
-            raise RowError([f"{_kind(record)} of {len(record)}, expected (input, output)"])
         raise RowError(
             [f"{_kind(record)}, expected (input, output) or a dictionary: {record!r:.60}"]
         )
@@ -348,7 +349,9 @@ def _text(value: Any, label: str, problems: list[str]) -> str:
 
 def _answer(value: Any, label: str, problems: list[str]) -> str:
     """The value as text; a dictionary or list as JSON."""
-    if not (isinstance(value, (Mapping, list, tuple)) or _is_array(value)):
+    if isinstance(value, str) or not (
+        isinstance(value, (Mapping, list, tuple)) or _is_array(value)
+    ):
         return _text(value, label, problems)
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)

@@ -539,7 +539,7 @@ class Batcher:
             lambda: self.arrays(next(epochs)), output_signature=signature
         )
         counted = dataset.apply(tf.data.experimental.assert_cardinality(self.batches_per_epoch))
-        # With nothing to tune here, TensorFlow's tuning thread only holds up the end of an epoch: it
+        # With nothing to tune, TensorFlow's tuning thread only holds up the end of an epoch: it
         # sleeps in ever longer naps, and an iterator is not let go before its thread wakes up.
         options = tf.data.Options()
         options.autotune.enabled = False

@@ -14,6 +14,7 @@ Formats after the chat templates published with the models: `google/gemma-2b-it`
 
 import abc
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -289,6 +290,7 @@ class TextTemplate(Template):
         after = "".join(text for _, text in pieces[index + 1 :])
         return pieces[:index], after
 
+    @functools.cached_property
     def _cut(self) -> tuple[list[tuple[str, str]], str, str, str]:
         """Pieces before the answer, its leading spaces, its ending, and what follows."""
         before, after = self._parts()
@@ -306,7 +308,7 @@ class TextTemplate(Template):
 
     def _segments(self, messages: Messages) -> list[Segment]:
         system, rest = _split_system(messages)
-        before, spaces, ending, following = self._cut()
+        before, spaces, ending, following = self._cut
         own_place = ("field", "system") in before
         parts = []
         for index, message in enumerate(rest):
@@ -325,7 +327,7 @@ class TextTemplate(Template):
 
     def chat_template(self) -> str:
         """The template in Jinja."""
-        before, spaces, ending, following = self._cut()
+        before, spaces, ending, following = self._cut
         own_place = ("field", "system") in before
         fields = {
             "input": "message['content']" if own_place else "ns.system + message['content']",

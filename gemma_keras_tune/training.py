@@ -13,6 +13,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.errors import BackendError, LoraError, PlanError
 from gemma_keras_tune.families import backbone_inputs, family_of
 from gemma_keras_tune.lora import lora_config, lora_linears
@@ -77,6 +78,11 @@ class TuningModel(keras.Model):
         hidden = self.backbone(inputs, training=training)
         flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
         return ops.take(flat, x["positions"], axis=0)
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.fit`; on the CPU, freed memory is kept from step to step."""
+        with kept_memory():
+            return super().fit(*args, **kwargs)
 
     def compute_loss(
         self,

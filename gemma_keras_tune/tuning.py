@@ -49,16 +49,9 @@ class TuneResult:
 
         Returns:
             A `matplotlib.figure.Figure`.
-
-        Raises:
-            ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "`plot()` needs matplotlib: `pip install 'gemma-keras-tune[plots]'`."
-            ) from error
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             epochs = range(1, len(self.history[name]) + 1)

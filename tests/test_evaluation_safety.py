@@ -139,7 +139,9 @@ def test_scores_equal_a_plain_forward_pass(shield: ShieldGemma, model: keras.Mod
     assert alone.shape == answered.shape == (2, 4)
     texts = [shieldgemma_prompt(p, text) for text in prompts for p in POLICIES]
     texts += [
-        shieldgemma_prompt(p, *both) for both in zip(prompts, answers, strict=True) for p in POLICIES
+        shieldgemma_prompt(p, *both)
+        for both in zip(prompts, answers, strict=True)
+        for p in POLICIES
     ]
     found = np.concatenate([alone.ravel(), answered.ravel()])
     np.testing.assert_allclose(found, plain_scores(model, texts), atol=1e-5)

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import platform
-import random
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -19,26 +18,11 @@ import gemma_keras_tune as gkt
 MODEL = "package://gemma3_270m"
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, pairs: int = 64) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs in an epoch")
+    parser.add_argument("--pairs", type=int, default=pairs, help="pairs in an epoch")
     return parser.parse_args()
-
-
-def short_pairs(count: int) -> list[tuple[str, str]]:
-    """Questions for part numbers: about 10 tokens of prompt and 13 of answer."""
-    draw = random.Random(0)
-    cars = ("A4", "Golf", "Polo", "Passat", "Octavia", "Leon")
-    parts = ("brake caliper", "oil filter", "air filter", "clutch", "door handle", "wiper arm")
-    return [
-        (
-            f"Part number for {draw.choice(cars)} {draw.choice(parts)} {i}",
-            f"{draw.randrange(10)}E{draw.randrange(10)}-{draw.randrange(1000):03d}"
-            f"-{draw.randrange(1000):03d}",
-        )
-        for i in range(count)
-    ]
 
 
 def kerashub_recipe(length: int) -> keras.Model:

@@ -2,18 +2,30 @@
 
     python tests/benchmarks/training_speed.py [--json FILE] [--pairs 64]
 
-Gemma 3 270M in float32, LoRA rank 4 on query and value. Each contender trains one epoch to compile,
-and is timed over the next ones; its best epoch counts. KerasHub runs its documented recipe
-(`sequence_length=256`, batch 1), and again with the length our own pipeline chose and our batch.
+Gemma 3 270M in float32, LoRA rank 4 on query and value, the same pairs in the same words. Each
+contender runs in a process of its own, as its user would run it; it trains one epoch to compile and
+warm up, and the best of the next ones counts. KerasHub runs its documented recipe
+(`sequence_length=256`, batch 1), and again with the length our pipeline chose and our batch. TRL
+runs `SFTTrainer` with PEFT on the same weights, loss on the completion alone, batch 8.
 """
 
+import argparse
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
-import _bench
+import _short_pairs
 
 BATCH = 8
-EPOCHS = 3
+EPOCHS = 4
+TEMPLATE = "{input}\n{output}"
+Pairs = list[tuple[str, str]]
 
 
 def best_epoch(epoch: Callable[[], object], pairs: int) -> float:
@@ -27,47 +39,149 @@ def best_epoch(epoch: Callable[[], object], pairs: int) -> float:
     return pairs / min(seconds)
 
 
-def kerashub(pairs: list[tuple[str, str]], length: int, batch: int) -> float:
-    """Pairs a second of KerasHub's recipe at a length and batch."""
-    _bench.forget()
-    model = _bench.kerashub_recipe(length)
-    data = {"prompts": [p for p, _ in pairs], "responses": [r for _, r in pairs]}
-    return best_epoch(lambda: model.fit(data, batch_size=batch, epochs=1, verbose=0), len(pairs))
-
-
-def ours(pairs: list[tuple[str, str]]) -> tuple[float, int]:
+def ours(pairs: Pairs, folder: str) -> dict[str, Any]:
     """Our pairs a second, and the longest length the pipeline chose."""
+    import _bench
+
     model = _bench.gkt.load(_bench.MODEL)
     trainer = _bench.ours(model)
-    data = _bench.gkt.make_dataset(pairs, model, batch_size=BATCH, template="{input}\n{output}")
+    data = _bench.gkt.make_dataset(pairs, model, batch_size=BATCH, template=TEMPLATE)
     length = max(int(x["token_ids"].shape[1]) for x, _, _ in data)
-    fit = lambda: trainer.fit(data, epochs=1, shuffle=False, verbose=0)  # noqa: E731
-    return best_epoch(fit, len(pairs)), length
+    rate = best_epoch(lambda: trainer.fit(data, epochs=1, shuffle=False, verbose=0), len(pairs))
+    return {"rate": rate, "length": length}
+
+
+def kerashub(pairs: Pairs, length: int, batch: int) -> dict[str, Any]:
+    """Pairs a second of KerasHub's recipe at a length and batch."""
+    import _bench
+
+    model = _bench.kerashub_recipe(length)
+    data = {"prompts": [p + "\n" for p, _ in pairs], "responses": [r for _, r in pairs]}
+    fit = lambda: model.fit(data, batch_size=batch, epochs=1, verbose=0)  # noqa: E731
+    return {"rate": best_epoch(fit, len(pairs))}
+
+
+def trl(pairs: Pairs, folder: str) -> dict[str, Any]:
+    """Pairs a second of TRL's `SFTTrainer` with PEFT on the same weights."""
+    import datasets
+    import peft
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    transformers.logging.set_verbosity_error()
+    seconds: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.begin)
+
+    rows = [{"prompt": p + "\n", "completion": r} for p, r in pairs]
+    trainer = SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        args=SFTConfig(
+            output_dir=str(pathlib.Path(folder) / "out"),
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=EPOCHS,
+            learning_rate=5e-5,
+            completion_only_loss=True,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        peft_config=peft.LoraConfig(
+            r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        ),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return {"rate": len(pairs) / min(seconds[1:])}
+
+
+def alone(contender: str, pairs: int, **options: Any) -> dict[str, Any]:
+    """What a contender measures in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, __file__, "--pairs", str(pairs), "--json", file.name]
+        command += ["--contender", contender, "--options", json.dumps(options)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        return json.loads(pathlib.Path(file.name).read_text())
+
+
+def hugging_face_folder(path: str) -> None:
+    """The embedded weights as a Hugging Face folder."""
+    import _bench
+
+    model = _bench.gkt.load(_bench.MODEL)
+    _bench.gkt.export(model, path, format="safetensors", overwrite=True, check=False, verbose=0)
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "ours": ours,
+    "kerashub": kerashub,
+    "trl": trl,
+}
 
 
 def main() -> None:
-    options = _bench.arguments(__doc__)
-    pairs = _bench.short_pairs(options.pairs)
-    mine, length = ours(pairs)
-    same = kerashub(pairs, length, BATCH)
-    few = pairs[: max(8, len(pairs) // 8)]  # the recipe is slow; its rate does not depend on it
-    recipe = kerashub(few, 256, 1)
-    rows = {
-        "gemma_keras_tune": mine,
-        f"KerasHub, padded to {length}, batch {BATCH}": same,
-        "KerasHub's recipe, 256 tokens, batch 1": recipe,
-    }
-    _bench.report(
-        f"Training speed, {len(pairs)} short pairs",
-        [f"  {n:42} {r:7.2f} pairs/s   {mine / r:5.2f} x" for n, r in rows.items()],
-        {
-            "vs_kerashub_recipe": mine / recipe,
-            "vs_kerashub_same_length": mine / same,
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs in an epoch")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--options", type=json.loads, default={}, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        pairs = _short_pairs.short_pairs(options.pairs)
+        figures = CONTENDERS[options.contender](pairs, **options.options)
+        options.json.write_text(json.dumps(figures))
+        return
+    compare(options.pairs, options.json)
+
+
+def compare(pairs: int, path: pathlib.Path | None) -> None:
+    """Run every contender that is installed, print the table and write the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        mine = alone("ours", pairs, folder=folder)
+        length = mine["length"]
+        rates = {
+            "gemma_keras_tune": mine["rate"],
+            f"KerasHub, padded to {length}, batch {BATCH}": alone(
+                "kerashub", pairs, length=length, batch=BATCH
+            )["rate"],
+            # The recipe is slow, and its rate does not depend on how many pairs there are.
+            "KerasHub's recipe, 256 tokens, batch 1": alone(
+                "kerashub", max(8, pairs // 8), length=256, batch=1
+            )["rate"],
+        }
+        same, recipe = list(rates.values())[1:]
+        figures: dict[str, float | None] = {
+            "vs_kerashub_recipe": mine["rate"] / recipe,
+            "vs_kerashub_same_length": mine["rate"] / same,
             "vs_trl": None,
             "vs_gemma_jax": None,
-            "pairs_per_second": mine,
-        },
-        options.json,
+            "pairs_per_second": mine["rate"],
+        }
+        if all(importlib.util.find_spec(name) for name in ("trl", "peft", "datasets")):
+            hugging_face_folder(folder)
+            rate = alone("trl", pairs, folder=folder)["rate"]
+            rates[f"TRL and PEFT, batch {BATCH}"] = rate
+            figures["vs_trl"] = mine["rate"] / rate
+    import _bench
+
+    _bench.report(
+        f"Training speed, {pairs} short pairs",
+        [f"  {n:42} {r:7.2f} pairs/s   {mine['rate'] / r:5.2f} x" for n, r in rates.items()],
+        figures,
+        path,
     )
 
 

@@ -1,0 +1,39 @@
+"""Freed memory stays with the process while a model trains on the CPU, and not after."""
+
+import ctypes
+import resource
+import sys
+
+import jax
+import pytest
+
+from gemma_keras_tune._memory import kept_memory
+
+SIZE = 64 << 20
+
+
+def faults_of_a_second_use():
+    """Page faults of writing to a block that was taken and freed just before."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = libc.malloc(SIZE)
+        ctypes.memset(block, 1, SIZE)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or jax.default_backend() != "cpu",
+    reason="malloc is left as it is elsewhere",
+)
+def test_freed_memory_is_kept_inside_and_given_back_outside():
+    outside = faults_of_a_second_use()
+    with kept_memory():
+        with kept_memory():
+            assert faults_of_a_second_use() < outside / 10
+        assert faults_of_a_second_use() < outside / 10
+    assert faults_of_a_second_use() > outside / 2
