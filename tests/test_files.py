@@ -24,6 +24,7 @@ def save(path, text, **options):
         (part / "weights").write_text(text)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_the_old_folder_whole(tmp_path):
     target = tmp_path / "preset"
     save(target, "old")
