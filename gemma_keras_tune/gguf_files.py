@@ -10,11 +10,13 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import concurrent.futures
 import dataclasses
+import json
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import gguf
@@ -22,14 +24,23 @@ import keras
 import keras_hub
 import numpy as np
 
-from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin
+from gemma_keras_tune.templates import Template, attach_template
 
 _Result = TypeVar("_Result")
 
 MAGIC = b"GGUF"
+# What this library adds to a file it writes: the template as JSON, and whether it is instruct.
+TEMPLATE_KEY = "gemma_keras_tune.template"
+INSTRUCT_KEY = "gemma_keras_tune.instruct"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+_MAX_NESTING = 4
+# Far beyond any Gemma; a header that says more is damaged, and nothing is built after it.
+_MAX_SIZE = 1 << 24
+# The fewest bytes that a metadata entry and a tensor's entry take.
+_MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 # Values dequantized at a time: what lies beside the result stays under some 100 MB.
 _CHUNK_VALUES = 1 << 22
 _BROKEN = "Download or convert it again: the file is damaged or was cut off."
@@ -134,12 +145,23 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     """
     file = read_header(path)
     family = _family(file)
-    config = _backbone_config(file, family)
-    proto = tokenizer_proto(file)
-    backbone = _without_values(lambda: _backbone_class(family)(**config, dtype=dtype))
+    try:
+        config = backbone_config(file, family)
+        proto = tokenizer_proto(file)
+        backbone = _without_values(lambda: backbone_class(family)(**config, dtype=dtype))
+        model = _causal_lm(family, backbone, proto)
+    except LoadError:
+        raise
+    except Exception as error:
+        # KerasHub and SentencePiece fail in many ways on what no converter writes.
+        raise LoadError(
+            f"{file.path}: the metadata describe no model that KerasHub can build.",
+            [f"{type(error).__name__}: {error}"],
+            next_step=_BROKEN,
+        ) from error
     _assign(file, family.weights(backbone))
-    model = _causal_lm(family, backbone, proto)
     mark_origin(model, str(path), instruct=is_instruct(file))
+    _attach_template(file, model)
     return model
 
 
@@ -150,10 +172,29 @@ def is_instruct(file: GgufFile) -> bool:
         file: The header.
 
     Returns:
-        True with a chat template, or when the file calls itself instruction-tuned.
+        What this library recorded in it; else true with a chat template, or when the file calls
+        itself instruction-tuned.
     """
+    recorded = file.metadata.get(INSTRUCT_KEY)
+    if isinstance(recorded, bool):
+        return recorded
     tuned = str(file.metadata.get("general.finetune", "")).lower()
     return "tokenizer.chat_template" in file.metadata or tuned in ("it", "instruct")
+
+
+def _attach_template(file: GgufFile, model: keras.Model) -> None:
+    """Give the model the template it was tuned with, where this library recorded one."""
+    recorded = file.metadata.get(TEMPLATE_KEY)
+    if recorded is None:
+        return
+    try:
+        config = json.loads(str(recorded))
+        if not isinstance(config, dict):
+            raise TemplateError(f"{TEMPLATE_KEY} must hold a JSON object.")
+        attach_template(model, Template.from_config(config))
+    except (TemplateError, ValueError) as error:
+        text = f"{file.path}: its template is left out. {error}"
+        warnings.warn(text, UserWarning, stacklevel=4)
 
 
 def tokenizer_proto(file: GgufFile) -> bytes:
@@ -218,26 +259,47 @@ class _Parser:
         if version not in _VERSIONS:
             raise ValueError(f"version {version} is not one of {_VERSIONS}")
         tensors, pairs = self._number("Q"), self._number("Q")
-        metadata = {}
+        self._require(pairs * _MIN_PAIR + tensors * _MIN_TENSOR)
+        metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self._text()
+            if key in metadata:
+                raise ValueError(f"the key {key!r} is there twice")
             metadata[key] = self._value(self._number("I"))
         entries = [self._entry() for _ in range(tensors)]
-        alignment = int(metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
-        if alignment <= 0:
-            raise ValueError(f"general.alignment is {alignment}")
-        start = math.ceil(self.file.tell() / alignment) * alignment
-        found = [dataclasses.replace(entry, offset=start + entry.offset) for entry in entries]
-        end = max((entry.offset + entry.size for entry in found), default=start)
-        if end > self.size:
-            raise ValueError(
-                f"its tensors need {end:,} bytes and the file has {self.size:,}; it is cut off"
-            )
-        return GgufFile(self.path, metadata, {entry.name: entry for entry in found})
+        start = self._data_start(metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
+        found: dict[str, TensorInfo] = {}
+        for entry in entries:
+            if entry.name in found:
+                raise ValueError(f"the tensor {entry.name!r} is there twice")
+            found[entry.name] = dataclasses.replace(entry, offset=start + entry.offset)
+        self._check_places(found.values())
+        return GgufFile(self.path, metadata, found)
 
-    def _bytes(self, count: int) -> bytes:
+    def _data_start(self, alignment: Any) -> int:
+        if not isinstance(alignment, int) or not 0 < alignment <= _MAX_SIZE:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        return -(-self.file.tell() // alignment) * alignment
+
+    def _check_places(self, tensors: Iterable[TensorInfo]) -> None:
+        """No tensor may end behind the file or lie on another, so all fit into memory together."""
+        end, before = 0, "the header"
+        for info in sorted(tensors, key=lambda info: info.offset):
+            if info.offset + info.size > self.size:
+                raise ValueError(
+                    f"its tensors need {info.offset + info.size:,} bytes and the file has "
+                    f"{self.size:,}; it is cut off"
+                )
+            if info.offset < end:
+                raise ValueError(f"the tensor {info.name!r} lies on {before!r}")
+            end, before = info.offset + info.size, info.name
+
+    def _require(self, count: int) -> None:
         if count > self.size - self.file.tell():
             raise ValueError("the header runs past the end of the file; it is cut off")
+
+    def _bytes(self, count: int) -> bytes:
+        self._require(count)
         return self.file.read(count)
 
     def _number(self, code: str) -> int:
@@ -249,22 +311,26 @@ class _Parser:
     def _text(self) -> str:
         return self._string().decode("utf-8")
 
-    def _value(self, code: int) -> Any:
+    def _value(self, code: int, depth: int = 0) -> Any:
         kind = gguf.GGUFValueType(code)
         if kind == gguf.GGUFValueType.STRING:
             return self._text()
         if kind == gguf.GGUFValueType.ARRAY:
-            return self._array(self._number("I"), self._number("Q"))
+            return self._array(self._number("I"), self._number("Q"), depth + 1)
         number = np.frombuffer(self._bytes(_NUMBERS[kind].itemsize), _NUMBERS[kind])[0]
         # The shortest decimal that gives this float32: 1e-06 and not 9.999999974752427e-07.
         return float(str(number)) if kind == gguf.GGUFValueType.FLOAT32 else number.item()
 
-    def _array(self, code: int, count: int) -> Any:
+    def _array(self, code: int, count: int, depth: int) -> Any:
         kind = gguf.GGUFValueType(code)
+        if depth > _MAX_NESTING:
+            raise ValueError(f"arrays lie in arrays more than {_MAX_NESTING} deep")
         if kind == gguf.GGUFValueType.STRING:
+            self._require(count * 8)
             return [self._string() for _ in range(count)]
         if kind == gguf.GGUFValueType.ARRAY:
-            return [self._value(code) for _ in range(count)]
+            self._require(count * 12)
+            return [self._value(code, depth) for _ in range(count)]
         return np.frombuffer(self._bytes(count * _NUMBERS[kind].itemsize), _NUMBERS[kind])
 
     def _entry(self) -> TensorInfo:
@@ -298,7 +364,7 @@ def _family(file: GgufFile) -> Family:
         f"GGUF files of {', '.join(readable)} can be read. Other Gemma generations load from "
         "KerasHub presets and Hugging Face folders."
     )
-    if file.metadata.get("general.type", "model") != "model":
+    if str(file.metadata.get("general.type", "model")) != "model":
         raise LoadError(
             f"{file.path} holds no model. Received: general.type={file.metadata['general.type']!r}",
             next_step="Load the base model, then the adapter onto it.",
@@ -316,8 +382,19 @@ def _family(file: GgufFile) -> Family:
     return family
 
 
-def _backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
-    """The arguments of the KerasHub backbone that the metadata describe."""
+def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
+    """The arguments of the KerasHub backbone that the metadata describe.
+
+    Args:
+        file: The header; of its tensors the embedding alone is looked at.
+        family: Its generation.
+
+    Returns:
+        Arguments of `backbone_class(family)`.
+
+    Raises:
+        LoadError: Something is missing or out of range; all of it is listed.
+    """
     values = _Metadata(file, family.name)
     layers, width = values.count("block_count"), values.count("embedding_length")
     heads = values.count("attention.head_count")
@@ -335,6 +412,11 @@ def _backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
         values.problems.append("the tensor token_embd.weight is missing or no matrix")
     else:
         config["vocabulary_size"] = embedding.shape[0]
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if len(blocks) != layers:
+        values.problems.append(
+            f"{family.name}.block_count is {layers}, tensors of {len(blocks)} are there"
+        )
     _FAMILY_CONFIGS[family.name](values, config)
     if values.problems:
         raise LoadError(
@@ -356,7 +438,8 @@ class _Metadata:
     def number(self, key: str, default: float | None = None) -> float:
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not math.isfinite(value):
             what = "is missing" if value is None else f"must be a number, not {value!r}"
             self.problems.append(f"{name} {what}")
             return 1
@@ -364,7 +447,7 @@ class _Metadata:
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.number(key, default)
-        if value != int(value) or value < 1:
+        if value != int(value) or not 1 <= value <= _MAX_SIZE:
             self.problems.append(f"{self.prefix}.{key} must be a whole number, not {value!r}")
             return 1
         return int(value)
@@ -423,7 +506,8 @@ _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
 }
 
 
-def _backbone_class(family: Family) -> Callable[..., keras.Model]:
+def backbone_class(family: Family) -> Callable[..., keras.Model]:
+    """KerasHub's backbone of a generation that GGUF files hold."""
     models = keras_hub.models
     return models.Gemma3Backbone if family.name == "gemma3" else models.GemmaBackbone
 
@@ -471,7 +555,7 @@ def _check_tensors(file: GgufFile, weights: Sequence[Weight]) -> None:
     problems = []
     for weight in weights:
         info = file.tensors.get(weight.gguf)
-        expected = _matrix_shape(weight)
+        expected = matrix_shape(weight)
         if info is None:
             problems.append(f"{weight.gguf} is missing")
         elif info.shape != expected:
@@ -503,7 +587,8 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def _matrix_shape(weight: Weight) -> tuple[int, ...]:
+def matrix_shape(weight: Weight) -> tuple[int, ...]:
+    """The shape in which GGUF holds a weight."""
     shape = tuple(weight.variable.shape)
     if not weight.output_axes:
         return shape
@@ -516,25 +601,43 @@ def _matrix_shape(weight: Weight) -> tuple[int, ...]:
 def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
     prefix = "tokenizer.ggml."
     kind = file.metadata.get(prefix + "model")
-    if kind != "llama":
+    if str(kind) != "llama":
         raise LoadError(
             f"{file.path} must hold a SentencePiece tokenizer ({prefix}model='llama'). "
             f"Received: {kind!r}",
             next_step="Convert the model again from the original with its tokenizer.model.",
         )
-    parts = {name: file.metadata.get(prefix + name) for name in ("tokens", "scores", "token_type")}
-    problems = [f"{prefix}{name} is missing" for name, part in parts.items() if part is None]
-    if not problems:
-        lengths = {name: len(part) for name, part in parts.items() if part is not None}
-        rows = file.tensors["token_embd.weight"].shape[0]
-        if len(set(lengths.values())) > 1:
-            problems.append(f"the lengths differ: {lengths}")
-        elif not _UNK_ID < lengths["tokens"] <= rows:
-            problems.append(f"{lengths['tokens']} tokens for {rows} rows of the embedding")
+    names = ("tokens", "scores", "token_type")
+    parts: dict[str, Any] = {name: file.metadata.get(prefix + name) for name in names}
+    problems = _vocabulary_problems(parts, file.tensors["token_embd.weight"].shape[0])
     if problems:
-        raise LoadError(f"{file.path}: the tokenizer is incomplete.", problems, next_step=_BROKEN)
-    return (
-        list(parts["tokens"] or ()),
-        np.asarray(parts["scores"], np.float32).tolist(),
-        np.asarray(parts["token_type"]).tolist(),
-    )
+        raise LoadError(
+            f"{file.path}: the tokenizer is incomplete.",
+            [f"{prefix}{problem}" for problem in problems],
+            next_step=_BROKEN,
+        )
+    return parts["tokens"], parts["scores"].tolist(), parts["token_type"].tolist()
+
+
+def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:
+    missing = [f"{name} is missing" for name, part in parts.items() if part is None]
+    if missing:
+        return missing
+    tokens, scores, types = parts["tokens"], parts["scores"], parts["token_type"]
+    problems = []
+    if not isinstance(tokens, list) or not all(isinstance(token, bytes) for token in tokens):
+        problems.append("tokens must be strings")
+    if not isinstance(scores, np.ndarray) or not np.isfinite(scores).all():
+        problems.append("scores must be finite numbers")
+    if not isinstance(types, np.ndarray) or not np.isin(types, range(1, 7)).all():
+        problems.append("token_type must hold numbers from 1 to 6")
+    if problems:
+        return problems
+    lengths = {name: len(part) for name, part in parts.items()}
+    if len(set(lengths.values())) > 1:
+        return [f"tokens, scores and types differ in number: {lengths}"]
+    if not _UNK_ID < len(tokens) <= rows:
+        return [f"tokens are {len(tokens)}, for {rows} rows of the embedding"]
+    if len(set(tokens)) < len(tokens):
+        return ["tokens holds some twice"]
+    return []
