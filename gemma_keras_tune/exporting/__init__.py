@@ -1,0 +1,1 @@
+"""Handing a tuned model over, in one file for each format."""
