@@ -1,0 +1,95 @@
+"""The LoRA of a model as a GGUF adapter, for `llama.cpp --lora`.
+
+Written after llama.cpp's `convert_lora_to_gguf.py`. llama.cpp scales by `alpha / rank`, so what is
+written as `alpha` is the model's scale times the rank, also where it was divided by a square root.
+"""
+
+import pathlib
+from typing import Any
+
+import gguf
+import keras
+import numpy as np
+
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting.gguf_file import (
+    DTYPES,
+    RUNTIME,
+    LlamaCpp,
+    Progress,
+    encode,
+    open_runtime,
+    supported_family,
+)
+from gemma_keras_tune.lora import get_factors, lora_linears
+
+FORMAT = "gguf_adapter"
+FILE_NAME = "adapter.gguf"
+
+__all__ = ["FILE_NAME", "FORMAT", "RUNTIME", "LlamaCpp", "open_runtime", "write"]
+
+
+def write(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "auto",
+    shard_size: int = 0,
+    progress: Progress = lambda name, done, total: None,
+    file_name: str = FILE_NAME,
+) -> None:
+    """Write the LoRA of a model as a GGUF adapter.
+
+    Open it with `open_runtime(base, adapter=file)`, where `base` is the base model's GGUF file.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 1, 2 or 3 with LoRA on.
+        folder: An existing folder.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is float32, as the factors are.
+        shard_size: Not used: an adapter is small.
+        progress: Called with the layer's name, how many are written, and how many there are.
+        file_name: Name of the file.
+
+    Raises:
+        ExportError: LoRA is not on, its values are not finite, or llama.cpp knows no such model.
+    """
+    del shard_size
+    family = supported_family(model)
+    kind = _kind(dtype)
+    linears = lora_linears(model)
+    if not linears:
+        raise ExportError(
+            "There is no adapter to write: LoRA is not on this model.",
+            next_step="Tune with `method='lora'`, or write the whole model with `format='gguf'`.",
+        )
+    writer = gguf.GGUFWriter(folder / file_name, family.name)
+    try:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_string("general.license", "gemma")
+        broken = []
+        for done, linear in enumerate(linears, 1):
+            a, b, scale = get_factors(linear)
+            if done == 1:
+                writer.add_float32("adapter.lora.alpha", scale * len(a))
+            for name, factor in (("lora_a", a), ("lora_b", b)):
+                full = f"{linear.gguf}.weight.{name}"
+                if not np.isfinite(factor).all():
+                    broken.append(full)
+                    continue
+                writer.add_tensor(full, encode(full, factor, {full: kind}), raw_dtype=kind)
+            progress(linear.gguf, done, len(linears))
+        if broken:
+            raise ExportError("The adapter holds values that are not finite numbers.", broken)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _kind(dtype: Any) -> gguf.GGMLQuantizationType:
+    name = "float32" if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ExportError(f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}")
+    return gguf.GGMLQuantizationType[DTYPES[name]]

@@ -1,0 +1,572 @@
+"""GGUF files, for llama.cpp and everything built on it.
+
+The names and axes come from `families`; this module knows the metadata and what llama.cpp wants of
+the tokenizer. What it writes is checked against what `gguf_files` would read: a model with a
+setting that GGUF has no word for is refused, not exported as another model.
+
+Written after llama.cpp's `convert_hf_to_gguf.py`, and compared with a file it made of Gemma 3 270M.
+"""
+
+import collections
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import pathlib
+import re
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import gguf
+import keras
+import numpy as np
+
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, is_instruct, origin_of
+from gemma_keras_tune.gguf_files import (
+    INSTRUCT_KEY,
+    TEMPLATE_KEY,
+    GgufFile,
+    TensorInfo,
+    backbone_class,
+    backbone_config,
+    matrix_shape,
+    read_header,
+)
+from gemma_keras_tune.templates import END_OF_TEXT, Template, get_template, template_of
+
+FORMAT = "gguf"
+RUNTIME = "xllamacpp"
+FILE_NAME = "model.gguf"
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+QUANTIZATIONS = ("Q8_0", "Q4_0")
+
+Progress = Callable[[str, int, int], None]
+
+_Kind = gguf.GGMLQuantizationType
+_FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+_CONTEXT_LENGTHS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768}
+_LONG_CONTEXT = 131_072
+_TERMS = "https://ai.google.dev/gemma/terms"
+
+# Seconds: the longest answer to wait for.
+_TIMEOUT = 600
+# Added to a logit, it outweighs any other.
+_FORCE = 10_000.0
+
+# SentencePiece's piece types, which llama.cpp's token types repeat.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
+# llama.cpp prints no control token and ends no word in one; all others are text that users write.
+_CONTROL_TOKENS = re.compile(
+    r"<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|\|.*|.*\|)>"
+)
+_NO_SCORE = -1000.0
+_IDS = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
+# Where the backbone's settings say nothing that a text model's file must carry.
+_SILENT = ("name", "trainable", "dtype", "image_size", "vision_encoder", "dropout")
+
+
+def write(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "auto",
+    shard_size: int = 0,
+    progress: Progress = lambda name, done, total: None,
+    quantization: str | None = None,
+    file_name: str = FILE_NAME,
+) -> None:
+    """Write a model as one GGUF file, tokenizer and chat template included.
+
+    Weights are merged, converted and written one at a time, so that little more than the largest
+    lies in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 1, 2 or 3. Of a model that sees, the text tower.
+        folder: An existing folder.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: bfloat16 where the model's
+            weights are, else float16.
+        shard_size: Not used: llama.cpp takes a file of any size.
+        progress: Called with the tensor's name, how many are written, and how many there are.
+        quantization: `"Q8_0"` or `"Q4_0"`, instead of `dtype`. Matrices whose rows are no multiple
+            of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`.
+        file_name: Name of the file.
+
+    Raises:
+        ExportError: GGUF cannot carry this model, or a weight is too large for the dtype.
+    """
+    del shard_size
+    family = supported_family(model)
+    kind = _file_kind(model, dtype, quantization)
+    weights = family.weights(model)
+    _warn_of_vision(model)
+    path = folder / file_name
+    writer = gguf.GGUFWriter(path, family.name)
+    try:
+        for key, value in _metadata(model, family, kind).items():
+            _add(writer, key, value)
+        kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
+        for weight in weights:
+            _announce(writer, weight.gguf, matrix_shape(weight), kinds[weight.gguf])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        _write_tensors(writer, model, weights, kinds, progress)
+    finally:
+        writer.close()
+
+
+def supported_family(model: keras.Model) -> Family:
+    """The generation of a model that can leave as GGUF.
+
+    Args:
+        model: A KerasHub Gemma.
+
+    Returns:
+        Its `Family`.
+
+    Raises:
+        ExportError: This library does not know how llama.cpp writes that generation.
+    """
+    family = family_of(model)
+    if not family.gguf_complete or family.name not in _CONTEXT_LENGTHS:
+        known = [FAMILIES[name].title for name in _CONTEXT_LENGTHS]
+        raise ExportError(
+            f"{family.title} cannot be written as GGUF.",
+            next_step=f"GGUF is written for {', '.join(known)}. Export a Hugging Face folder with "
+            "`format='safetensors'`, and convert that with llama.cpp's convert_hf_to_gguf.py.",
+        )
+    return family
+
+
+# What goes into the header.
+
+
+def _file_kind(model: keras.Model, dtype: str, quantization: str | None) -> str:
+    if quantization is not None:
+        name = str(quantization).upper()
+        if name not in QUANTIZATIONS:
+            raise ExportError(
+                f"`quantization` must be one of {QUANTIZATIONS} or None. Received: "
+                f"{quantization!r}",
+                next_step="For K-quants, export float16 and run llama.cpp's llama-quantize.",
+            )
+        return name
+    if dtype == "auto":
+        stored = str(family_of(model).head(model).embedding.dtype)
+        dtype = "bfloat16" if stored == "bfloat16" else "float16"
+    if dtype not in DTYPES:
+        raise ExportError(
+            f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}",
+            next_step=f"For smaller files pass `quantization`, one of {QUANTIZATIONS}.",
+        )
+    return DTYPES[dtype]
+
+
+def _warn_of_vision(model: Any) -> None:
+    if getattr(model.backbone, "vision_encoder", None) is not None:
+        warnings.warn(
+            "The GGUF file holds the text tower alone: it will not see images. llama.cpp takes the "
+            "vision tower as a second file (mmproj), which this library does not write.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
+    """The keys of the file; whole numbers become uint32, others float32."""
+    sizes = {f"{family.name}.{key}": value for key, value in _sizes(model, family).items()}
+    _check_sizes(model, family, sizes)
+    origin = origin_of(model)
+    name = pathlib.PurePath(origin.source).stem if origin else family.title
+    metadata: dict[str, Any] = {
+        "general.type": "model",
+        "general.name": name,
+        "general.license": "gemma",
+        "general.license.link": _TERMS,
+        "general.file_type": int(_FILE_TYPES[kind]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **sizes,
+        **_tokenizer(model),
+    }
+    return metadata | _template(model)
+
+
+def _sizes(model: Any, family: Family) -> dict[str, Any]:
+    backbone = model.backbone
+    config = backbone.get_config()
+    wide = family.name in ("gemma", "gemma2")
+    sizes: dict[str, Any] = {
+        "context_length": _CONTEXT_LENGTHS[family.name],
+        "embedding_length": config["hidden_dim"],
+        "block_count": config["num_layers"],
+        # KerasHub gives Gemma 1 and 2 the width of both gates together.
+        "feed_forward_length": config["intermediate_dim"] // (2 if wide else 1),
+        "attention.head_count": config["num_query_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
+    }
+    if family.name == "gemma2":
+        sizes |= {
+            "attn_logit_softcapping": float(config["attention_logit_soft_cap"] or 0),
+            "final_logit_softcapping": float(config["final_logit_soft_cap"] or 0),
+            "attention.sliding_window": config["sliding_window_size"],
+        }
+    if family.name == "gemma3":
+        sizes |= {
+            "rope.freq_base": 1_000_000.0,
+            "rope.freq_base_swa": 10_000.0,
+            "attention.sliding_window": config["sliding_window_size"],
+        }
+        factor = float(config["global_rope_scaling_factor"])
+        if factor != 1:
+            sizes |= {
+                "context_length": _LONG_CONTEXT,
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": factor,
+            }
+    return sizes
+
+
+def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
+    """Read the metadata back: what they cannot say would make another model of the file."""
+    tensors = {
+        weight.gguf: TensorInfo(weight.gguf, matrix_shape(weight), _Kind.F32, 0, 0)
+        for weight in family.weights(model)
+    }
+    described = backbone_config(GgufFile(pathlib.Path(), sizes, tensors), family)
+    defaults = inspect.signature(backbone_class(family)).parameters
+    problems = []
+    for name, value in model.backbone.get_config().items():
+        if name in _SILENT:
+            continue
+        default = defaults[name].default if name in defaults else value
+        expected = described.get(name, default)
+        if not _same(value, expected):
+            problems.append(f"{name} is {value!r}; llama.cpp computes with {expected!r}")
+    if problems:
+        raise ExportError(
+            f"GGUF has no words for some settings of this {family.title}.",
+            problems,
+            "Export a Keras preset or a Hugging Face folder instead.",
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
+    return math.isclose(a, b, rel_tol=1e-6) if numbers else a == b
+
+
+def _tokenizer(model: Any) -> dict[str, Any]:
+    """The SentencePiece model taken apart, padded to the rows of the embedding."""
+    from sentencepiece import sentencepiece_model_pb2 as sp
+
+    proto = sp.ModelProto.FromString(model.preprocessor.tokenizer.proto)
+    rows = int(family_of(model).head(model).embedding.shape[0])
+    if len(proto.pieces) > rows:
+        raise ExportError(
+            f"The tokenizer has {len(proto.pieces)} pieces and the embedding {rows} rows.",
+            next_step="Use the tokenizer the model was made with.",
+        )
+    tokens, scores, types = [], [], []
+    for piece in proto.pieces:
+        text, score, kind = piece.piece, piece.score, piece.type
+        if kind not in (_NORMAL, _BYTE):
+            kind, score = _USER_DEFINED, _NO_SCORE
+            # llama.cpp looks for these in text as it is, not as SentencePiece spells it.
+            text = text.replace("▁", " ")
+        if kind != _BYTE and _CONTROL_TOKENS.fullmatch(text):
+            kind, score = _CONTROL, _NO_SCORE
+        tokens.append(text)
+        scores.append(score)
+        types.append(kind)
+    for number in range(len(tokens), rows):
+        tokens.append(f"[PAD{number}]")
+        scores.append(_NO_SCORE)
+        types.append(_UNUSED)
+    prefix = "tokenizer.ggml."
+    return {
+        prefix + "model": "llama",
+        prefix + "pre": "default",
+        prefix + "tokens": tokens,
+        prefix + "scores": scores,
+        prefix + "token_type": types,
+        **{f"{prefix}{name}_token_id": number for name, number in _IDS.items()},
+        prefix + "add_bos_token": True,
+        prefix + "add_eos_token": False,
+        prefix + "add_space_prefix": False,
+    }
+
+
+def _template(model: keras.Model) -> dict[str, Any]:
+    """The chat template and stop token: none for a pretrained model that was not tuned."""
+    instruct = is_instruct(model)
+    if instruct is False and template_of(model) is None:
+        return {INSTRUCT_KEY: False}
+    template = get_template("auto", model)
+    metadata: dict[str, Any] = {TEMPLATE_KEY: json.dumps(template.to_config())}
+    if instruct is not None:
+        metadata[INSTRUCT_KEY] = instruct
+    jinja = template.chat_template()
+    if jinja is not None:
+        metadata["tokenizer.chat_template"] = jinja
+    return metadata | _end_of_turn(model, template)
+
+
+def _end_of_turn(model: Any, template: Template) -> dict[str, Any]:
+    if template.stop_token == END_OF_TEXT:
+        return {}
+    return {"tokenizer.ggml.eot_token_id": template.stop_token_ids(model.preprocessor.tokenizer)[0]}
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+# The tensors.
+
+
+def _tensor_kind(weight: Weight, kind: str) -> gguf.GGMLQuantizationType:
+    shape = matrix_shape(weight)
+    if len(shape) < 2:
+        return _Kind.F32
+    if kind == "Q4_0" and weight.entry.kind == "embedding":
+        kind = "Q8_0"
+    if kind in QUANTIZATIONS and shape[-1] % gguf.GGML_QUANT_SIZES[_Kind[kind]][0]:
+        kind = "F16"
+    return _Kind[kind]
+
+
+def _announce(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType
+) -> None:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    size = math.prod(shape) // block * block_bytes
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    model: keras.Model,
+    weights: Iterable[Weight],
+    kinds: Mapping[str, gguf.GGMLQuantizationType],
+    progress: Progress,
+) -> None:
+    waiting = collections.deque(weight.gguf for weight in weights)
+    total = len(waiting)
+    for done, (weight, value) in enumerate(merged_weights(model), 1):
+        if not waiting or weight.gguf != waiting.popleft():
+            raise ExportError(f"{weight.gguf} came out of turn; this is a fault of the library.")
+        matrix = np.asarray(weight.to_matrix(value), np.float32)
+        writer.write_tensor_data(encode(weight.gguf, matrix + weight.gguf_offset, kinds))
+        progress(weight.gguf, done, total)
+    if waiting:
+        raise ExportError("Weights are missing; this is a fault of the library.", waiting)
+
+
+def encode(
+    name: str, matrix: np.ndarray, kinds: Mapping[str, gguf.GGMLQuantizationType]
+) -> np.ndarray:
+    """A tensor's bytes as the file holds them.
+
+    Args:
+        name: Its GGUF name.
+        matrix: Float32 values.
+        kinds: How each tensor is stored, by name.
+
+    Returns:
+        The array to write.
+
+    Raises:
+        ExportError: A value is larger than the dtype's largest.
+    """
+    kind = kinds[name]
+    matrix = np.ascontiguousarray(matrix)
+    if kind == _Kind.F32:
+        return matrix
+    if kind != _Kind.F16:
+        return gguf.quantize(matrix, kind)
+    with np.errstate(over="ignore"):
+        half = matrix.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ExportError(
+            f"{name} holds values up to {np.abs(matrix).max():g}, beyond float16.",
+            next_step="Export with `dtype='bfloat16'` or 'float32'.",
+        )
+    return half
+
+
+# The runtime.
+
+
+@dataclasses.dataclass
+class LlamaCpp:
+    """A GGUF file opened in llama.cpp, through xllamacpp's server on a local port.
+
+    Attributes:
+        path: The file.
+        vocabulary: Number of its tokens.
+        letter: A token that is plain text. The server tells no probabilities where it writes a stop
+            token or half a character, so it is made to write this; they are those before that.
+        server: The `xllamacpp.Server`.
+    """
+
+    path: pathlib.Path
+    vocabulary: int
+    letter: int
+    server: Any
+    name: str = "llama.cpp"
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens parsed and `<bos>` added as llama.cpp does.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            Token ids.
+        """
+        request = {"content": text, "add_special": True, "parse_special": True}
+        return [int(i) for i in self._post("/tokenize", request)["tokens"]]
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Log-probabilities after each token: the logits but for one constant in each row.
+
+        llama.cpp's server tells them at the end of a prompt alone, so each row is a prompt.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            `[len(ids), vocabulary]` float32.
+        """
+        rows = np.full((len(ids), self.vocabulary), -np.inf, np.float32)
+        for row in range(len(ids)):
+            answer = self._complete(
+                ids[: row + 1], 1, n_probs=self.vocabulary, logit_bias=[[self.letter, _FORCE]]
+            )
+            for found in answer["completion_probabilities"][0]["top_logprobs"]:
+                rows[row, found["id"]] = found["logprob"]
+        return rows
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        """Continue greedily until llama.cpp itself stops.
+
+        Args:
+            ids: Token ids of the prompt.
+            max_new_tokens: At most this many.
+
+        Returns:
+            The new ids, the stop token left out.
+        """
+        answer = self._complete(ids, max_new_tokens)
+        return [int(i) for i in answer["tokens"]]
+
+    def close(self) -> None:
+        """Shut the server down and free the model."""
+        self.server = None
+
+    def _complete(self, ids: list[int], count: int, **options: Any) -> dict[str, Any]:
+        request = {
+            "prompt": [int(i) for i in ids],
+            "n_predict": count,
+            "temperature": 0.0,
+            "return_tokens": True,
+            "cache_prompt": False,
+            **options,
+        }
+        return self._post("/completion", request)
+
+    def _post(self, route: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.server.listening_address + route,
+            json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
+        # Past any proxy: the server runs in this process.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=_TIMEOUT) as response:
+                answer: dict[str, Any] = json.load(response)
+        except (OSError, ValueError) as error:
+            raise ExportError(f"llama.cpp failed on {self.path}.", [str(error)]) from error
+        return answer
+
+
+def open_runtime(
+    path: pathlib.Path, *, adapter: pathlib.Path | None = None, context_length: int = 2048
+) -> LlamaCpp:
+    """Open a GGUF file in llama.cpp.
+
+    Args:
+        path: The file, or a folder with one.
+        adapter: A LoRA in GGUF to apply, as `--lora` does.
+        context_length: The longest prompt and answer together, in tokens.
+
+    Returns:
+        A runtime that tokenizes, scores and generates.
+
+    Raises:
+        ModuleNotFoundError: xllamacpp is not installed.
+        ExportError: llama.cpp cannot load the file.
+    """
+    try:
+        xllamacpp = importlib.import_module(RUNTIME)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"llama.cpp is not installed. Install it: pip install {RUNTIME}", name=RUNTIME
+        ) from error
+    file = _only_file(pathlib.Path(path))
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = context_length
+    params.n_parallel = 1
+    params.warmup = False
+    params.verbosity = -1
+    # What is judged is the file, not llama.cpp's rounding of what it remembers.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if adapter is not None:
+        params.lora_adapters = [_lora(xllamacpp, adapter)]
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ExportError(f"llama.cpp cannot load {file}.", [str(error)]) from error
+    tokens = read_header(file).metadata["tokenizer.ggml.tokens"]
+    letter = next(i for i, token in enumerate(tokens) if token.isalpha())
+    return LlamaCpp(file, len(tokens), letter, server)
+
+
+def _lora(xllamacpp: Any, path: pathlib.Path) -> Any:
+    info = xllamacpp.CommonAdapterLoraInfo()
+    info.path, info.scale = str(path), 1.0
+    return info
+
+
+def _only_file(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise ExportError(f"{path} must hold one .gguf file. Found: {len(files)}")
+    return files[0]

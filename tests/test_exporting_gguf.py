@@ -1,0 +1,385 @@
+import json
+import pathlib
+import re
+import warnings
+
+import gguf
+import numpy as np
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting import gguf_adapter, gguf_file, ollama
+from gemma_keras_tune.families import family_of, is_instruct
+from gemma_keras_tune.generation import generate
+from gemma_keras_tune.gguf_files import TEMPLATE_KEY, read_header
+from gemma_keras_tune.loading import load
+from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, set_factors
+from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.templates import TEMPLATES, attach_template, get_template, template_of
+from gemma_keras_tune.testing import tiny_model
+
+TEXTS = ("part number for 12", "a  b   c", "<start_of_turn>user\nGrüße 😀<end_of_turn>\n", " x\n\n")
+IDS = [2, 9, 300, 41, 5, 77, 88, 99, 100, 200, 222, 111]
+
+
+def export(model, folder, **options):
+    folder.mkdir(parents=True, exist_ok=True)
+    gguf_file.write(model, folder, **options)
+    return folder / gguf_file.FILE_NAME
+
+
+def train_a_little(model, **options):
+    """LoRA whose factors are random, as if it had been trained."""
+    enable_lora(model, 2, verbose=0, **options)
+    random = np.random.default_rng(3)
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, a, random.normal(0, 0.3, b.shape).astype("float32"))
+
+
+def log_probabilities(model, ids):
+    inputs = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)))}
+    logits = np.asarray(model(inputs), "float64")[0]
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("gemma3", hidden_dim=32, intermediate_dim=32, num_layers=1)
+
+
+# The file.
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_float32_loads_back_exactly(family, tmp_path):
+    # The heads together are twice as wide as the model: no axis can stand for another.
+    original = tiny_model(family)
+    backbone = original.backbone
+    assert backbone.num_query_heads * backbone.head_dim != backbone.hidden_dim
+    calls = []
+    path = export(original, tmp_path, dtype="float32", progress=lambda *call: calls.append(call))
+    loaded = load(path)
+    for a, b in zip(loaded.backbone.weights, original.backbone.weights, strict=True):
+        # One is added to norms in float32, and taken away again.
+        tolerance = 1e-6 if len(a.shape) == 1 else 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=a.path)
+    for text in TEXTS:
+        np.testing.assert_array_equal(
+            np.asarray(loaded.preprocessor.tokenizer(text)),
+            np.asarray(original.preprocessor.tokenizer(text)),
+        )
+    names = [weight.gguf for weight in family_of(original).weights(original)]
+    assert calls == [(name, n, len(names)) for n, name in enumerate(names, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds", "tolerance"),
+    [
+        ({"dtype": "float16"}, {"F16", "F32"}, 1e-3),
+        ({"dtype": "bfloat16"}, {"BF16", "F32"}, 8e-3),
+        ({"quantization": "q8_0"}, {"Q8_0", "F32"}, 1e-2),
+        ({"quantization": "Q4_0"}, {"Q4_0", "Q8_0", "F32"}, 0.13),
+    ],
+)
+def test_smaller_files(options, kinds, tolerance, model, tmp_path):
+    path = export(model, tmp_path, **options)
+    file = read_header(path)
+    assert {info.kind.name for info in file.tensors.values()} == kinds
+    assert all((i.kind.name == "F32") == (len(i.shape) == 1) for i in file.tensors.values())
+    for weight in family_of(model).weights(model):
+        value = weight.to_matrix(np.asarray(weight.variable)) + weight.gguf_offset
+        largest = np.abs(value).max()
+        np.testing.assert_allclose(file.read(weight.gguf), value, atol=tolerance * largest)
+
+
+def test_auto_keeps_bfloat16(model, tmp_path):
+    path = export(model, tmp_path)
+    assert read_header(path).metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+    loaded = load(path, dtype="bfloat16")
+    kinds = {i.kind.name for i in read_header(export(loaded, tmp_path / "b")).tensors.values()}
+    assert kinds == {"BF16", "F32"}
+
+
+def test_rows_that_fill_no_block_are_float16(tmp_path):
+    file = read_header(export(tiny_model("gemma3"), tmp_path, quantization="Q8_0"))
+    assert file.tensors["blk.0.attn_q.weight"].kind.name == "F16"
+    assert file.tensors["blk.0.attn_output.weight"].kind.name == "Q8_0"
+
+
+def test_lora_is_merged(tmp_path):
+    tuned = tiny_model("gemma3")
+    train_a_little(tuned)
+    loaded = load(export(tuned, tmp_path, dtype="float32"))
+    np.testing.assert_allclose(
+        log_probabilities(loaded, IDS), log_probabilities(tuned, IDS), atol=1e-3
+    )
+    base = log_probabilities(tiny_model("gemma3"), IDS)
+    assert np.abs(log_probabilities(loaded, IDS) - base).max() > 0.1
+
+
+def test_the_template_goes_along(tmp_path):
+    tuned = tiny_model("gemma3")
+    template = get_template("Q: {input}\nA: {output}", tuned)
+    attach_template(tuned, template)
+    path = export(tuned, tmp_path)
+    assert template_of(load(path)) == template
+    assert is_instruct(load(path)) is True
+    jinja = read_header(path).metadata["tokenizer.chat_template"]
+    text = (
+        ImmutableSandboxedEnvironment()
+        .from_string(jinja)
+        .render(messages=[{"role": "user", "content": "1?"}], bos_token="<bos>")
+    )
+    assert text == "<bos>Q: 1?\nA:"
+
+
+def test_turns_set_the_end_of_turn_token(model, tmp_path):
+    metadata = read_header(export(model, tmp_path)).metadata
+    token = model.preprocessor.tokenizer.token_to_id("<end_of_turn>")
+    assert metadata["tokenizer.ggml.eot_token_id"] == token
+    assert metadata["tokenizer.ggml.eos_token_id"] == 1
+    assert json.loads(metadata[TEMPLATE_KEY])["turns"] == "gemma3"
+
+
+def test_a_function_as_template_is_left_out_with_a_warning(tmp_path):
+    tuned = tiny_model("gemma3")
+    attach_template(tuned, get_template(lambda messages: "x", tuned))
+    path = export(tuned, tmp_path)
+    assert "tokenizer.chat_template" not in read_header(path).metadata
+    with pytest.warns(UserWarning, match="its template is left out"):
+        assert template_of(load(path)) is None
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_other_generations_are_refused(family, tmp_path):
+    with pytest.raises(ExportError, match="cannot be written as GGUF") as caught:
+        export(tiny_model(family), tmp_path)
+    assert "Gemma 1, Gemma 2, Gemma 3" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_without_a_word_in_gguf_are_all_named(tmp_path):
+    odd = tiny_model("gemma3", query_head_dim_normalize=False, final_logit_soft_cap=30.0)
+    with pytest.raises(ExportError) as caught:
+        export(odd, tmp_path)
+    problems = "\n".join(caught.value.problems)
+    assert "query_head_dim_normalize is False; llama.cpp computes with True" in problems
+    assert "final_logit_soft_cap is 30.0; llama.cpp computes with None" in problems
+    assert len(caught.value.problems) == 2
+
+
+def test_wrong_options(model, tmp_path):
+    with pytest.raises(ExportError, match="`quantization` must be one of"):
+        export(model, tmp_path, quantization="Q4_K_M")
+    with pytest.raises(ExportError, match="`dtype` must be 'auto' or one of"):
+        export(model, tmp_path, dtype="int8")
+
+
+def test_values_beyond_float16(tmp_path):
+    large = tiny_model("gemma3", num_layers=1)
+    kernel = large.backbone.transformer_layers[0].gating_ffw._kernel
+    kernel.assign(np.asarray(kernel) * 1e6)
+    with pytest.raises(ExportError, match=r"blk\.0\.ffn_gate\.weight holds values up to"):
+        export(large, tmp_path, dtype="float16")
+
+
+# llama.cpp.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_llama_cpp_computes_the_same(family, tmp_path):
+    pytest.importorskip("xllamacpp")
+    # Seven layers: Gemma 3's sixth is the first that sees everything.
+    original = tiny_model(family, num_layers=7)
+    runtime = gguf_file.open_runtime(export(original, tmp_path, dtype="float32").parent)
+    try:
+        for text in TEXTS:
+            ids = np.asarray(original.preprocessor.tokenizer(text)).tolist()
+            assert runtime.tokenize(text) == [2, *ids]
+        expected = log_probabilities(original, IDS)
+        np.testing.assert_allclose(runtime.logits(IDS), expected, atol=2e-2)
+        found = runtime.generate(IDS, 6)
+        steps = log_probabilities(original, IDS + found)[len(IDS) - 1 : -1]
+        # Random weights leave near ties: the likeliest, or as likely but for rounding.
+        assert len(found) == 6
+        assert (steps.max(-1) - steps[range(6), found] < 2e-2).all()
+    finally:
+        runtime.close()
+
+
+@pytest.mark.slow
+def test_llama_cpp_applies_the_adapter(tmp_path):
+    pytest.importorskip("xllamacpp")
+    tuned = tiny_model("gemma3")
+    base = export(tuned, tmp_path, dtype="float32")
+    train_a_little(tuned, rank_stabilized=True, alpha=3.0)
+    gguf_adapter.write(tuned, tmp_path)
+    runtime = gguf_file.open_runtime(base, adapter=tmp_path / gguf_adapter.FILE_NAME)
+    try:
+        expected = log_probabilities(tuned, IDS)
+        np.testing.assert_allclose(runtime.logits(IDS), expected, atol=2e-2)
+    finally:
+        runtime.close()
+
+
+@pytest.mark.slow
+def test_llama_cpp_refuses_a_broken_file(tmp_path):
+    pytest.importorskip("xllamacpp")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ExportError, match=r"llama\.cpp cannot load"):
+        gguf_file.open_runtime(tmp_path)
+
+
+def test_without_the_runtime(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install xllamacpp"):
+        gguf_file.open_runtime(tmp_path)
+
+
+@pytest.mark.real
+def test_real_model(tmp_path):
+    pytest.importorskip("xllamacpp")
+    original = load("package://gemma3_270m")
+    path = export(original, tmp_path, dtype="float32")
+    source = read_header(pathlib.Path(load.__globals__["_package_file"]())).metadata
+    ours = read_header(path).metadata
+    prefix = "tokenizer.ggml."
+    assert ours[prefix + "tokens"] == source[prefix + "tokens"]
+    for name in ("scores", "token_type"):
+        np.testing.assert_array_equal(ours[prefix + name], source[prefix + name])
+    same = [key for key in source if key.startswith(("gemma3.", prefix + "add_"))]
+    different = [key for key in same if ours.get(key, False) != source[key]]
+    assert not different
+    loaded = load(path)
+    for a, b in zip(loaded.backbone.weights, original.backbone.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=a.path)
+    del loaded
+    prompts = [
+        "Monday, Tuesday, Wednesday,",
+        "The capital of France is",
+        "one two three four five six seven eight nine ten <end_of_turn>\n1 2 3",
+    ]
+    template = get_template("{input}{output}", original)
+    expected = generate(original, prompts, template=template, max_new_tokens=16)
+    runtime = gguf_file.open_runtime(path)
+    try:
+        for prompt, answer in zip(prompts, expected, strict=True):
+            ids = runtime.tokenize(prompt)
+            assert ids[1:] == np.asarray(original.preprocessor.tokenizer(prompt)).tolist()
+            found = runtime.generate(ids, 16)
+            text = original.preprocessor.tokenizer.detokenize(np.array([found], "int32"))
+            assert str(text[0]) == answer
+    finally:
+        runtime.close()
+
+
+# The adapter.
+
+
+def test_adapter_keys(tmp_path):
+    tuned = tiny_model("gemma2")
+    train_a_little(tuned, alpha=6.0)
+    gguf_adapter.write(tuned, tmp_path)
+    file = read_header(tmp_path / "adapter.gguf")
+    assert file.metadata["general.architecture"] == "gemma2"
+    assert file.metadata["general.type"] == "adapter"
+    assert file.metadata["adapter.type"] == "lora"
+    assert file.metadata["adapter.lora.alpha"] == 6.0
+    linears = lora_linears(tuned)
+    assert len(file.tensors) == 2 * len(linears)
+    for linear in linears:
+        a, b, _ = get_factors(linear)
+        np.testing.assert_array_equal(file.read(f"{linear.gguf}.weight.lora_a"), a)
+        np.testing.assert_array_equal(file.read(f"{linear.gguf}.weight.lora_b"), b)
+
+
+def test_adapter_that_cannot_be_written(model, tmp_path):
+    with pytest.raises(ExportError, match="LoRA is not on"):
+        gguf_adapter.write(model, tmp_path)
+    tuned = tiny_model("gemma3", num_layers=1)
+    train_a_little(tuned)
+    with pytest.raises(ExportError, match="`dtype` must be"):
+        gguf_adapter.write(tuned, tmp_path, dtype="int8")
+    a, b, _ = get_factors(lora_linears(tuned)[0])
+    set_factors(lora_linears(tuned)[0], a, b * np.nan)
+    with pytest.raises(ExportError) as caught:
+        gguf_adapter.write(tuned, tmp_path)
+    assert caught.value.problems == ("blk.0.attn_q.weight.lora_b",)
+    assert not list(tmp_path.iterdir())
+
+
+# Ollama.
+
+
+def parse_modelfile(text):
+    """`{instruction: [arguments]}`, by Ollama's grammar."""
+    pattern = r'^([A-Z]+) (?:"""(.*?)"""|([^\n]*))$'
+    found: dict[str, list[str]] = {}
+    for name, block, line in re.findall(pattern, text, re.DOTALL | re.MULTILINE):
+        found.setdefault(name, []).append(block or line)
+    return found
+
+
+def go(template, *, system="", prompt="", response=None):
+    """What Go makes of the few constructs used, and Ollama of the rest."""
+    if response is None:
+        template = template.partition("{{ .Response }}")[0]
+    chosen = r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}"
+    text = re.sub(chosen, lambda m: m[1 if system else 2], template, flags=re.DOTALL)
+    text = re.sub(r'\{\{ ("(?:[^"\\]|\\.)*") \}\}', lambda m: json.loads(m[1]), text)
+    for name, value in (("System", system), ("Prompt", prompt), ("Response", response or "")):
+        text = text.replace("{{ ." + name + " }}", value)
+    return text
+
+
+TEMPLATE_SPECS = [
+    TEMPLATES["gemma3"],
+    TEMPLATES["plain"],
+    "Q: {input}\nA: {output}",
+    'System: {system}\nUser "it": {input}\n{{"answer"}}: {output}<end_of_turn>\n---\n',
+]
+
+
+@pytest.mark.parametrize("spec", TEMPLATE_SPECS, ids=str)
+def test_ollama_writes_the_prompts_of_training(spec, model):
+    template = get_template(spec, model)
+    text = ollama.go_template(template)
+    user, answer, again = Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "So?")
+    system = Message("system", "Be brief.")
+
+    def ours(*messages):
+        return "".join(s.text for s in template.segments(messages, generation_prompt=True))
+
+    assert go(text, prompt="Hi") == ours(user)
+    assert go(text, system="Be brief.", prompt="Hi") == ours(system, user)
+    expected = ours(system, user, answer, again)
+    # An answer's leading space, where a template has one, is in what the model wrote.
+    reply = expected.partition("Yo")[0].removeprefix(ours(system, user)) + "Yo"
+    first = go(text, system="Be brief.", prompt="Hi", response=reply)
+    assert first + go(text, prompt="So?") == expected
+
+
+def test_ollama_folder(tmp_path):
+    tuned = tiny_model("gemma3", num_layers=1)
+    ollama.write(tuned, tmp_path, quantization="Q8_0")
+    parts = parse_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8"))
+    assert parts["FROM"] == ["./model.gguf"]
+    assert parts["PARAMETER"] == ['stop "<end_of_turn>"', 'stop "<eos>"']
+    assert go(parts["TEMPLATE"][0], prompt="Hi") == (
+        "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert "ai.google.dev/gemma/terms" in parts["LICENSE"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path / "model.gguf").backbone.num_layers == 1
+
+
+def test_ollama_refuses_a_function(model):
+    with pytest.raises(ExportError, match="which Ollama cannot run"):
+        ollama.modelfile(get_template(lambda messages: "x", model))
