@@ -109,6 +109,7 @@ def test_rows_that_fill_no_block_are_float16(tmp_path):
     assert file.tensors["blk.0.attn_output.weight"].kind.name == "Q8_0"
 
 
+@pytest.mark.slow
 def test_lora_is_merged(tmp_path):
     tuned = tiny_model("gemma3")
     train_a_little(tuned)
@@ -153,6 +154,7 @@ def test_a_function_as_template_is_left_out_with_a_warning(tmp_path):
         assert template_of(load(path)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_other_generations_are_refused(family, tmp_path):
     with pytest.raises(ExportError, match="cannot be written as GGUF") as caught:
@@ -212,6 +214,27 @@ def test_llama_cpp_computes_the_same(family, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("token", "stops"), [("<eos>", True), ("<end_of_turn>", True), ("<img>", False)]
+)
+def test_llama_cpp_stops_by_itself(token, stops, tmp_path):
+    pytest.importorskip("xllamacpp")
+    original = tiny_model("gemma3")
+    inputs = {"token_ids": np.array([IDS]), "padding_mask": np.ones((1, len(IDS)))}
+    last = np.asarray(original.backbone(inputs))[0, -1]
+    embeddings = original.backbone.token_embedding.embeddings
+    rows = np.asarray(embeddings).copy()
+    rows[original.preprocessor.tokenizer.token_to_id(token)] = 20 * last
+    embeddings.assign(rows)
+    runtime = gguf_file.open_runtime(export(original, tmp_path, dtype="float32"))
+    try:
+        found = runtime.generate(IDS, 1)
+        assert found == ([] if stops else [original.preprocessor.tokenizer.token_to_id(token)])
+    finally:
+        runtime.close()
+
+
+@pytest.mark.slow
 def test_llama_cpp_applies_the_adapter(tmp_path):
     pytest.importorskip("xllamacpp")
     tuned = tiny_model("gemma3")
@@ -263,7 +286,7 @@ def test_real_model(tmp_path):
     prompts = [
         "Monday, Tuesday, Wednesday,",
         "The capital of France is",
-        "one two three four five six seven eight nine ten <end_of_turn>\n1 2 3",
+        "def add(a, b):\n    return",
     ]
     template = get_template("{input}{output}", original)
     expected = generate(original, prompts, template=template, max_new_tokens=16)
@@ -274,7 +297,7 @@ def test_real_model(tmp_path):
             assert ids[1:] == np.asarray(original.preprocessor.tokenizer(prompt)).tolist()
             found = runtime.generate(ids, 16)
             text = original.preprocessor.tokenizer.detokenize(np.array([found], "int32"))
-            assert str(text[0]) == answer
+            assert str(text[0]).strip() == answer
     finally:
         runtime.close()
 

@@ -481,7 +481,8 @@ class LlamaCpp:
             The new ids, the stop token left out.
         """
         answer = self._complete(ids, max_new_tokens)
-        return [int(i) for i in answer["tokens"]]
+        new = [int(i) for i in answer["tokens"]]
+        return new[:-1] if answer["stop_type"] == "eos" else new
 
     def close(self) -> None:
         """Shut the server down and free the model."""
