@@ -1,5 +1,4 @@
 import json
-import pathlib
 import re
 import warnings
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gemma_keras_tune import loading
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting import gguf_adapter, gguf_file, ollama
 from gemma_keras_tune.families import family_of, is_instruct
@@ -270,7 +270,7 @@ def test_real_model(tmp_path):
     pytest.importorskip("xllamacpp")
     original = load("package://gemma3_270m")
     path = export(original, tmp_path, dtype="float32")
-    source = read_header(pathlib.Path(load.__globals__["_package_file"]())).metadata
+    source = read_header(loading._package_file()).metadata
     ours = read_header(path).metadata
     prefix = "tokenizer.ggml."
     assert ours[prefix + "tokens"] == source[prefix + "tokens"]

@@ -379,7 +379,9 @@ def _write_tensors(
         if not waiting or weight.gguf != waiting.popleft():
             raise ExportError(f"{weight.gguf} came out of turn; this is a fault of the library.")
         matrix = np.asarray(weight.to_matrix(value), np.float32)
-        writer.write_tensor_data(encode(weight.gguf, matrix + weight.gguf_offset, kinds))
+        if weight.gguf_offset:
+            matrix = matrix + weight.gguf_offset
+        writer.write_tensor_data(encode(weight.gguf, matrix, kinds))
         progress(weight.gguf, done, total)
     if waiting:
         raise ExportError("Weights are missing; this is a fault of the library.", waiting)
