@@ -29,6 +29,7 @@ from gemma_keras_tune.errors import (
     PlanError,
     TemplateError,
 )
+from gemma_keras_tune.exporting import export
 from gemma_keras_tune.generation import Answer, generate, generate_answers
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import (
@@ -81,6 +82,7 @@ __all__ = [
     "TuneResult",
     "TuningModel",
     "enable_lora",
+    "export",
     "generate",
     "generate_answers",
     "get_template",

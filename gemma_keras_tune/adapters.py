@@ -57,9 +57,14 @@ def save_preset(
         ExportError: The folder exists.
     """
     with new_folder(path, overwrite=overwrite) as folder:
-        model.save_to_preset(str(folder))
-        _record(model, folder)
+        write_preset(model, folder)
     return pathlib.Path(path)
+
+
+def write_preset(model: keras.Model, folder: pathlib.Path) -> None:
+    """Write the files of `save_preset` into an existing folder."""
+    model.save_to_preset(str(folder))
+    write_record(model, folder)
 
 
 def save_adapter(
@@ -101,7 +106,7 @@ def save_adapter(
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
-        _record(model, folder)
+        write_record(model, folder)
     return pathlib.Path(path)
 
 
@@ -157,7 +162,8 @@ def load_adapter(model: keras.Model, path: str | os.PathLike[str]) -> LoraConfig
     return there
 
 
-def _record(model: keras.Model, folder: pathlib.Path) -> None:
+def write_record(model: keras.Model, folder: pathlib.Path) -> None:
+    """Write this library's record: generation, base fingerprint, template and stop tokens."""
     template = template_of(model)
     entries: dict[str, Any] = {
         "generation": family_of(model).name,

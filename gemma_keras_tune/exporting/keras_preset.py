@@ -1,0 +1,42 @@
+"""A KerasHub preset, which `keras_hub.models.CausalLM.from_preset` opens."""
+
+import pathlib
+from collections.abc import Callable
+
+import keras
+
+from gemma_keras_tune.adapters import write_preset
+from gemma_keras_tune.errors import ExportError
+
+FORMAT = "keras"
+RUNTIME = "keras-hub"
+
+
+def write(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "auto",
+    shard_size: int = 0,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> None:
+    """Write a KerasHub preset, LoRA merged in, and this library's record.
+
+    Args:
+        model: A KerasHub Gemma.
+        folder: An existing, empty folder.
+        dtype: `"auto"`: a preset keeps the weights' own dtype.
+        shard_size: Not used: KerasHub shards by itself.
+        progress: Called once, at the end.
+
+    Raises:
+        ExportError: Another dtype was asked for.
+    """
+    del shard_size
+    if dtype != "auto":
+        raise ExportError(
+            f"A Keras preset keeps the dtype of the weights. Received: dtype={dtype!r}",
+            next_step="Leave `dtype` out; `from_preset(path, dtype=...)` casts on loading.",
+        )
+    write_preset(model, folder)
+    progress("model", 1, 1)

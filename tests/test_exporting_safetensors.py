@@ -1,0 +1,145 @@
+"""Hugging Face folders, opened by transformers and by `load`."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import gemma_keras_tune as gkt
+from gemma_keras_tune import testing
+from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+
+# Heads times width is not the model's width; several heads share keys; soft caps; both kinds of
+# attention, with rows longer than the window; a stretched rotary embedding.
+MODELS = {
+    "gemma": dict(num_query_heads=4, num_key_value_heads=2, head_dim=8),
+    "gemma2": dict(attention_logit_soft_cap=5.0, final_logit_soft_cap=3.0, sliding_window_size=8),
+    "gemma3": dict(num_layers=7, global_rope_scaling_factor=8.0, sliding_window_size=8),
+}
+
+
+def tuned(name, **sizes):
+    model = testing.tiny_model(name, **{**MODELS[name], **sizes})
+    gkt.enable_lora(model, rank=2, targets="all")
+    draw = np.random.default_rng(0)
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, a, 0.3 * draw.normal(size=b.shape).astype("float32"))
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    model = tuned(request.param)
+    folder = tmp_path_factory.mktemp("export") / "model"
+    gkt.export(model, folder, format="safetensors", verbose=0)
+    return model, folder
+
+
+TEXTS = ["part number for brake 7", "a  b", "  x", "Ünï \n\n\t🙂 日本", "<end_of_turn>"]
+
+
+@pytest.mark.slow
+def test_transformers_answers_as_the_model_in_memory(exported, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model, folder = exported
+    ours = model.preprocessor.tokenizer
+    template = gkt.get_template("auto", model)
+    stops = {1, *template.stop_token_ids(ours)}
+    ids = np.random.default_rng(1).integers(5, model.backbone.vocabulary_size, (1, 24))
+    spoken = [*np.asarray(ours("roll")).tolist(), *stops]
+    chat = [{"role": "user", "content": " Hello "}]
+    asked = {"ids": ids.tolist(), "texts": TEXTS, "chat": chat, "spoken": spoken}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    script = pathlib.Path(__file__).with_name("_transformers_twin.py")
+    command = [sys.executable, script, folder, tmp_path / "asked.json", tmp_path / "found.json"]
+    subprocess.run(command, check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    logits = np.asarray(found["logits"])
+    np.testing.assert_allclose(np.asarray(model(x)), logits, atol=1e-4)
+    with gkt.lora_disabled(model):
+        assert np.abs(np.asarray(model(x)) - logits).max() > 1e-2  # LoRA is in what was written
+    assert found["texts"] == [[2, *np.asarray(ours(text)).tolist()] for text in TEXTS]
+    segments = template.segments([gkt.Message("user", " Hello ")], generation_prompt=True)
+    assert found["chat"] == "<bos>" + "".join(segment.text for segment in segments)
+    assert set(found["stops"]) == stops
+    assert found["spoken"] == "roll"
+
+
+def test_load_gives_the_same_weights(exported):
+    model, folder = exported
+    again = gkt.load(str(folder))
+    assert type(again) is type(model)
+    theirs = {weight.path: value for weight, value in merged_weights(again)}
+    for weight, value in merged_weights(model):
+        np.testing.assert_array_equal(theirs[weight.path], value, err_msg=weight.path)
+    assert gkt.template_of(again) == gkt.template_of(model)
+
+
+def test_shards_and_their_index(tmp_path):
+    from safetensors.numpy import load_file
+
+    model = testing.tiny_model("gemma")
+    gkt.export(model, tmp_path / "model", shard_size="20KB", verbose=0)
+    files = sorted(tmp_path.glob("model/model-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    held = {name: file.name for file in files for name in load_file(file)}
+    assert held == index["weight_map"]
+    weights = {weight.hugging_face: value for weight, value in merged_weights(model)}
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights.values())
+    assert set(weights) == set(held)
+
+
+def test_half_precision_and_what_it_cannot_hold(tmp_path):
+    from safetensors import safe_open
+
+    model = testing.tiny_model("gemma3")
+    weights = [weight.hugging_face for weight, _ in merged_weights(model)]
+    gkt.export(model, tmp_path / "model", dtype="bfloat16", verbose=0)
+    with safe_open(tmp_path / "model/model.safetensors", "np") as file:
+        assert {file.get_slice(name).get_dtype() for name in weights} == {"BF16"}
+    scale = model.backbone.layer_norm.scale
+    scale.assign(np.full(scale.shape, 1e6))
+    with pytest.raises(gkt.ExportError, match=r"model\.norm\.weight holds values up to 1e\+06"):
+        gkt.export(model, tmp_path / "half", dtype="float16", verbose=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    model = testing.tiny_model("gemma3")
+    for options, message in (
+        (dict(format="onnx"), "`format` must be"),
+        (dict(format="litert"), "litert-torch"),
+        (dict(format="safetensors", quantization="Q8_0"), "`quantization` is for"),
+        (dict(dtype="float8"), "`dtype` must be"),
+        (dict(shard_size="5 apples"), "`shard_size` must be"),
+        (dict(format="keras", dtype="float16"), "keeps the dtype"),
+    ):
+        with pytest.raises(gkt.ExportError, match=message):
+            gkt.export(model, tmp_path / "x", verbose=0, **options)
+    odd = testing.tiny_model("gemma3", use_query_key_norm=False)
+    with pytest.raises(gkt.ExportError, match="use_query_key_norm is False"):
+        gkt.export(odd, tmp_path / "x", verbose=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_and_a_gguf_file_by_name(tmp_path):
+    import keras_hub
+
+    model = testing.tiny_model("gemma3")
+    gkt.export(model, tmp_path / "preset", format="keras", verbose=0)
+    keras_hub.models.CausalLM.from_preset(str(tmp_path / "preset"))
+    path = gkt.export(model, tmp_path / "tiny.gguf", dtype="float32", verbose=0)
+    assert path.is_file() and gkt.load(str(path)).backbone.num_layers == model.backbone.num_layers
+    with pytest.raises(gkt.ExportError, match="already exists"):
+        gkt.export(model, path, verbose=0)
+    gkt.export(model, path, overwrite=True, verbose=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["preset", "tiny.gguf"]
