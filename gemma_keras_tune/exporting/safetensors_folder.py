@@ -264,8 +264,8 @@ def _converted(model: keras.Model, dtype: np.dtype) -> Iterator[tuple[str, np.nd
     for weight, value in merged_weights(model):
         matrix = np.ascontiguousarray(weight.to_matrix(value))
         with np.errstate(over="ignore"):
-            stored = matrix.astype(dtype)
-        if not np.isfinite(stored.astype(np.float32)).all():
+            stored = matrix.astype(dtype, copy=False)
+        if not np.isfinite(stored).all():
             raise ExportError(
                 f"{weight.hugging_face} holds values up to {np.abs(matrix).max():g}, beyond "
                 f"{dtype.name}.",
