@@ -78,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="auto")
     generate.set_defaults(run=_generate)
 
+    export = commands.add_parser("export", help="write a model for another runtime")
+    export.add_argument("model", help=_MODEL)
+    export.add_argument("path", help="folder to make, or a .gguf file")
+    export.add_argument(
+        "--format", default="auto", help="see the documentation; default: %(default)s"
+    )
+    export.add_argument("--adapter", metavar="DIR", help="an adapter to merge into the model")
+    export.add_argument("--dtype", default="auto", help="dtype to write")
+    export.add_argument("--quantization", help="Q8_0 or Q4_0, for GGUF and Ollama")
+    export.add_argument("--shard-size", default="5GB")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    export.add_argument("--quiet", action="store_true")
+    export.set_defaults(run=_export)
+
     preview = commands.add_parser("preview", help="show rows exactly as they would be trained")
     preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
     preview.add_argument("model", help=_MODEL)
@@ -127,6 +141,17 @@ def _generate(options: argparse.Namespace) -> None:
         gkt.load_adapter(model, options.adapter)
     for answer in gkt.generate(model, options.prompts, max_new_tokens=options.max_new_tokens):
         print(answer)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import gemma_keras_tune as gkt
+
+    model = gkt.load(options.model)
+    if options.adapter:
+        gkt.load_adapter(model, options.adapter)
+    names = ("format", "dtype", "quantization", "shard_size", "overwrite")
+    settings = {name: getattr(options, name) for name in names}
+    print(gkt.export(model, options.path, verbose=int(not options.quiet), **settings))
 
 
 def _preview(options: argparse.Namespace) -> None:
