@@ -1,0 +1,40 @@
+"""What PEFT makes of a base folder. Runs by itself: torch beside TensorFlow may crash.
+
+python _peft_twin.py BASE REQUEST.json ANSWER.json
+
+The request names an adapter to load, or the arguments of a `LoraConfig` to train a new one with,
+and where to save that.
+"""
+
+import json
+import pathlib
+import sys
+
+
+def main(base: str, request: str, answer: str) -> None:
+    import peft
+    import torch
+    import transformers
+
+    asked = json.loads(pathlib.Path(request).read_text())
+    ids = torch.tensor(asked["ids"])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    if "adapter" in asked:
+        model = peft.PeftModel.from_pretrained(model, asked["adapter"])
+    else:
+        model = peft.get_peft_model(model, peft.LoraConfig(**asked["config"]))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for _ in range(3):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(asked["save"])
+    model.eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+    pathlib.Path(answer).write_text(json.dumps({"logits": logits.tolist()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+"""Adapters cross to the real PEFT on the real transformers, and back."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+import gemma_keras_tune as gkt
+from gemma_keras_tune import testing
+from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+
+# Not imported here: torch beside TensorFlow may crash.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed"),
+]
+
+MODELS = {
+    "gemma": dict(num_query_heads=4, num_key_value_heads=2, head_dim=8),
+    "gemma2": dict(attention_logit_soft_cap=5.0, final_logit_soft_cap=3.0),
+    "gemma3": dict(num_layers=7),
+}
+
+
+def tiny(name):
+    return testing.tiny_model(name, **MODELS[name])
+
+
+def ids_of(model):
+    return np.random.default_rng(1).integers(5, model.backbone.vocabulary_size, (1, 20))
+
+
+def logits_of(model):
+    ids = ids_of(model)
+    return np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+
+
+def peft_logits(model, folder, **request):
+    """What PEFT computes on the exported base."""
+    base = folder / "base"
+    gkt.export(model, base, dtype="float32", verbose=0)
+    (folder / "asked.json").write_text(json.dumps({"ids": ids_of(model).tolist(), **request}))
+    script = pathlib.Path(__file__).with_name("_peft_twin.py")
+    command = [sys.executable, script, base, folder / "asked.json", folder / "found.json"]
+    subprocess.run(command, check=True)
+    return np.asarray(json.loads((folder / "found.json").read_text())["logits"])
+
+
+@pytest.mark.parametrize(
+    ("name", "stabilized"), [("gemma", False), ("gemma2", True), ("gemma3", False)]
+)
+def test_peft_computes_our_adapter(name, stabilized, tmp_path):
+    base = tiny(name)
+    model = tiny(name)
+    gkt.enable_lora(model, rank=3, alpha=5, targets="all", rank_stabilized=stabilized)
+    draw = np.random.default_rng(0)
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, a, 0.3 * draw.normal(size=b.shape).astype("float32"))
+    gkt.save_adapter(model, tmp_path / "adapter")
+    theirs = peft_logits(base, tmp_path, adapter=str(tmp_path / "adapter"))
+    np.testing.assert_allclose(logits_of(model), theirs, atol=1e-4)
+    assert np.abs(logits_of(base) - theirs).max() > 1e-2
+
+
+def test_an_adapter_of_peft_is_tuned_further(tmp_path):
+    model = tiny("gemma3")
+    config = dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    theirs = peft_logits(
+        model, tmp_path, config=config | {"task_type": "CAUSAL_LM"}, save=str(tmp_path / "theirs")
+    )
+    base = logits_of(model)
+    gkt.load_adapter(model, tmp_path / "theirs")
+    np.testing.assert_allclose(logits_of(model), theirs, atol=1e-4)
+    assert np.abs(base - theirs).max() > 1e-2
+    before = gkt.tune(model, testing.tiny_pairs(), epochs=6, verbose=0, rank=4, alpha=6,
+                      targets=["q_proj", "v_proj", "down_proj"]).history["loss"]  # fmt: skip
+    assert before[-1] < before[0]
+    gkt.save_adapter(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["r"] == 4
