@@ -10,9 +10,9 @@ if "keras" not in _sys.modules:
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from gemma_keras_tune._quiet import quiet_import as _quiet_import
+from gemma_keras_tune._quiet import quiet_stderr as _quiet_stderr
 
-with _quiet_import():
+with _quiet_stderr():
     import keras_hub as _keras_hub  # noqa: F401
 
 from gemma_keras_tune.adapters import load_adapter, save_adapter, save_preset

@@ -1,4 +1,4 @@
-"""Keeps TensorFlow's start-up lines off the screen."""
+"""Keeps what native code logs as it starts off the screen."""
 
 import contextlib
 import os
@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Hold back what native code writes to standard error; show it if the import fails.
+def quiet_stderr() -> Iterator[None]:
+    """Hold back what is written to standard error; show it if there is an exception.
 
-    TensorFlow 2.21 logs before its log level is read, so no setting silences it.
+    TensorFlow 2.21 logs before its log level is read, and its SentencePiece logs at any level, so
+    no setting silences them.
 
     Yields:
         Nothing.

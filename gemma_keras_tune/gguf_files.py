@@ -24,6 +24,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune._quiet import quiet_stderr
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin
 from gemma_keras_tune.templates import Template, attach_template
@@ -515,10 +516,12 @@ def backbone_class(family: Family) -> Callable[..., keras.Model]:
 def _causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:
     hub = keras_hub
     if family.name == "gemma3":
-        tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
+        with quiet_stderr():
+            tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
         preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer)
         return hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
-    tokenizer = hub.tokenizers.GemmaTokenizer(proto=proto)
+    with quiet_stderr():
+        tokenizer = hub.tokenizers.GemmaTokenizer(proto=proto)
     preprocessor = hub.models.GemmaCausalLMPreprocessor(tokenizer)
     return hub.models.GemmaCausalLM(backbone=backbone, preprocessor=preprocessor)
 

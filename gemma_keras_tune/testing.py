@@ -12,6 +12,8 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune._quiet import quiet_stderr
+
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4")
 
 _TEXT = """\
@@ -179,7 +181,11 @@ def tiny_tokenizer(family: str = "gemma3") -> keras.layers.Layer:
     Returns:
         A `keras_hub.tokenizers` tokenizer layer.
     """
-    proto = tiny_tokenizer_proto()
+    with quiet_stderr():
+        return _tokenizer(family, tiny_tokenizer_proto())
+
+
+def _tokenizer(family: str, proto: bytes) -> keras.layers.Layer:
     if family in ("gemma", "gemma2"):
         return keras_hub.tokenizers.GemmaTokenizer(proto=proto)
     if family == "gemma3":
