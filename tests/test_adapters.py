@@ -34,7 +34,13 @@ def tuned(family="gemma3", rank=2, **options):
     return model
 
 
-@pytest.mark.parametrize("family", testing.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family == "gemma3" else pytest.mark.slow)
+        for family in testing.FAMILIES
+    ],
+)
 def test_an_adapter_comes_back_exactly(family, tmp_path):
     model = tuned(family, alpha=6, rank_stabilized=True)
     folder = gkt.save_adapter(model, tmp_path / "adapter")

@@ -92,6 +92,7 @@ def test_table_counts_what_is_right() -> None:
     assert totals.split() == ["right", "0", "0", "0/4", "1", "1", "2/4"]
 
 
+@pytest.mark.slow
 def test_the_clock_starts_with_the_process() -> None:
     code = (
         "import time; t = time.time(); from gemma_keras_tune import demo; "

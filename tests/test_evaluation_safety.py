@@ -133,6 +133,7 @@ def test_a_text_cannot_end_its_own_turn() -> None:
     assert prompt.count("<start_of_turn>") == prompt.count("<end_of_turn>") == 2
 
 
+@pytest.mark.slow
 def test_scores_equal_a_plain_forward_pass(shield: ShieldGemma, model: keras.Model) -> None:
     prompts, answers = ["bread", "three cakes " * 9], ["yes", "2 boxes"]
     alone, answered = shield.scores(prompts), shield.scores(prompts, answers)
@@ -148,6 +149,7 @@ def test_scores_equal_a_plain_forward_pass(shield: ShieldGemma, model: keras.Mod
     assert np.ptp(found) > 1e-4, "the scores do not depend on the text"
 
 
+@pytest.mark.slow
 def test_one_text_at_a_time(shield: ShieldGemma) -> None:
     score = shield("bread", "two boxes")
     assert score == pytest.approx(shield.scores(["bread"], ["two boxes"]).max(), abs=1e-6)
@@ -169,6 +171,7 @@ def test_what_is_refused(model: keras.Model) -> None:
         ShieldGemma(model).scores(["a", "b"], ["c"])
 
 
+@pytest.mark.slow
 def test_losses_of_base_and_tuned_come_from_one_program() -> None:
     model = tiny_model("gemma3", seed=3)
     scorer = Scorer(model)
