@@ -1,0 +1,119 @@
+"""Which cases ask what was trained on, word for word or nearly.
+
+Prompts are compared without case, punctuation and white space, and then by their character
+5-grams: two prompts are nearly the same where they share at least `threshold` of those either has
+(the Jaccard index). All pairs are compared, not a sample of hashes: the 5-grams of the cases make a
+sparse matrix, and the pairs go past it in blocks, so 100,000 pairs take seconds and little memory.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.plans import Case
+from gemma_keras_tune.evaluation.results import Leak
+from gemma_keras_tune.pairs import Message, Pair
+
+GRAM = 5
+BLOCK = 2048
+MOST_ROWS = 10
+
+
+def find_leaks(
+    cases: Iterable[Case], pairs: Iterable[Pair], *, threshold: float = 0.7
+) -> dict[str, Leak]:
+    """Cases whose prompt is in the training pairs.
+
+    System messages are left out: many rows share one. A conversation of several turns is compared
+    at each of its turns, as each is trained.
+
+    Args:
+        cases: The cases.
+        pairs: The training pairs.
+        threshold: From which likeness a prompt counts as nearly the same; at 1 only equal ones do.
+
+    Returns:
+        A `Leak` for each such case, by its id.
+
+    Raises:
+        EvaluationError: The threshold is not over 0 and up to 1.
+    """
+    if not 0 < threshold <= 1:
+        raise EvaluationError(f"`threshold` must be over 0 and up to 1. Received: {threshold!r}")
+    cases = list(cases)
+    texts = [_normalised(_joined(case.messages)) for case in cases]
+    found: list[list[tuple[float, bool, int]]] = [[] for _ in cases]
+    for block in _blocks(_pair_texts(pairs), BLOCK):
+        for case, place, likeness in _alike(texts, [text for _, text in block], threshold):
+            row, text = block[place]
+            found[case].append((likeness, text == texts[case], row))
+    return {case.id: _leak(hits) for case, hits in zip(cases, found, strict=True) if hits}
+
+
+def _leak(hits: list[tuple[float, bool, int]]) -> Leak:
+    hits = sorted(hits, key=lambda hit: (-hit[1], -hit[0], hit[2]))
+    rows = tuple(dict.fromkeys(row for _, _, row in hits))
+    return Leak(rows[:MOST_ROWS], hits[0][0], hits[0][1])
+
+
+def _pair_texts(pairs: Iterable[Pair]) -> Iterator[tuple[int, str]]:
+    """Row and normalised prompt of every turn that is trained."""
+    for pair in pairs:
+        for index, message in enumerate(pair.messages):
+            if message.role == "user":
+                yield pair.row, _normalised(_joined(pair.messages[: index + 1]))
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    return "\n".join(message.content for message in messages if message.role != "system")
+
+
+_SEPARATORS = re.compile(r"[\W_]+")
+
+
+def _normalised(text: str) -> str:
+    """Letters and digits in small, one space between words. A text without any stays as it is."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return _SEPARATORS.sub(" ", plain).strip() or " ".join(plain.split())
+
+
+def _blocks(items: Iterable[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
+    block: list[tuple[int, str]] = []
+    for item in items:
+        block.append(item)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _alike(
+    texts: list[str], others: list[str], threshold: float
+) -> Iterator[tuple[int, int, float]]:
+    """Places in both lists of texts that are alike, and how much."""
+    columns: dict[str, int] = {}
+    first, second = ([_grams(text, columns) for text in side] for side in (texts, others))
+    shared = (_matrix(first, len(columns)) @ _matrix(second, len(columns)).T).tocoo()
+    for place, other, count in zip(*shared.coords, shared.data, strict=True):
+        likeness = count / (len(first[place]) + len(second[other]) - count)
+        if likeness >= threshold:
+            yield int(place), int(other), float(likeness)
+
+
+def _grams(text: str, columns: dict[str, int]) -> set[int]:
+    """The column of each run of `GRAM` characters; a shorter text is one run."""
+    runs = {text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1))}
+    return {columns.setdefault(run, len(columns)) for run in runs}
+
+
+def _matrix(rows: list[set[int]], width: int) -> Any:
+    from scipy.sparse import csr_array
+
+    starts = np.cumsum([0, *map(len, rows)])
+    places = np.fromiter((column for row in rows for column in row), np.int64, starts[-1])
+    return csr_array((np.ones(len(places)), places, starts), shape=(len(rows), width))
