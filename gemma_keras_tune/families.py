@@ -2,15 +2,17 @@
 
 One table says, for each generation and each weight of the text tower: where it stands in the
 KerasHub model, its name in Hugging Face checkpoints and in GGUF files, how its axes map to Hugging
-Face's `[outputs, inputs]` matrices, and what GGUF adds to it. Loading, LoRA, adapters and exports
-read this table; no other module knows a foreign tensor name.
+Face's `[outputs, inputs]` matrices, and what GGUF adds to it. Some foreign tensors hold several
+weights of ours (keys and values, the gates of all experts): `Piece` says which part. Loading, LoRA,
+adapters and exports read this table; no other module knows a foreign tensor name.
 
-Sources: the KerasHub 0.32 model definitions, `transformers`' Gemma modules, and llama.cpp's tensor
-name map (`gguf.constants`).
+Sources: the KerasHub 0.32 model definitions, `transformers`' Gemma modules, llama.cpp's tensor name
+map (`gguf.constants`), and the parameter trees of the Gemma library for JAX (`gemma.gm.nn`).
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import weakref
@@ -29,16 +31,71 @@ ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """The place of a weight in a foreign tensor that holds several.
+
+    Attributes:
+        index: Its place among them.
+        axis: The axis they are joined on.
+        stacked: Whether that axis is theirs alone; else they lie behind each other on it.
+    """
+
+    index: int
+    axis: int = 0
+    stacked: bool = True
+
+
+def join(pieces: Mapping[Piece, np.ndarray]) -> np.ndarray:
+    """The foreign tensor that holds these pieces.
+
+    Args:
+        pieces: Every piece of one tensor, in the foreign layout.
+
+    Returns:
+        The joined array.
+    """
+    ordered = sorted(pieces, key=lambda piece: piece.index)
+    arrays = [pieces[piece] for piece in ordered]
+    first = ordered[0]
+    together = np.stack if first.stacked else np.concatenate
+    return together(arrays, axis=first.axis)
+
+
+def split(tensor: np.ndarray, piece: Piece, count: int) -> np.ndarray:
+    """One piece of a foreign tensor; the inverse of `join`.
+
+    Args:
+        tensor: The joined array.
+        piece: Which of them.
+        count: How many it holds.
+
+    Returns:
+        The piece, in the foreign layout.
+    """
+    if piece.stacked:
+        return np.take(tensor, piece.index, axis=piece.axis)
+    return np.split(tensor, count, axis=piece.axis)[piece.index]
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One row of the table: a weight that stands in every block, or once in the model.
 
     Attributes:
-        keras: Dotted attribute path of its layer, from the block or the backbone.
+        keras: Dotted attribute path of its layer, from the block or the text model; `*` stands for
+            every index of a list of layers, which is also put in place of `{}` in the names.
         hugging_face: Name in Hugging Face checkpoints, after the block's prefix.
         gguf: Name in GGUF files, after the block's prefix.
-        kind: `"linear"`, `"norm"`, `"embedding"` or `"scalar"`.
+        kind: `"linear"`: LoRA can address it; `"matrix"`: laid out alike, but LoRA leaves it alone;
+            `"norm"`; `"embedding"`; or, where `keras` leads to the variable itself, `"vector"` (as
+            it is), `"scalar"` (one number) or `"experts"` (`[experts, inputs, outputs]`).
         heads: For a linear layer, `"split"` when the kernel is `[heads, inputs, head_dim]`,
             `"joined"` when it is `[heads, head_dim, outputs]`, else `None` for `[inputs, outputs]`.
+        jax: Path in the Gemma library's tree for JAX, after the block's prefix.
+        suffixes: What follows the Hugging Face name and the GGUF name.
+        piece: Its place in Hugging Face's tensor, where that holds several.
+        gguf_piece: The same in GGUF.
+        jax_piece: The same in the Gemma library for JAX.
     """
 
     keras: str
@@ -46,6 +103,11 @@ class Entry:
     gguf: str
     kind: str = "norm"
     heads: str | None = None
+    jax: str | None = None
+    suffixes: tuple[str, str] = (".weight", ".weight")
+    piece: Piece | None = None
+    gguf_piece: Piece | None = None
+    jax_piece: Piece | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +137,17 @@ class Weight:
         variable: The Keras variable.
         path: Stable id, for example `decoder_block_0/attention/query`.
         entry: Its row of the table.
-        hugging_face: Full Hugging Face name with `.weight`.
-        gguf: Full GGUF name.
+        hugging_face: Full Hugging Face name, most with `.weight`. Weights with the same name are
+            `entry.piece`s of one tensor; `join` makes it.
+        gguf: Full GGUF name; `entry.gguf_piece` likewise.
         gguf_offset: What GGUF adds to the stored value (1 for the norms of Gemma 1 to 3).
         output_axes: Axes of the variable that make the rows of the `[outputs, inputs]` matrix.
         input_axes: Axes that make its columns.
+        jax: Full path in the Gemma library's tree for JAX, or `None` where the table has none;
+            `entry.jax_piece` likewise.
+        jax_transposed: Whether that library holds it with its two axes exchanged.
+        used: Whether the model reads it. Gemma 3n's checkpoints hold keys and values for layers
+            that take those of an earlier layer.
     """
 
     variable: keras.Variable
@@ -90,14 +158,31 @@ class Weight:
     gguf_offset: float = 0.0
     output_axes: tuple[int, ...] = ()
     input_axes: tuple[int, ...] = ()
+    jax: str | None = None
+    jax_transposed: bool = False
+    used: bool = True
 
     def to_matrix(self, value: np.ndarray) -> np.ndarray:
         """The value as Hugging Face and GGUF hold it: `[outputs, inputs]` for a linear layer."""
+        if self.entry.kind == "experts":
+            return value.swapaxes(1, 2)
+        if self.entry.kind == "scalar":
+            return value.reshape(1)
         return to_matrix(value, self.output_axes, self.input_axes)
 
     def from_matrix(self, matrix: np.ndarray) -> np.ndarray:
         """The value in the variable's shape, from Hugging Face's or GGUF's layout."""
+        if self.entry.kind == "experts":
+            return matrix.swapaxes(1, 2)
         return from_matrix(matrix, tuple(self.variable.shape), self.output_axes, self.input_axes)
+
+    def to_jax(self, value: np.ndarray) -> np.ndarray:
+        """The value as the Gemma library for JAX holds it (or its piece of a tensor)."""
+        return value.T if self.jax_transposed else value
+
+    def from_jax(self, value: np.ndarray) -> np.ndarray:
+        """The inverse of `to_jax`."""
+        return value.T if self.jax_transposed else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,33 +253,73 @@ _AXES: dict[str | None, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 _LINEARS = (
-    Entry("attention.query_dense", "self_attn.q_proj", "attn_q", "linear", "split"),
-    Entry("attention.key_dense", "self_attn.k_proj", "attn_k", "linear", "split"),
-    Entry("attention.value_dense", "self_attn.v_proj", "attn_v", "linear", "split"),
-    Entry("attention.output_dense", "self_attn.o_proj", "attn_output", "linear", "joined"),
-    Entry("gating_ffw", "mlp.gate_proj", "ffn_gate", "linear"),
-    Entry("gating_ffw_2", "mlp.up_proj", "ffn_up", "linear"),
-    Entry("ffw_linear", "mlp.down_proj", "ffn_down", "linear"),
-)
+    Entry(
+        "attention.query_dense", "self_attn.q_proj", "attn_q", "linear", "split",
+        jax="attn/q_einsum/w",
+    ),
+    Entry(
+        "attention.key_dense", "self_attn.k_proj", "attn_k", "linear", "split",
+        jax="attn/kv_einsum/w", jax_piece=Piece(0),
+    ),
+    Entry(
+        "attention.value_dense", "self_attn.v_proj", "attn_v", "linear", "split",
+        jax="attn/kv_einsum/w", jax_piece=Piece(1),
+    ),
+    Entry(
+        "attention.output_dense", "self_attn.o_proj", "attn_output", "linear", "joined",
+        jax="attn/attn_vec_einsum/w",
+    ),
+    Entry(
+        "gating_ffw", "mlp.gate_proj", "ffn_gate", "linear",
+        jax="mlp/gating_einsum", jax_piece=Piece(0),
+    ),
+    Entry(
+        "gating_ffw_2", "mlp.up_proj", "ffn_up", "linear",
+        jax="mlp/gating_einsum", jax_piece=Piece(1),
+    ),
+    Entry("ffw_linear", "mlp.down_proj", "ffn_down", "linear", jax="mlp/linear"),
+)  # fmt: skip
 _GEMMA_NORMS = (
     Entry("pre_attention_norm", "input_layernorm", "attn_norm"),
     Entry("pre_ffw_norm", "post_attention_layernorm", "ffn_norm"),
 )
 _GEMMA2_NORMS = (
-    Entry("pre_attention_norm", "input_layernorm", "attn_norm"),
-    Entry("post_attention_norm", "post_attention_layernorm", "post_attention_norm"),
-    Entry("pre_ffw_norm", "pre_feedforward_layernorm", "ffn_norm"),
-    Entry("post_ffw_norm", "post_feedforward_layernorm", "post_ffw_norm"),
-)
+    Entry("pre_attention_norm", "input_layernorm", "attn_norm", jax="pre_attention_norm/scale"),
+    Entry(
+        "post_attention_norm", "post_attention_layernorm", "post_attention_norm",
+        jax="post_attention_norm/scale",
+    ),
+    Entry("pre_ffw_norm", "pre_feedforward_layernorm", "ffn_norm", jax="pre_ffw_norm/scale"),
+    Entry(
+        "post_ffw_norm", "post_feedforward_layernorm", "post_ffw_norm", jax="post_ffw_norm/scale"
+    ),
+)  # fmt: skip
 _GEMMA3_NORMS = (
     *_GEMMA2_NORMS,
-    Entry("attention.query_norm", "self_attn.q_norm", "attn_q_norm"),
-    Entry("attention.key_norm", "self_attn.k_norm", "attn_k_norm"),
-)
+    Entry(
+        "attention.query_norm", "self_attn.q_norm", "attn_q_norm", jax="attn/_query_norm/scale"
+    ),
+    Entry("attention.key_norm", "self_attn.k_norm", "attn_k_norm", jax="attn/_key_norm/scale"),
+)  # fmt: skip
 _GEMMA_MODEL = (
-    Entry("token_embedding", "embed_tokens", "token_embd", "embedding"),
-    Entry("layer_norm", "norm", "output_norm"),
+    Entry(
+        "token_embedding", "embed_tokens", "token_embd", "embedding",
+        jax="embedder/input_embedding",
+    ),
+    Entry("layer_norm", "norm", "output_norm", jax="final_norm/scale"),
+)  # fmt: skip
+
+# What Gemma 3n and 4 feed into each layer beside the token's embedding.
+_PER_LAYER_MODEL = (
+    Entry("per_layer_model_projection", "per_layer_model_projection", "per_layer_model_proj",
+          "matrix"),
+    Entry("per_layer_projection_norm", "per_layer_projection_norm", "per_layer_proj_norm"),
+)  # fmt: skip
+_PER_LAYER_BLOCK = (
+    Entry("per_layer_input_gate", "per_layer_input_gate", "inp_gate", "matrix"),
+    Entry("post_per_layer_input_norm", "post_per_layer_input_norm", "post_norm"),
 )
+
 _GEMMA3N_BLOCK = (
     Entry("attention.q_proj", "self_attn.q_proj", "attn_q", "linear"),
     Entry("attention.k_proj", "self_attn.k_proj", "attn_k", "linear"),
@@ -203,8 +328,64 @@ _GEMMA3N_BLOCK = (
     Entry("mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "linear"),
     Entry("mlp.up_proj", "mlp.up_proj", "ffn_up", "linear"),
     Entry("mlp.down_proj", "mlp.down_proj", "ffn_down", "linear"),
-)
-_GEMMA4_MODEL = _GEMMA_MODEL
+    Entry("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
+    Entry("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
+    Entry("input_layernorm", "input_layernorm", "attn_norm"),
+    Entry("post_attention_layernorm", "post_attention_layernorm", "post_attention_norm"),
+    Entry("pre_feedforward_layernorm", "pre_feedforward_layernorm", "ffn_norm"),
+    Entry("post_feedforward_layernorm", "post_feedforward_layernorm", "post_ffw_norm"),
+    Entry("altup.correct_output_scale", "altup.correct_output_scale", "altup_correct_scale",
+          "vector", suffixes=("", ".weight")),
+    Entry("altup.correction_coefs", "altup.correction_coefs", "altup_correct_coef", "matrix"),
+    Entry("altup.prediction_coefs", "altup.prediction_coefs", "altup_predict_coef", "matrix"),
+    Entry("altup.modality_router", "altup.modality_router", "altup_router", "matrix"),
+    Entry("altup.router_norm", "altup.router_norm", "altup_router_norm"),
+    Entry("laurel.linear_left", "laurel.linear_left", "laurel_l", "matrix"),
+    Entry("laurel.linear_right", "laurel.linear_right", "laurel_r", "matrix"),
+    Entry("laurel.post_laurel_norm", "laurel.post_laurel_norm", "laurel_post_norm"),
+    *_PER_LAYER_BLOCK,
+    Entry("per_layer_projection", "per_layer_projection", "proj", "matrix"),
+)  # fmt: skip
+_GEMMA3N_MODEL = (
+    Entry("embed_tokens.embedding", "embed_tokens", "token_embd", "embedding"),
+    Entry("embed_tokens_per_layer.embedding", "embed_tokens_per_layer", "per_layer_token_embd",
+          "embedding"),
+    *_PER_LAYER_MODEL,
+    Entry("altup_projections.*", "altup_projections.{}", "altup_proj", "matrix",
+          gguf_piece=Piece(0)),
+    Entry("altup_unembed_projections.*", "altup_unembed_projections.{}", "altup_unembd_proj",
+          "matrix", gguf_piece=Piece(0)),
+    Entry("final_normalization", "norm", "output_norm"),
+)  # fmt: skip
+# Rows from `post_ffw_norm_dense` on stand where a mixture of experts does.
+_GEMMA4_BLOCK = (
+    *_LINEARS,
+    *_GEMMA3_NORMS,
+    *_PER_LAYER_BLOCK,
+    Entry("per_layer_up_proj", "per_layer_projection", "proj", "matrix"),
+    Entry("layer_scalar", "layer_scalar", "layer_output_scale", "scalar",
+          suffixes=("", ".weight")),
+    Entry("post_ffw_norm_dense", "post_feedforward_layernorm_1", "post_ffw_norm_1"),
+    Entry("pre_ffw_norm_moe", "pre_feedforward_layernorm_2", "pre_ffw_norm_2"),
+    Entry("post_ffw_norm_moe_path", "post_feedforward_layernorm_2", "post_ffw_norm_2"),
+    Entry("moe_router.per_dim_scale", "router.scale", "ffn_gate_inp.scale", "vector",
+          suffixes=("", "")),
+    Entry("moe_router.proj", "router.proj", "ffn_gate_inp", "matrix"),
+    Entry("moe_expert_bank.gate_proj", "experts.gate_up_proj", "ffn_gate_up_exps", "experts",
+          suffixes=("", ".weight"), piece=Piece(0, 1, False), gguf_piece=Piece(0, 1, False)),
+    Entry("moe_expert_bank.up_proj", "experts.gate_up_proj", "ffn_gate_up_exps", "experts",
+          suffixes=("", ".weight"), piece=Piece(1, 1, False), gguf_piece=Piece(1, 1, False)),
+    Entry("moe_expert_bank.down_proj", "experts.down_proj", "ffn_down_exps", "experts",
+          suffixes=("", ".weight")),
+    Entry("moe_expert_bank.per_expert_scale", "router.per_expert_scale", "ffn_down_exps.scale",
+          "vector", suffixes=("", "")),
+)  # fmt: skip
+_GEMMA4_MODEL = (
+    *_GEMMA_MODEL,
+    Entry("per_layer_token_embedding", "embed_tokens_per_layer", "per_layer_token_embd",
+          "embedding"),
+    *_PER_LAYER_MODEL,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +399,8 @@ class Family:
         model: Rows that stand once.
         turn: Turn format of the instruct models.
         gguf_norm_offset: What GGUF adds to norm scales.
-        gguf_complete: Whether the table carries every weight a GGUF of this generation has.
+        gguf_complete: Whether GGUF files of this generation can be read: their metadata too.
+        jax_complete: Whether the table carries the whole tree of the Gemma library for JAX.
     """
 
     name: str
@@ -228,6 +410,7 @@ class Family:
     turn: Turn
     gguf_norm_offset: float = 1.0
     gguf_complete: bool = False
+    jax_complete: bool = False
 
     def linears(self, model: keras.Model) -> tuple[Linear, ...]:
         """The linear layers of the text tower that LoRA and adapters can address.
@@ -242,13 +425,12 @@ class Family:
         found = []
         prefix = _hugging_face_prefix(model)
         for index, block in enumerate(_blocks(model)):
-            shared = self.name == "gemma3n" and getattr(block, "is_kv_shared_layer", False)
             for entry in self.block:
                 layer = _resolve(block, entry.keras)
                 target = entry.hugging_face.rpartition(".")[2]
                 if entry.kind != "linear" or layer is None:
                     continue
-                if shared and target in ("k_proj", "v_proj"):
+                if _shares_keys(block) and entry.hugging_face in _KEYS_AND_VALUES:
                     continue
                 outputs, inputs = _AXES[entry.heads]
                 place = entry.keras.rpartition(".")[0].replace(".", "/")
@@ -275,33 +457,45 @@ class Family:
         Returns:
             A `Weight` for each row of the table that the model has.
         """
-        backbone = _backbone(model)
+        text = _text_model(model)
         prefix = _hugging_face_prefix(model)
-        rows = [self._weight(backbone, entry, prefix, "", "") for entry in self.model]
+        rows = [
+            self._weight(text, entry, prefix, "", "", "")
+            for entry in itertools.chain.from_iterable(_expand(text, row) for row in self.model)
+        ]
         for index, block in enumerate(_blocks(model)):
-            rows += [
-                self._weight(block, entry, f"{prefix}layers.{index}.", f"blk.{index}.", block.name)
-                for entry in self.block
-            ]
+            names = (f"{prefix}layers.{index}.", f"blk.{index}.", f"layer_{index}/", block.name)
+            rows += [self._weight(block, entry, *names) for entry in self.block]
         return tuple(row for row in rows if row is not None)
 
     def _weight(
-        self, owner: Any, entry: Entry, hugging_face: str, gguf: str, place: str
+        self, owner: Any, entry: Entry, hugging_face: str, gguf: str, jax: str, place: str
     ) -> Weight | None:
         layer = _resolve(owner, entry.keras)
         if layer is None:
             return None
-        outputs, inputs = _AXES[entry.heads] if entry.kind == "linear" else ((), ())
+        in_matrix = entry.kind in ("linear", "matrix")
+        outputs, inputs = _AXES[entry.heads] if in_matrix else ((), ())
+        suffix, gguf_suffix = entry.suffixes
         return Weight(
             variable=_variable(layer, entry.kind),
             path="/".join(filter(None, (place, entry.keras.replace(".", "/")))),
             entry=entry,
-            hugging_face=f"{hugging_face}{entry.hugging_face}.weight",
-            gguf=f"{gguf}{entry.gguf}.weight",
+            hugging_face=f"{hugging_face}{entry.hugging_face}{suffix}",
+            gguf=f"{gguf}{entry.gguf}{gguf_suffix}",
             gguf_offset=self.gguf_norm_offset if entry.kind == "norm" else 0.0,
             output_axes=outputs,
             input_axes=inputs,
+            jax=f"{jax}{entry.jax}" if self.jax_complete and entry.jax else None,
+            jax_transposed=self._jax_transposed(layer, entry),
+            used=not (_shares_keys(owner) and entry.hugging_face in _KEYS_AND_VALUES),
         )
+
+    def _jax_transposed(self, layer: Any, entry: Entry) -> bool:
+        if not self.jax_complete or entry.jax != "mlp/gating_einsum":
+            return False
+        # Gemma 2 2B alone was published the other way round.
+        return not (self.name == "gemma2" and _kernel(layer).shape[0] == _GEMMA2_2B_WIDTH)
 
     def head(self, model: keras.Model) -> Head:
         """The output embedding and its soft cap.
@@ -321,6 +515,8 @@ class Family:
         return Head(layer.embeddings, layer.logit_soft_cap)
 
 
+_KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+_GEMMA2_2B_WIDTH = 2304
 _OLD_TURN = Turn("<start_of_turn>", "<end_of_turn>")
 
 FAMILIES: Mapping[str, Family] = {
@@ -331,15 +527,17 @@ FAMILIES: Mapping[str, Family] = {
         ),
         Family(
             "gemma2", "Gemma 2", _LINEARS + _GEMMA2_NORMS, _GEMMA_MODEL, _OLD_TURN,
-            gguf_complete=True,
+            gguf_complete=True, jax_complete=True,
         ),
         Family(
             "gemma3", "Gemma 3", _LINEARS + _GEMMA3_NORMS, _GEMMA_MODEL, _OLD_TURN,
-            gguf_complete=True,
+            gguf_complete=True, jax_complete=True,
         ),
-        Family("gemma3n", "Gemma 3n", _GEMMA3N_BLOCK, (), _OLD_TURN, gguf_norm_offset=0.0),
         Family(
-            "gemma4", "Gemma 4", _LINEARS + _GEMMA3_NORMS, _GEMMA4_MODEL,
+            "gemma3n", "Gemma 3n", _GEMMA3N_BLOCK, _GEMMA3N_MODEL, _OLD_TURN, gguf_norm_offset=0.0
+        ),
+        Family(
+            "gemma4", "Gemma 4", _GEMMA4_BLOCK, _GEMMA4_MODEL,
             Turn("<|turn>", "<turn|>", system="system"), gguf_norm_offset=0.0,
         ),
     )
@@ -494,11 +692,11 @@ def _kernel(layer: Any) -> keras.Variable:
 
 
 def _variable(layer: Any, kind: str) -> keras.Variable:
-    if kind == "linear":
+    if kind in ("linear", "matrix"):
         return _kernel(layer)
     if kind == "embedding":
         return layer.embeddings
-    return layer.scale
+    return layer.scale if kind == "norm" else layer
 
 
 def _backbone(model: keras.Model) -> Any:
@@ -506,13 +704,38 @@ def _backbone(model: keras.Model) -> Any:
 
 
 def _blocks(model: keras.Model) -> list[Any]:
+    return list(_text_model(model).transformer_layers)
+
+
+def _text_model(model: keras.Model) -> Any:
     backbone = _backbone(model)
-    return list(getattr(backbone, "language_model", backbone).transformer_layers)
+    return getattr(backbone, "language_model", backbone)
+
+
+def _shares_keys(block: Any) -> bool:
+    """Whether a block takes the keys and values of an earlier one."""
+    return bool(getattr(block, "is_kv_shared_layer", False))
+
+
+def _expand(owner: Any, entry: Entry) -> list[Entry]:
+    """One row for each layer of a list, where the row stands for a list."""
+    if not entry.keras.endswith(".*"):
+        return [entry]
+    layers = _resolve(owner, entry.keras.removesuffix(".*")) or ()
+    return [
+        dataclasses.replace(
+            entry,
+            keras=entry.keras.replace("*", str(index)),
+            hugging_face=entry.hugging_face.format(index),
+            gguf_piece=entry.gguf_piece and dataclasses.replace(entry.gguf_piece, index=index),
+        )
+        for index in range(len(layers))
+    ]
 
 
 def _resolve(owner: Any, path: str) -> Any:
     for name in path.split("."):
-        owner = getattr(owner, name, None)
+        owner = owner[int(name)] if name.isdigit() else getattr(owner, name, None)
         if owner is None:
             return None
     return owner
