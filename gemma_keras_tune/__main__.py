@@ -92,6 +92,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quiet", action="store_true")
     export.set_defaults(run=_export)
 
+    test = commands.add_parser("test", help="put a test plan to a model; exit code 1 if it fails")
+    test.add_argument("model", help=_MODEL)
+    test.add_argument("plan", help="test plan: .jsonl, .csv, .yaml")
+    test.add_argument("--adapter", metavar="DIR", help="the adapter to test, against its base")
+    test.add_argument("--pairs", metavar="PATH", help="the training pairs, to look for leaks")
+    test.add_argument("--report", metavar="FILE", action="append", default=[],
+                      help="write .html, .json, .md or .xml (JUnit); may be repeated")  # fmt: skip
+    test.add_argument("--target", type=float, default=0.9, help="pass rate each kind must have")
+    test.add_argument("--confidence", type=float, default=0.95)
+    test.add_argument("--strict", action="store_true", help="'cannot tell' is a failure too")
+    test.add_argument("--max-new-tokens", type=int, default=256)
+    test.add_argument("--batch-size", type=int, default=16)
+    test.add_argument("--shieldgemma", metavar="MODEL",
+                      help="a ShieldGemma that judges failure and boundary cases")  # fmt: skip
+    test.add_argument("--resume", metavar="FILE", help="keep answers here, and go on from them")
+    test.add_argument("--seed", type=int, default=0)
+    test.add_argument("--dtype", default="auto")
+    test.add_argument("--quiet", action="store_true", help="no progress bar")
+    test.set_defaults(run=_test)
+
     preview = commands.add_parser("preview", help="show rows exactly as they would be trained")
     preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
     preview.add_argument("model", help=_MODEL)
@@ -152,6 +172,30 @@ def _export(options: argparse.Namespace) -> None:
     names = ("format", "dtype", "quantization", "shard_size", "overwrite")
     settings = {name: getattr(options, name) for name in names}
     print(gkt.export(model, options.path, verbose=int(not options.quiet), **settings))
+
+
+def _test(options: argparse.Namespace) -> None:
+    import gemma_keras_tune as gkt
+
+    plan = gkt.TestPlan.from_file(options.plan)
+    model = gkt.load(options.model, dtype=options.dtype)
+    if options.adapter:
+        gkt.load_adapter(model, options.adapter)
+    names = (
+        "pairs", "target", "confidence", "max_new_tokens", "batch_size", "resume", "seed"
+    )  # fmt: skip
+    policy = gkt.ShieldGemma(options.shieldgemma) if options.shieldgemma else None
+    report = gkt.evaluate(
+        model,
+        plan,
+        policy=policy,
+        verbose=int(not options.quiet),
+        **{name: getattr(options, name) for name in names},
+    )
+    print(report)
+    for path in options.report:
+        print(report.save(path))
+    report.raise_if_failed(strict=options.strict)
 
 
 def _preview(options: argparse.Namespace) -> None:

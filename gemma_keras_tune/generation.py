@@ -38,6 +38,7 @@ LONG_CHUNK = 256
 LONG_PROMPT = 1024
 SMALLEST_BUFFER = 64
 MAX_BUFFERS = 3
+MOST_ROOM = 4
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
 
@@ -412,7 +413,9 @@ def _batches(
     chunk = LONG_CHUNK if len(rows[order[0]]) > LONG_PROMPT else SHORT_CHUNK
     chunks = [math.ceil((len(rows[group[0]]) - 1) / chunk) for group in groups]
     needs = [_round_up(n * chunk + 1 + new_tokens) for n in chunks]
-    known = {key[2] for key in _programs_of(model).by_key if key[:2] == (size, chunk)}
+    about = (size, chunk, state.key, lora_config(model))
+    programs = _programs_of(model).by_key
+    known = {buffer for s, c, buffer, *rest in programs if (s, c, *rest) == about}
     kept = _kept_buffers(needs, known)
     return [
         _Batch(group, size, chunk, n, min(b for b in kept if b >= need), new_tokens)
@@ -427,10 +430,19 @@ def _round_up(tokens: int) -> int:
 
 
 def _kept_buffers(needs: Sequence[int], known: set[int]) -> set[int]:
-    """Buffer lengths to use. One more must serve some batches, or it is not worth compiling."""
-    counts = Counter(needs)
-    worth = [n for n, count in counts.most_common() if count >= 4 or n in known]
-    return {max(needs), *worth[: MAX_BUFFERS - 1]}
+    """Buffer lengths to use: those compiled before, and few more.
+
+    A program with too much room costs less than another compilation, so a new one must serve some
+    batches, or the longest.
+    """
+    longest = max(needs)
+    kept = set(known)
+    if not any(longest <= buffer <= MOST_ROOM * longest for buffer in kept):
+        kept.add(longest)
+    for need, count in Counter(needs).most_common():
+        if len(kept) < MAX_BUFFERS and count >= 4:
+            kept.add(need)
+    return kept
 
 
 def _cut(ids: np.ndarray, stops: tuple[int, ...]) -> tuple[np.ndarray, bool]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -37,12 +38,17 @@ class TuneResult:
             `val_loss` and `val_accuracy` where there are validation pairs.
         timings: Seconds: `prepare` (reading, tokenizing, planning), `first_batch` (compiling
             included), `train`; and `tokens_per_second`, `pairs_per_second` after the first batch.
+        learning_rates: The learning rate of every update; empty for an optimizer without a
+            serializable schedule.
+        token_lengths: `(tokens, pairs of that length)`, ascending.
     """
 
     model: keras.Model
     plan: Plan
     history: dict[str, list[float]]
     timings: dict[str, float]
+    learning_rates: tuple[float, ...] = ()
+    token_lengths: tuple[tuple[int, int], ...] = ()
 
     def plot(self) -> Any:
         """Loss and accuracy by epoch.
@@ -197,7 +203,14 @@ def tune(
         shuffle=False,  # the dataset does, and Keras would warn that it does not
         verbose=0,
     )
-    return TuneResult(model, plan, history.history, _timings(progress, plan, prepared))
+    return TuneResult(
+        model,
+        plan,
+        history.history,
+        _timings(progress, plan, prepared),
+        _learning_rates(trainer.optimizer, plan),
+        tuple(sorted(Counter(tokens.lengths.tolist()).items())),
+    )
 
 
 class BestWeights(keras.callbacks.Callback):
@@ -347,6 +360,19 @@ def _optimizer(plan: Plan) -> keras.optimizers.Optimizer:
         weight_decay=plan.weight_decay,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
     )
+
+
+def _learning_rates(optimizer: keras.optimizers.Optimizer, plan: Plan) -> tuple[float, ...]:
+    """The rate of every update, worked out from the optimizer's schedule."""
+    config = optimizer.get_config()["learning_rate"]
+    if isinstance(config, (int, float)):
+        return (float(config),) * plan.updates
+    try:
+        schedule = keras.optimizers.schedules.deserialize(config)
+    except (TypeError, ValueError):
+        return ()
+    steps = np.arange(plan.updates) * plan.gradient_accumulation_steps
+    return tuple(np.asarray(keras.ops.vectorized_map(schedule, steps), float).tolist())
 
 
 def _timings(progress: TuningProgress, plan: Plan, prepared: float) -> dict[str, float]:

@@ -47,3 +47,23 @@ def test_an_error_is_printed_without_a_traceback(preset, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: `format` must be")
     assert main(["generate", str(tmp_path / "nothing"), "hello"]) == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_test_says_by_its_exit_code_whether_the_plan_is_met(preset, tmp_path, capsys):
+    plan = tmp_path / "plan.jsonl"
+    case = '{"prompt": "Hello?", "kind": "success", "checks": [{"%s": %s}]}\n'
+    plan.write_text(case % ("length", '{"max": 3, "unit": "tokens"}'))
+    report = tmp_path / "report.json"
+    arguments = ["test", preset, str(plan), "--quiet", "--max-new-tokens", "3"]
+    assert main([*arguments, "--report", str(report)]) == 0
+    assert "success  cannot tell" in capsys.readouterr().out
+    assert gkt.Report.load(report).verdict == "cannot tell"
+    assert main([*arguments, "--strict"]) == 1
+    capsys.readouterr()
+    plan.write_text(case % ("contains", '"no such words"') * 1 + case % ("exact", '"neither"'))
+    assert main([*arguments, "--target", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "fail" in out and "success case 1" in err and "Traceback" not in err
+    plan.write_text('{"prompt": "Hello?"}\n')
+    assert main(arguments) == 1
+    assert "row 1: `kind` is missing" in capsys.readouterr().err

@@ -4,3 +4,52 @@
 judges; `leakage`, `prompting` and `retention` look at what else may explain the result; `results`
 holds it, and `reporting` writes it down.
 """
+
+from gemma_keras_tune.evaluation.checks import (
+    Check,
+    Contains,
+    Exact,
+    Function,
+    JsonFields,
+    JsonSchema,
+    Length,
+    NotContains,
+    Number,
+    OneOf,
+    Outcome,
+    Refuses,
+    Regex,
+    Safe,
+    Stops,
+)
+from gemma_keras_tune.evaluation.plans import Case, TestPlan
+from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.retention import Retention, measure_retention
+from gemma_keras_tune.evaluation.running import evaluate
+from gemma_keras_tune.evaluation.safety import Policy, ShieldGemma
+
+__all__ = [
+    "Case",
+    "Check",
+    "Contains",
+    "Exact",
+    "Function",
+    "JsonFields",
+    "JsonSchema",
+    "Length",
+    "NotContains",
+    "Number",
+    "OneOf",
+    "Outcome",
+    "Policy",
+    "Refuses",
+    "Regex",
+    "Report",
+    "Retention",
+    "Safe",
+    "ShieldGemma",
+    "Stops",
+    "TestPlan",
+    "evaluate",
+    "measure_retention",
+]
