@@ -149,8 +149,8 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     try:
         config = backbone_config(file, family)
         proto = tokenizer_proto(file)
-        backbone = _without_values(lambda: backbone_class(family)(**config, dtype=dtype))
-        model = _causal_lm(family, backbone, proto)
+        backbone = without_values(lambda: backbone_class(family)(**config, dtype=dtype))
+        model = causal_lm(family, backbone, proto)
     except LoadError:
         raise
     except Exception as error:
@@ -513,7 +513,8 @@ def backbone_class(family: Family) -> Callable[..., keras.Model]:
     return models.Gemma3Backbone if family.name == "gemma3" else models.GemmaBackbone
 
 
-def _causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:
+def causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:
+    """A KerasHub `CausalLM` around a backbone of Gemma 1, 2 or 3 and a SentencePiece model."""
     hub = keras_hub
     if family.name == "gemma3":
         with quiet_stderr():
@@ -526,7 +527,7 @@ def _causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Mod
     return hub.models.GemmaCausalLM(backbone=backbone, preprocessor=preprocessor)
 
 
-def _without_values(build: Callable[[], _Result]) -> _Result:
+def without_values(build: Callable[[], _Result]) -> _Result:
     """Build a model whose variables have no values yet, so that none are drawn at random.
 
     Keras keeps a list of such variables for each thread, and would draw the values of all on it

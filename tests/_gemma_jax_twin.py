@@ -1,0 +1,36 @@
+"""What the Gemma library for JAX makes of a checkpoint. Runs by itself, where `gemma` is installed.
+
+python _gemma_jax_twin.py FOLDER REQUEST.json ANSWER.json
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+
+def main(folder: str, request: str, answer: str) -> None:
+    import jax
+    import numpy as np
+    from gemma import gm
+    from gemma.gm.nn import _modules
+
+    asked = json.loads(pathlib.Path(request).read_text())
+    published = getattr(gm.nn, asked["model"]).config
+    kinds = [getattr(_modules.AttentionType, kind) for kind in asked.pop("kinds")]
+    config = dataclasses.replace(
+        published, attention_types=tuple(kinds), vision_encoder=None, **asked["sizes"]
+    )
+    model = gm.nn._transformer.Transformer(config=config)
+    ids = np.asarray(asked["ids"], "int32")
+    expected = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = gm.ckpts.load_params(str(pathlib.Path(folder, "params").absolute()))
+    shapes = [jax.tree.map(lambda leaf: list(leaf.shape), tree) for tree in (expected, params)]
+    assert shapes[0] == shapes[1], shapes
+    with jax.default_matmul_precision("highest"):
+        logits = model.apply({"params": params}, ids).logits
+    pathlib.Path(answer).write_text(json.dumps(np.asarray(logits, "float64").tolist()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,196 @@
+"""Checkpoints for the Gemma library for JAX: its tree, and its own model's logits."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_keras_tune.errors import ExportError, LoadError
+from gemma_keras_tune.exporting import export, gemma_jax
+from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.families import family_of
+from gemma_keras_tune.loading import load
+from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, merge_lora, set_factors
+from gemma_keras_tune.templates import SIDECAR, attach_template, get_template, template_of
+from gemma_keras_tune.testing import tiny_model
+
+# `gemma` asks for other versions of what this library uses, so it may stand in an environment of
+# its own: name its Python here.
+PYTHON = os.environ.get("GEMMA_JAX_PYTHON", sys.executable)
+PROBE = "from gemma import gm; gm.ckpts.load_params"
+
+
+@pytest.fixture(scope="module")
+def gemma3() -> Any:
+    return tiny_model("gemma3", num_layers=7)
+
+
+def _tuned(model: Any) -> Any:
+    enable_lora(model, rank=2)
+    random = np.random.default_rng(1)
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, a, random.normal(0, 0.2, b.shape).astype("float32"))
+    return model
+
+
+def test_tree_has_the_layout_of_the_library(gemma3: Any) -> None:
+    tree = gemma_jax.parameter_tree(gemma3)
+    assert set(tree) == {"embedder", "final_norm", *(f"layer_{i}" for i in range(7))}
+    layer = tree["layer_6"]
+    block = gemma3.backbone.transformer_layers[6]
+    assert layer["attn"]["kv_einsum"]["w"].shape == (2, 1, 16, 8)
+    np.testing.assert_array_equal(
+        layer["attn"]["kv_einsum"]["w"][1], np.asarray(block.attention.value_dense.kernel)
+    )
+    assert layer["mlp"]["gating_einsum"].shape == (2, 24, 16)
+    np.testing.assert_array_equal(
+        layer["mlp"]["gating_einsum"][0], np.asarray(block.gating_ffw.kernel).T
+    )
+    assert layer["attn"]["_query_norm"]["scale"].shape == (8,)
+
+
+def test_dtype_is_the_one_asked_for(gemma3: Any) -> None:
+    tree = gemma_jax.parameter_tree(gemma3, dtype="bfloat16")
+    assert tree["final_norm"]["scale"].dtype == ml_dtypes.bfloat16
+    with pytest.raises(ExportError, match="'int8'"):
+        gemma_jax.parameter_tree(gemma3, dtype="int8")
+
+
+def test_gemma2_2b_alone_keeps_its_gates_untransposed() -> None:
+    sizes = dict(num_layers=1, num_query_heads=2, num_key_value_heads=1, head_dim=4)
+    model = tiny_model("gemma2", hidden_dim=2304, intermediate_dim=8, **sizes)
+    tree = gemma_jax.parameter_tree(model)
+    assert tree["layer_0"]["mlp"]["gating_einsum"].shape == (2, 2304, 4)
+    model = tiny_model("gemma2", num_layers=1)
+    assert gemma_jax.parameter_tree(model)["layer_0"]["mlp"]["gating_einsum"].shape == (2, 24, 16)
+
+
+def test_gemma2_gets_the_rows_the_library_expects() -> None:
+    embedding = np.arange(512_000, dtype="float32").reshape(256_000, 2)
+    padded = gemma_jax._with_all_rows(embedding)
+    assert padded.shape == (256_128, 2)
+    np.testing.assert_array_equal(padded[:256_000], embedding)
+    assert (padded[256_000:] == embedding[0]).all()
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma3n", "gemma4"])
+def test_other_generations_are_refused(family: str) -> None:
+    with pytest.raises(ExportError, match="Gemma 2 and Gemma 3") as caught:
+        gemma_jax.parameter_tree(tiny_model(family))
+    assert family_of(tiny_model(family)).title in str(caught.value)
+
+
+def test_settings_the_library_does_not_know_are_refused() -> None:
+    model = tiny_model("gemma3", num_layers=1, num_key_value_heads=4, use_post_ffw_norm=False)
+    with pytest.raises(ExportError, match="use_post_ffw_norm") as caught:
+        gemma_jax.parameter_tree(model)
+    assert len(caught.value.problems) == 2
+
+
+def test_orbax_holds_the_tree_and_lora_is_merged(tmp_path: pathlib.Path) -> None:
+    orbax = pytest.importorskip("orbax.checkpoint")
+    model = _tuned(tiny_model("gemma3", num_layers=1))
+    seen: list[tuple[str, int, int]] = []
+    gemma_jax.write(model, tmp_path, progress=lambda *news: seen.append(news))
+    assert seen[-1][1] == seen[-1][2] == len(seen)
+    merge_lora(model)
+    merged = gemma_jax.parameter_tree(model)
+    restored = orbax.StandardCheckpointer().restore((tmp_path / "params").absolute())
+    keras.tree.map_structure(
+        lambda left, right: np.testing.assert_allclose(left, right, atol=1e-6), restored, merged
+    )
+    proto = (tmp_path / "tokenizer.model").read_bytes()
+    assert proto == model.preprocessor.tokenizer.proto
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_what_was_written_loads_again(family: str, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    model = _tuned(tiny_model(family, num_layers=2))
+    attach_template(model, get_template("{input}>{output}", model))
+    export(model, tmp_path / "jax", format="gemma_jax", verbose=0)
+    again = load(tmp_path / "jax", dtype="float32")
+    assert type(again) is type(model)
+    assert template_of(again) == template_of(model)
+    theirs = {weight.path: value for weight, value in merged_weights(again)}
+    for weight, value in merged_weights(model):
+        np.testing.assert_array_equal(theirs.pop(weight.path), value, err_msg=weight.path)
+    assert not theirs
+
+
+def test_a_checkpoint_that_lies_is_refused(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    model = tiny_model("gemma3", num_layers=1)
+    folder = export(model, tmp_path / "jax", format="gemma_jax", verbose=0)
+    record = json.loads((folder / SIDECAR).read_text())
+
+    def error(**settings: Any) -> LoadError:
+        lie = record | {"backbone": record["backbone"] | settings}
+        (folder / SIDECAR).write_text(json.dumps(lie))
+        with pytest.raises(LoadError) as caught:
+            load(folder)
+        return caught.value
+
+    assert "10000000 layers, and the checkpoint holds 1" in str(error(num_layers=10_000_000))
+    wide = error(hidden_dim=2**30)
+    assert "embedder/input_embedding has shape" in str(wide)
+    assert len(wide.problems) > 5
+    (folder / SIDECAR).unlink()
+    with pytest.raises(LoadError, match=r"gemma_keras_tune.json with the model's settings"):
+        load(folder)
+    (folder / SIDECAR).write_text(json.dumps(record))
+    for file in (folder / "params").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(LoadError, match="cannot be read as a checkpoint"):
+        load(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_the_library_computes_the_same_logits(family: str, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    found = subprocess.run([PYTHON, "-c", PROBE], capture_output=True, check=False)
+    if found.returncode:
+        pytest.skip("the package `gemma` does not start here; GEMMA_JAX_PYTHON names another")
+    layers = {"gemma2": 2, "gemma3": 7}[family]
+    model = _tuned(tiny_model(family, num_layers=layers))
+    gemma_jax.write(model, tmp_path)
+    ids = np.random.default_rng(0).integers(5, 500, (2, 20))
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    ours = model.backbone.token_embedding(model.backbone(inputs), reverse=True)
+    kinds = ["LOCAL_SLIDING", "GLOBAL"]
+    if family == "gemma3":
+        kinds = ["LOCAL_SLIDING"] * 5 + ["GLOBAL", "LOCAL_SLIDING"]
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    sizes = dict(
+        num_embed=model.preprocessor.tokenizer.vocabulary_size(),
+        embed_dim=16,
+        hidden_dim=24,
+        num_heads=4,
+        head_dim=8,
+        num_kv_heads=model.backbone.num_key_value_heads,
+        sliding_window_size=8,
+    )
+    name = {"gemma2": "Gemma2_9B", "gemma3": "Gemma3_1B"}[family]
+    asked = {"model": name, "kinds": kinds, "sizes": sizes, "ids": ids.tolist()}
+    request.write_text(json.dumps(asked))
+    script = str(pathlib.Path(__file__).parent / "_gemma_jax_twin.py")
+    done = subprocess.run(
+        [PYTHON, script, str(tmp_path), str(request), str(answer)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = np.asarray(json.loads(answer.read_text()))
+    np.testing.assert_allclose(theirs, np.asarray(ours), atol=1e-3)
