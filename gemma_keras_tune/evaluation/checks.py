@@ -13,8 +13,9 @@ import dataclasses
 import json
 import math
 import re
+import reprlib
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import regex  # type: ignore[import-untyped]
@@ -25,6 +26,7 @@ from gemma_keras_tune.generation import Answer
 
 Space = Literal["strip", "collapse", "keep"]
 PATTERN_SECONDS = 1.0
+MOST_SHOWN = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Outcome:
     passed: bool
     reason: str = ""
     score: float | None = None
+
+    def __post_init__(self) -> None:
+        """Leave out what files cannot hold: answers are anything at all."""
+        if self.score is not None and not math.isfinite(self.score):
+            object.__setattr__(self, "score", None)
+        object.__setattr__(self, "reason", _writable(self.reason))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,10 @@ class Check(abc.ABC):
         defaults = {f.name: f.default for f in fields}
         given = {k: v for k, v in values.items() if k == self.main or v != defaults[k]}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
-        return {self.name: plain if set(plain) != {self.main} else plain[self.main]}
+        value = plain[self.main]
+        # A dictionary that could be taken for one of options is written within one.
+        options = set(plain) != {self.main} or (isinstance(value, Mapping) and self.main in value)
+        return {self.name: plain if options else value}
 
 
 def check_from_config(config: Mapping[str, Any]) -> Check:
@@ -90,18 +101,18 @@ def check_from_config(config: Mapping[str, Any]) -> Check:
     """
     if not isinstance(config, Mapping) or len(config) != 1:
         raise EvaluationError(
-            f'a check is one name and what it needs, like {{"exact": "Paris"}}, got {config!r:.80}'
+            f'a check is one name and what it needs, like {{"exact": "Paris"}}, got {shown(config)}'
         )
     ((name, value),) = config.items()
     if name == Function.name:
         raise EvaluationError(
-            f"the check {value!r} is a Python function, which a file names but does not hold; "
+            f"the check {shown(value)} is a Python function, which a file names but does not hold; "
             "add it in Python"
         )
     if name not in CHECKS:
-        raise EvaluationError(f"there is no check {name!r}; checks are {', '.join(CHECKS)}")
+        raise EvaluationError(f"there is no check {shown(name)}; checks are {', '.join(CHECKS)}")
     kind = CHECKS[name]
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(kind)} - {"policy"}  # a function
     options = _options(kind, names, value)
     unknown = sorted(map(str, set(options) - names))
     if unknown:
@@ -111,7 +122,7 @@ def check_from_config(config: Mapping[str, Any]) -> Check:
     try:
         return kind(**options)
     except TypeError:
-        raise EvaluationError(f"{name} needs {kind.main!r}, got {value!r:.80}") from None
+        raise EvaluationError(f"{name} needs {kind.main!r}, got {shown(value)}") from None
 
 
 def _options(kind: type[Check], names: set[str], value: Any) -> Mapping[str, Any]:
@@ -333,6 +344,9 @@ class _JsonCheck(Check):
 
     fenced: bool = dataclasses.field(default=False, kw_only=True)
 
+    def __post_init__(self) -> None:
+        _require(self, "fenced", isinstance(self.fenced, bool), "true or false")
+
     def _parse(self, text: str) -> Any:
         text = text.strip()
         fence = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", text, re.DOTALL)
@@ -355,6 +369,7 @@ class JsonSchema(_JsonCheck):
     main: ClassVar[str] = "schema"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         good = isinstance(self.schema, (Mapping, bool))
         _require(self, "schema", good, "a JSON schema")
         from jsonschema.exceptions import SchemaError
@@ -367,11 +382,11 @@ class JsonSchema(_JsonCheck):
             ) from error
 
     def _validator(self) -> Any:
-        from jsonschema.validators import Draft202012Validator, validator_for
+        from jsonschema.validators import Draft202012Validator, extend, validator_for
         from referencing import Registry
 
         kind = validator_for(self.schema, default=Draft202012Validator)
-        return kind(self.schema, registry=Registry())
+        return extend(kind, {"pattern": _pattern})(self.schema, registry=Registry())
 
     def describe(self) -> str:
         """The check in words."""
@@ -390,7 +405,10 @@ class JsonSchema(_JsonCheck):
             return Outcome(False, f"it is not JSON: {error}")
         except Unresolvable as error:
             return Outcome(False, f"the schema refers to {error.ref!r}, which is not in it")
-        return Outcome(not errors, "; ".join(f"{e.json_path}: {e.message}" for e in errors[:5]))
+        except TimeoutError:
+            return Outcome(False, f"a pattern of the schema took over {PATTERN_SECONDS:g} s")
+        said = [f"{e.json_path}: {e.message}"[:MOST_SHOWN] for e in errors[:5]]
+        return Outcome(not errors, "; ".join(said))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,8 +426,10 @@ class JsonFields(_JsonCheck):
     main: ClassVar[str] = "fields"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         good = isinstance(self.fields, Mapping) and all(isinstance(k, str) for k in self.fields)
         _require(self, "fields", good and bool(self.fields), "a dictionary of paths and values")
+        _require(self, "ignore_case", isinstance(self.ignore_case, bool), "true or false")
 
     def describe(self) -> str:
         """The check in words."""
@@ -422,16 +442,19 @@ class JsonFields(_JsonCheck):
             value = self._parse(answer.text)
         except (ValueError, RecursionError) as error:
             return Outcome(False, f"it is not JSON: {error}", 0.0)
-        problems = []
-        for path, wanted in self.fields.items():
-            try:
-                found = _at(value, path)
-            except LookupError:
-                problems.append(f"{path} is missing")
-                continue
-            if _canonical(found, self.ignore_case) != _canonical(wanted, self.ignore_case):
-                problems.append(f"{path} is {_json(found)}, not {_json(wanted)}")
+        problems = [text for item in self.fields.items() if (text := self._problem(value, *item))]
         return Outcome(not problems, "; ".join(problems), 1 - len(problems) / len(self.fields))
+
+    def _problem(self, value: Any, path: str, wanted: Any) -> str:
+        try:
+            found = _at(value, path)
+            if _canonical(found, self.ignore_case) == _canonical(wanted, self.ignore_case):
+                return ""
+            return f"{path} is {_json(found)}, not {_json(wanted)}"
+        except LookupError:
+            return f"{path} is missing"
+        except RecursionError:
+            return f"{path} is nested too deeply"
 
 
 # Numbers and lengths.
@@ -508,7 +531,8 @@ class Length(Check):
         for field in ("max", "min"):
             value = getattr(self, field)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            _require(self, field, whole or value is None, "a whole number from 0")
+            unset = field == "max" and value is None
+            _require(self, field, whole or unset, "a whole number from 0")
         limited = self.max is not None or self.min > 0
         _require(self, "max", limited, "a limit: `max`, `min` or both")
         _require(self, "min", self.max is None or self.min <= self.max, "no more than `max`")
@@ -708,13 +732,46 @@ CHECKS: dict[str, type[Any]] = {
 }  # fmt: skip
 
 
+def has_text(kind: type[Check]) -> bool:
+    """Whether what a check needs is text.
+
+    Args:
+        kind: A check's class.
+
+    Returns:
+        Whether it compares texts.
+    """
+    return issubclass(kind, _TextCheck)
+
+
 # Small things.
 
 
 def _require(check: Check, field: str, good: bool, what: str) -> None:
     if not good:
         value = getattr(check, field)
-        raise EvaluationError(f"{check.name}: `{field}` must be {what}, got {value!r:.80}")
+        raise EvaluationError(f"{check.name}: `{field}` must be {what}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in few characters, however large it is.
+
+    Args:
+        value: Anything; a file may hold lists within lists that no memory could write out.
+
+    Returns:
+        Its `repr`, shortened.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    short.maxlevel = 3
+    text = short.repr(value)
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def _writable(text: str) -> str:
+    """The text without lone surrogates, which JSON may name and UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_number(value: Any) -> bool:
@@ -732,7 +789,18 @@ def _listed(texts: Iterable[str]) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
+    """JSON Schema's `pattern`, which gives up on a text it would be busy with for ever."""
+    from jsonschema.exceptions import ValidationError
+
+    if validator.is_type(value, "string"):
+        found = regex.search(pattern, value, timeout=PATTERN_SECONDS)
+        if found is None:
+            yield ValidationError(f"{value!r:.80} does not match {pattern!r}")
 
 
 def _no_constant(name: str) -> Any:

@@ -12,7 +12,13 @@ from typing import Any, Literal
 
 from gemma_keras_tune._pair_sources import Broken, open_source
 from gemma_keras_tune.errors import EvaluationError, PairsError
-from gemma_keras_tune.evaluation.checks import CHECKS, Check, check_from_config
+from gemma_keras_tune.evaluation.checks import (
+    CHECKS,
+    Check,
+    check_from_config,
+    has_text,
+    shown,
+)
 from gemma_keras_tune.pairs import Message
 
 Kind = Literal["success", "failure", "boundary"]
@@ -126,7 +132,7 @@ class TestPlan:
             EvaluationError: There is no case, or two have the same id.
         """
         object.__setattr__(self, "cases", tuple(self.cases))
-        wrong = [f"{case!r:.60} is no `Case`" for case in self.cases if not isinstance(case, Case)]
+        wrong = [f"{shown(case)} is no `Case`" for case in self.cases if not isinstance(case, Case)]
         problems = wrong or _same_ids(self.cases)
         if problems or not self.cases:
             raise EvaluationError(
@@ -231,7 +237,7 @@ def _problems(case: Case) -> list[str]:
         "notes": (isinstance(case.notes, str), "text"),
     }
     found = [
-        f"`{name}` must be {what}, got {getattr(case, name)!r:.80}"
+        f"`{name}` must be {what}, got {shown(getattr(case, name))}"
         for name, (good, what) in wanted.items()
         if not good
     ]
@@ -242,7 +248,7 @@ def _prompt_problems(prompt: Any) -> list[str]:
     if isinstance(prompt, str):
         return [] if prompt.strip() else ["`prompt` is empty"]
     if not isinstance(prompt, tuple) or not prompt:
-        return [f"`prompt` must be text or a list of messages, got {prompt!r:.80}"]
+        return [f"`prompt` must be text or a list of messages, got {shown(prompt)}"]
     if not all(isinstance(message, Message) for message in prompt):
         return ["`prompt` must be a list of `Message`, each with `role` and `content`"]
     roles = [message.role for message in prompt]
@@ -302,10 +308,10 @@ def _read_yaml(path: pathlib.Path) -> list[Any]:
     yaml = _yaml()
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path.name} is no YAML: {error}") from error
     if not isinstance(data, list):
-        raise EvaluationError(f"{path.name} must be a list of cases. Received: {data!r:.80}")
+        raise EvaluationError(f"{path.name} must be a list of cases. Received: {shown(data)}")
     return data
 
 
@@ -328,7 +334,7 @@ def _from_csv(record: Mapping[str, str]) -> Any:
             continue
         try:
             if key in CHECKS:
-                checks.append({key: _from_cell(text)})
+                checks.append({key: _check_from_cell(key, text)})
             elif key in ("prompt", "id", "kind", "notes"):
                 row[key] = text
             elif key == "tags":
@@ -342,6 +348,23 @@ def _from_csv(record: Mapping[str, str]) -> Any:
         except ValueError as error:
             return Broken(f"`{key}` is no JSON: {error}")
     return {**row, "checks": checks}
+
+
+def _check_from_cell(name: str, text: str) -> Any:
+    """What a check needs: of one about texts a cell is a text, also where it looks like a number.
+
+    It may be options, or, for a check that takes several texts, a list.
+    """
+    kind = CHECKS[name]
+    if not has_text(kind):
+        return _from_cell(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    options = isinstance(value, dict) and kind.main in value
+    several = isinstance(value, list) and kind.main == "texts"
+    return value if options or several else text
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -363,7 +386,7 @@ def _case(record: Any, row: int) -> Case:
     if isinstance(record, Broken):
         raise EvaluationError(record.text)
     if not isinstance(record, Mapping):
-        raise EvaluationError(f"a case is a dictionary, got {record!r:.80}")
+        raise EvaluationError(f"a case is a dictionary, got {shown(record)}")
     problems = [f"there is no key {key!r}; keys are {', '.join(_KEYS)}"
                 for key in record if key not in _KEYS]  # fmt: skip
     problems += [f"`{key}` is missing" for key in ("prompt", "kind") if key not in record]
@@ -375,7 +398,7 @@ def _case(record: Any, row: int) -> Case:
         problems += wrong
     given = {key: record[key] for key in _KEYS if key in record}
     if "tags" in given and not isinstance(given["tags"], (str, list)):
-        problems.append(f"`tags` must be a list of texts, got {given.pop('tags')!r:.80}")
+        problems.append(f"`tags` must be a list of texts, got {shown(given.pop('tags'))}")
     values = {"id": str(row), "kind": KINDS[0], **given, "prompt": prompt, "checks": checks}
     try:
         case = Case(**values, row=row)
@@ -395,7 +418,7 @@ def _checks(configs: Any) -> tuple[tuple[Check, ...], list[str]]:
     if isinstance(configs, Mapping):  # {"exact": …, "stops": true}
         configs = [{name: value} for name, value in configs.items()]
     if not isinstance(configs, list):
-        return (), [f"`checks` must be a list of checks, got {configs!r:.80}"]
+        return (), [f"`checks` must be a list of checks, got {shown(configs)}"]
     checks, problems = [], []
     for config in configs:
         try:
@@ -414,7 +437,7 @@ def _messages(items: list[Any]) -> tuple[tuple[Message, ...], list[str]]:
         else:
             problems.append(
                 f"`prompt`: message {number} needs `role` ({', '.join(_ROLES)}) and `content` as "
-                f"text, got {item!r:.80}"
+                f"text, got {shown(item)}"
             )
     return tuple(messages), problems
 

@@ -19,8 +19,9 @@ from gemma_keras_tune.losses import token_cross_entropy
 from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
 from gemma_keras_tune.templates import Segment
 
-# Texts are padded to a multiple of this many tokens, so that few shapes are compiled.
-LENGTH_STEP = 64
+# Texts are padded to one of these lengths, or a multiple of the last, so that few shapes are
+# compiled.
+LENGTHS = (16, 32, 64)
 
 
 class Scorer:
@@ -158,4 +159,5 @@ def _lora_on(model: keras.Model) -> Iterator[None]:
 
 
 def _round_up(tokens: int) -> int:
-    return max(1, math.ceil(tokens / LENGTH_STEP)) * LENGTH_STEP
+    last = LENGTHS[-1]
+    return next((n for n in LENGTHS if tokens <= n), math.ceil(tokens / last) * last)

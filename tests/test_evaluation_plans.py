@@ -1,0 +1,372 @@
+"""Test plans: read from every kind of file, written back, and every mistake named with its row."""
+
+import json
+
+import pytest
+import yaml
+
+from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.checks import (
+    Contains,
+    Exact,
+    Function,
+    JsonFields,
+    JsonSchema,
+    Length,
+    NotContains,
+    Number,
+    OneOf,
+    Refuses,
+    Regex,
+    Safe,
+    Stops,
+)
+from gemma_keras_tune.evaluation.plans import Case, TestPlan
+from gemma_keras_tune.pairs import Message
+
+TALK = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
+CHECKS = (
+    Exact("Paris", ignore_case=True),
+    OneOf(["🍕", "🍝"]),
+    Contains(["a", "b"]),
+    NotContains("c"),
+    Regex(r"^\w+$", full=True),
+    JsonSchema({"type": "object"}, fenced=True),
+    JsonFields({"a.b": [1, None, True]}),
+    Number(1.5, tolerance=0.1, which="only"),
+    Length(min=3, unit="words"),
+    Refuses(False, languages=["en"], forms=["no way"]),
+    Stops(),
+    Safe(0.25),
+)
+PLAN = TestPlan(
+    [
+        Case("one", "Capital of France?", "success", Exact("Paris")),
+        Case("two", 'Line 1\nline 2, "quoted"', "boundary", CHECKS),
+        Case("three", TALK, "failure", Refuses(), 5, 0.8, ("a", "b"), 2.5, "see, here"),
+        Case("vier", "Größe? 😀", "success", Number(4), tags="maß", weight=3),
+    ],
+    name="all",
+)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".yaml", ".yml"])
+def test_a_plan_is_read_as_it_was_written(tmp_path, suffix):
+    path = PLAN.to_file(tmp_path / f"all{suffix}")
+    again = TestPlan.from_file(path)
+    assert [case.to_config() for case in again] == [case.to_config() for case in PLAN]
+    assert [case.checks for case in again] == [case.checks for case in PLAN]
+    assert [case.row for case in again] == [1, 2, 3, 4]
+    assert again.name == "all"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing else is left behind"
+
+
+def test_a_file_is_not_replaced_unasked(tmp_path):
+    path = PLAN.to_file(tmp_path / "plan.jsonl")
+    with pytest.raises(EvaluationError, match="already exists"):
+        PLAN.to_file(path)
+    assert len(TestPlan.from_file(PLAN.to_file(path, overwrite=True))) == 4
+    with pytest.raises(EvaluationError, match="A test plan's file ends in"):
+        PLAN.to_file(tmp_path / "plan.txt")
+
+
+def test_a_plan_in_python():
+    case = Case("id", "p", "success", Exact("x"), tags="t")
+    assert case.checks == (Exact("x"),) and case.tags == ("t",)
+    assert case.messages == (Message("user", "p"),)
+    talk = Case("talk", list(TALK), "success", [Stops(), Length(5)])
+    assert talk.messages == TALK and talk.text == "Bye" and len(talk.checks) == 2
+    plan = TestPlan([case, talk])
+    assert len(plan) == 2 and list(plan) == [case, talk] and plan.cases[1] is talk
+
+
+def write(tmp_path, *records, name="plan.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def case(**changes):
+    usual = {"prompt": "2 + 2?", "kind": "success", "checks": [{"number": 4}]}
+    return {k: v for k, v in {**usual, **changes}.items() if v is not ...}
+
+
+def test_ids_are_the_rows_where_there_are_none(tmp_path):
+    plan = TestPlan.from_file(write(tmp_path, case(), case(id="x"), case()))
+    assert [c.id for c in plan] == ["1", "x", "3"]
+
+
+def test_checks_may_be_one_dictionary(tmp_path):
+    plan = TestPlan.from_file(write(tmp_path, case(checks={"number": 4, "stops": True})))
+    assert plan.cases[0].checks == (Number(4), Stops())
+
+
+def test_messages_as_a_prompt(tmp_path):
+    talk = [{"role": m.role, "content": m.content} for m in TALK]
+    plan = TestPlan.from_file(write(tmp_path, case(prompt=talk)))
+    assert plan.cases[0].prompt == TALK
+
+
+WRONG = [
+    ({"prompt": ...}, ["`prompt` is missing"]),
+    ({"kind": ...}, ["`kind` is missing"]),
+    ({"prompt": " \n"}, ["`prompt` is empty"]),
+    ({"prompt": 5}, ["`prompt` must be text or a list of messages, got 5"]),
+    ({"prompt": []}, ["`prompt` must be text or a list of messages, got ()"]),
+    (
+        {"prompt": [{"role": "assistant", "content": "x"}]},
+        ["`prompt` must take turns and end with the user, got assistant"],
+    ),
+    (
+        {"prompt": [{"role": "human", "content": "x"}, {"role": "user"}, "hi"]},
+        ["`prompt`: message 1 needs", "`prompt`: message 2 needs", "`prompt`: message 3 needs"],
+    ),
+    ({"kind": "sucess"}, ["`kind` must be one of success, failure, boundary, got 'sucess'"]),
+    ({"kind": ["success"]}, ["`kind` must be one of"]),
+    ({"checks": ...}, ["`checks` is missing: say what must hold for an answer"]),
+    ({"checks": []}, ["`checks` is missing"]),
+    ({"checks": "Paris"}, ["`checks` must be a list of checks, got 'Paris'"]),
+    ({"checks": [{"exakt": 1}, {"regex": "("}]}, ["no check 'exakt'", "regex: '(' is not"]),
+    ({"id": ""}, ["`id` must be text that is not empty, got ''"]),
+    ({"id": 5}, ["`id` must be text that is not empty, got 5"]),
+    ({"samples": 0}, ["`samples` must be a whole number from 1, got 0"]),
+    ({"samples": 1.5}, ["`samples` must be a whole number from 1"]),
+    ({"samples": True}, ["`samples` must be a whole number from 1"]),
+    ({"required": 0}, ["`required` must be a share of samples, over 0 and up to 1, got 0"]),
+    ({"required": 80}, ["`required` must be a share of samples"]),
+    ({"tags": [1]}, ["`tags` must be a list of texts"]),
+    ({"tags": {"a": 1}}, ["`tags` must be a list of texts, got {'a': 1}"]),
+    ({"weight": -1}, ["`weight` must be a number over 0, got -1"]),
+    ({"weight": "2"}, ["`weight` must be a number over 0"]),
+    ({"notes": 3}, ["`notes` must be text, got 3"]),
+    ({"promt": "x"}, ["there is no key 'promt'; keys are id, prompt, kind, checks"]),
+    (
+        {"prompt": ..., "kind": "bad", "samples": -1, "checks": [{"x": 1}], "more": 1},
+        ["`prompt` is missing", "`kind` must be", "`samples`", "no check 'x'", "no key 'more'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "texts"), WRONG)
+def test_what_is_wrong_is_named_with_its_row(tmp_path, changes, texts):
+    path = write(tmp_path, case(), case(**changes))
+    with pytest.raises(EvaluationError, match="is no test plan") as caught:
+        TestPlan.from_file(path)
+    problems = caught.value.problems
+    assert len(problems) == len(texts), problems
+    for text in texts:
+        assert any(p.startswith("row 2: ") and text in p for p in problems), (text, problems)
+    assert '"checks": [{"number": 4}]' in str(caught.value)
+
+
+def test_all_problems_of_a_file_at_once(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    good = json.dumps(case(id="same"))
+    lines = [good, "", "{broken", '"text"', json.dumps(case(kind="x", samples=0)), good, "[1]"]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(EvaluationError) as caught:
+        TestPlan.from_file(path)
+    text = str(caught.value)
+    assert "row 2 (line 3): " in text
+    assert "row 3 (line 4): a case is a dictionary, got 'text'" in text
+    assert "row 4 (line 5): `kind`" in text and "row 4 (line 5): `samples`" in text
+    assert "row 6 (line 7): a case is a dictionary, got [1]" in text
+    assert "rows 1, 5 have the same id 'same'" in text
+    assert len(caught.value.problems) == 6
+
+
+@pytest.mark.parametrize("name", ["plan.jsonl", "plan.csv", "plan.yaml"])
+def test_a_file_without_cases(tmp_path, name):
+    path = tmp_path / name
+    path.write_text({"plan.yaml": "[]"}.get(name, ""), encoding="utf-8")
+    with pytest.raises(EvaluationError, match=r"cases|empty"):
+        TestPlan.from_file(path)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(EvaluationError, match="There is no file"):
+        TestPlan.from_file(tmp_path / "plan.jsonl")
+    with pytest.raises(EvaluationError, match="A test plan's file ends in"):
+        TestPlan.from_file(tmp_path / "plan.json")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(EvaluationError, match="There is no file"):
+        TestPlan.from_file(tmp_path / "folder.csv")
+
+
+def test_problems_in_python_are_all_named():
+    with pytest.raises(EvaluationError, match="Case 'x' cannot be run") as caught:
+        Case("x", "", "bad", [], samples=0, required=2, weight=float("inf"))
+    assert len(caught.value.problems) == 6
+    with pytest.raises(EvaluationError, match="at least one check"):
+        Case("x", "p", "success", "Paris")
+    with pytest.raises(EvaluationError, match="must be a list of `Message`"):
+        Case("x", [{"role": "user", "content": "hi"}], "success", Stops())
+    ones = [Case("a", "p", "success", Stops()), Case("a", "q", "success", Stops())]
+    with pytest.raises(EvaluationError, match="rows 1, 2 have the same id 'a'"):
+        TestPlan(ones)
+    with pytest.raises(EvaluationError, match="is no `Case`"):
+        TestPlan(["a"])
+    with pytest.raises(EvaluationError, match="'mine' has no cases"):
+        TestPlan([], name="mine")
+
+
+def test_functions_are_written_by_name_and_not_read(tmp_path):
+    plan = TestPlan([Case("f", "p", "success", Function(len))])
+    path = plan.to_file(tmp_path / "plan.jsonl")
+    with pytest.raises(EvaluationError, match="is a Python function, which"):
+        TestPlan.from_file(path)
+
+
+# CSV.
+
+
+def test_a_column_for_each_check(tmp_path):
+    path = tmp_path / "plan.csv"
+    path.write_text(
+        "prompt,kind,exact,one_of,contains,number,length,regex,stops,refuses,json_fields,tags\n"
+        "a,success,Paris,,,,,,,,,geo easy\n"
+        'b,success,,"[""x"", ""y""]",,4,,,,,,\n'
+        "c,boundary,,,word,,40,^[a-z]$,true,,,\n"
+        'd,failure,,,,,,,,true,"{""a.b"": 1}",\n'
+        'e,success,5,,12,"{""value"": 5, ""tolerance"": 0.5}",,[0-9],,,,\n'
+        'f,success,"{""text"": ""X"", ""ignore_case"": true}",,,,,,,,,\n'
+        'g,success,"{""a"": 1}",true,"[sic]",,,,,,,\n',
+        encoding="utf-8",
+    )
+    cases = TestPlan.from_file(path).cases
+    assert [c.checks for c in cases] == [
+        (Exact("Paris"),),
+        (OneOf(["x", "y"]), Number(4)),
+        (Contains("word"), Length(40), Regex("^[a-z]$"), Stops()),
+        (Refuses(), JsonFields({"a.b": 1})),
+        (Exact("5"), Contains("12"), Number(5, tolerance=0.5), Regex("[0-9]")),
+        (Exact("X", ignore_case=True),),
+        (Exact('{"a": 1}'), OneOf("true"), Contains("[sic]")),
+    ]
+    assert cases[0].tags == ("geo", "easy") and cases[1].tags == ()
+
+
+def test_numbers_and_messages_in_csv(tmp_path):
+    path = tmp_path / "plan.csv"
+    path.write_text(
+        "id,prompt,messages,kind,checks,samples,required,weight,notes\n"
+        '007,123,,success,"{""stops"": true}",4,0.5,2,12\n'
+        ',,"[{""role"": ""user"", ""content"": ""hi""}]",success,"[{""length"": 5}]",,,,\n',
+        encoding="utf-8",
+    )
+    one, two = TestPlan.from_file(path)
+    assert (one.id, one.prompt, one.samples, one.required, one.weight, one.notes) == (
+        "007", "123", 4, 0.5, 2, "12",
+    )  # fmt: skip
+    assert two.prompt == (Message("user", "hi"),) and two.id == "2" and two.samples == 1
+
+
+def test_problems_in_csv(tmp_path):
+    path = tmp_path / "plan.csv"
+    path.write_text(
+        "prompt,kind,number,checks,colour\n"
+        "a,success,four,,\n"
+        "b,success,,{stops},\n"
+        "c,success,1,,red\n"
+        "d,success,,,\n"
+        "e,success,1,,,,\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(EvaluationError) as caught:
+        TestPlan.from_file(path)
+    text = str(caught.value)
+    assert "row 1 (line 2): `checks`: number: `value` must be a number, got 'four'" in text
+    assert "row 2 (line 3): `checks` is no JSON" in text
+    assert "row 3 (line 4): there is no key 'colour'" in text
+    assert "row 4 (line 5): `checks` is missing" in text
+    assert "row 5 (line 6): " in text
+    assert len(caught.value.problems) == 5
+
+
+# YAML.
+
+
+def test_a_plan_as_people_write_it_in_yaml(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        """\
+- prompt: Capital of Italy?
+  kind: success
+  checks:
+    - exact: Rome
+    - length: {max: 3, unit: words}
+  tags: [geo]
+- prompt: |
+    Two
+    lines
+  kind: failure
+  checks: {refuses: true, stops: true}
+""",
+        encoding="utf-8",
+    )
+    one, two = TestPlan.from_file(path)
+    assert one.checks == (Exact("Rome"), Length(3, unit="words")) and one.tags == ("geo",)
+    assert two.prompt == "Two\nlines\n" and two.checks == (Refuses(), Stops())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch {folder}/ran']",
+        "- !!python/object/new:subprocess.Popen [[touch, '{folder}/ran']]",
+        "- prompt: !!python/name:os.system\n  kind: success",
+    ],
+)
+def test_yaml_runs_no_code(tmp_path, text):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text.replace("{folder}", str(tmp_path)), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="is no YAML"):
+        TestPlan.from_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is no YAML"),
+        ("- 2020-99-99", "is no YAML"),
+        ("[" * 3000, "is no YAML"),
+        ("cases: []", "must be a list of cases. Received: {'cases': \\[\\]}"),
+        ("just text", "must be a list of cases. Received: 'just text'"),
+        ("- prompt: 2020-01-01\n  kind: success\n  checks: {stops: true}", "must be text"),
+        ("- {1: 2}", "there is no key 1"),
+    ],
+)
+def test_broken_yaml(tmp_path, text, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(EvaluationError, match=message) as caught:
+        TestPlan.from_file(path)
+    assert len(str(caught.value)) < 2_000
+
+
+def test_yaml_that_is_no_utf_8(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_bytes(b"- prompt: \xff")
+    with pytest.raises(EvaluationError, match="is no YAML"):
+        TestPlan.from_file(path)
+
+
+def test_a_bomb_of_aliases_is_not_written_out(tmp_path):
+    levels = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    path = tmp_path / "plan.yaml"
+    path.write_text("\n".join(["- &a0 [x]", *levels]), encoding="utf-8")
+    with pytest.raises(EvaluationError, match="is no test plan") as caught:
+        TestPlan.from_file(path)
+    assert len(caught.value.problems) == 12
+    assert len(str(caught.value)) < 5_000
+
+
+def test_yaml_dump_can_be_read_by_others(tmp_path):
+    data = yaml.safe_load(PLAN.to_file(tmp_path / "plan.yaml").read_text(encoding="utf-8"))
+    assert data[0] == {
+        "id": "one",
+        "kind": "success",
+        "prompt": "Capital of France?",
+        "checks": [{"exact": "Paris"}],
+    }
