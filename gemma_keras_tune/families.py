@@ -517,6 +517,8 @@ class Family:
 
 _KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 _GEMMA2_2B_WIDTH = 2304
+# Values looked at together: what lies beside the model stays small.
+_CHUNK_VALUES = 1 << 22
 _OLD_TURN = Turn("<start_of_turn>", "<end_of_turn>")
 
 FAMILIES: Mapping[str, Family] = {
@@ -684,6 +686,18 @@ def fingerprint(model: keras.Model) -> str:
         part = ops.cast(kernel[tuple(slice(0, 4) for _ in kernel.shape)], "float32")
         digest.update(np.asarray(part).round(3).tobytes())
     return digest.hexdigest()[:16]
+
+
+def broken_weights(model: keras.Model) -> list[str]:
+    """The text tower's weights that hold NaN or infinite values, by their paths."""
+    weights = family_of(model).weights(model)
+    return [weight.path for weight in weights if not _finite(weight.variable)]
+
+
+def _finite(variable: keras.Variable) -> bool:
+    values = np.asarray(variable).reshape(-1)
+    parts = range(0, values.size, _CHUNK_VALUES)
+    return all(np.isfinite(values[start : start + _CHUNK_VALUES]).all() for start in parts)
 
 
 def _kernel(layer: Any) -> keras.Variable:

@@ -8,7 +8,6 @@ seconds. Dequantization is the `gguf` package's.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import math
@@ -17,19 +16,16 @@ import pathlib
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import gguf
 import keras
-import keras_hub
 import numpy as np
 
-from gemma_keras_tune._quiet import quiet_stderr
+from gemma_keras_tune.building import backbone_class, causal_lm, without_values
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin
 from gemma_keras_tune.templates import Template, attach_template
-
-_Result = TypeVar("_Result")
 
 MAGIC = b"GGUF"
 # What this library adds to a file it writes: the template as JSON, and whether it is instruct.
@@ -505,44 +501,6 @@ _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
 }
-
-
-def backbone_class(family: Family) -> Callable[..., keras.Model]:
-    """KerasHub's backbone of a generation that GGUF files hold."""
-    models = keras_hub.models
-    return models.Gemma3Backbone if family.name == "gemma3" else models.GemmaBackbone
-
-
-def causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:
-    """A KerasHub `CausalLM` around a backbone of Gemma 1, 2 or 3 and a SentencePiece model."""
-    hub = keras_hub
-    if family.name == "gemma3":
-        with quiet_stderr():
-            tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
-        preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer)
-        return hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
-    with quiet_stderr():
-        tokenizer = hub.tokenizers.GemmaTokenizer(proto=proto)
-    preprocessor = hub.models.GemmaCausalLMPreprocessor(tokenizer)
-    return hub.models.GemmaCausalLM(backbone=backbone, preprocessor=preprocessor)
-
-
-def without_values(build: Callable[[], _Result]) -> _Result:
-    """Build a model whose variables have no values yet, so that none are drawn at random.
-
-    Keras keeps a list of such variables for each thread, and would draw the values of all on it
-    when it next leaves a scope of its own; the list of a finished thread is never looked at again.
-    """
-    distribution = keras.distribution.distribution()
-
-    def run() -> _Result:
-        if distribution is not None:
-            keras.distribution.set_distribution(distribution)
-        with keras.StatelessScope(initialize_variables=False):
-            return build()
-
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(run).result()
 
 
 def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from gemma_keras_tune.building import backbone_class, causal_lm, without_values
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, split
-from gemma_keras_tune.gguf_files import backbone_class, causal_lm, without_values
 from gemma_keras_tune.templates import SIDECAR, read_sidecar
 
 PARAMETERS = "params"

@@ -22,8 +22,17 @@ import keras_hub
 import platformdirs
 
 from gemma_keras_tune.errors import BackendError, LoadError, TemplateError
-from gemma_keras_tune.families import family_of, mark_origin
+from gemma_keras_tune.families import broken_weights, family_of, mark_origin
 from gemma_keras_tune.gguf_files import MAGIC, load_gguf
+from gemma_keras_tune.hugging_face_folders import (
+    INDEX,
+    TEXT_MODEL_TYPES,
+    WEIGHTS,
+    check_tensors,
+    is_plain,
+    load_text_model,
+    read_tensors,
+)
 from gemma_keras_tune.jax_checkpoints import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.templates import attach_template, read_sidecar, read_template
 
@@ -37,7 +46,7 @@ _TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/
 
 _CAUSAL_LMS = ("GemmaCausalLM", "Gemma3CausalLM", "Gemma3nCausalLM", "Gemma4CausalLM")
 _BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backbone")
-_MODEL_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "gemma4_text")
+_MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
 _INSTRUCT = re.compile(r"(^|[-_./])(it|instruct)($|[-_./])", re.IGNORECASE)
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
@@ -276,7 +285,14 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
         model = load_gemma_jax(path, dtype=dtype)
     else:
         model = _load_config_folder(path, dtype)
-    mark_origin(_checked(model), str(path), _folder_instruct(path))
+    broken = broken_weights(_checked(model))
+    if broken:
+        raise LoadError(
+            f"The weights in {path} hold NaN or infinite values.",
+            broken,
+            next_step="The training they come from has diverged, or the files are damaged.",
+        )
+    mark_origin(model, str(path), _folder_instruct(path))
     try:
         attach_template(model, read_template(path))
     except TemplateError as error:
@@ -289,8 +305,14 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     config = _folder_config(path)
     _check_gemma(str(path), config)
     _check_files(path, config)
+    foreign = "registered_name" not in config
+    tensors = read_tensors(path) if foreign else {}
     try:
-        return keras_hub.models.CausalLM.from_preset(str(path.resolve()), dtype=dtype)
+        if config.get("model_type") in TEXT_MODEL_TYPES:
+            return load_text_model(path, config, tensors, dtype=dtype)
+        model = keras_hub.models.CausalLM.from_preset(str(path.resolve()), dtype=dtype)
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(
             f"KerasHub cannot load {path}.",
@@ -298,6 +320,9 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
             next_step="A file in it is damaged, cut off or of another model: copy or download the "
             "folder again.",
         ) from error
+    if foreign:
+        check_tensors(path, family_of(model).weights(model), tensors)
+    return model
 
 
 def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
@@ -357,13 +382,17 @@ def _check_files(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         missing = [name for name in _KERAS_FILES if not (path / name).is_file()]
         missing += _missing_weights(path, "model.weights.h5", "model.weights.json")
     else:
-        missing = _missing_weights(path, "model.safetensors", "model.safetensors.index.json")
+        missing = [] if any((path / name).is_file() for name in (WEIGHTS, INDEX)) else [WEIGHTS]
         if not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
             missing.append("tokenizer.model")
     if not missing:
         return
     present = [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
-    problems = []
+    problems = [
+        f"{name} is a pickle, which may run code when it is opened: convert it to safetensors"
+        for name in present
+        if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    ]
     for name in missing:
         close = difflib.get_close_matches(name, present, 1)
         problems.append(f"{name} is missing" + (f"; there is {close[0]}" if close else ""))
@@ -380,6 +409,9 @@ def _missing_weights(path: pathlib.Path, single: str, index: str) -> list[str]:
     shards: set[str] = set()
     for names in _parsed(path / index).get("weight_map", {}).values():
         shards.update([names] if isinstance(names, str) else names)
+    leading_out = [name for name in shards if not is_plain(name)]
+    if leading_out:
+        raise LoadError(f"{path / index} leads out of its folder.", sorted(leading_out))
     return sorted(name for name in shards if not (path / name).is_file())
 
 

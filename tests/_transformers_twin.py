@@ -1,24 +1,36 @@
-"""What transformers makes of a folder. Runs by itself: torch beside TensorFlow may crash.
+"""What transformers makes of folders. Runs by itself: torch beside TensorFlow may crash.
 
-python _transformers_twin.py FOLDER REQUEST.json ANSWER.json
+python _transformers_twin.py REQUESTS.json ANSWERS.json
+
+The requests are by folder.
 """
 
 import json
 import pathlib
 import sys
+from typing import Any
 
 
-def main(folder: str, request: str, answer: str) -> None:
+def main(requests: str, answers: str) -> None:
+    asked = json.loads(pathlib.Path(requests).read_text())
+    found = {folder: look(folder, request) for folder, request in asked.items()}
+    pathlib.Path(answers).write_text(json.dumps(found))
+
+
+def look(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    asked = json.loads(pathlib.Path(request).read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float32", output_loading_info=True
+    )
     ids = torch.tensor(asked["ids"])
     with torch.no_grad():
         logits = model(ids).logits
-    found = {
+    return {
+        "class": type(model).__name__,
+        "loading": {name: sorted(map(str, keys)) for name, keys in loading.items() if keys},
         "logits": logits.tolist(),
         "texts": [tokenizer.encode(text) for text in asked["texts"]],
         "chat": tokenizer.apply_chat_template(
@@ -27,7 +39,6 @@ def main(folder: str, request: str, answer: str) -> None:
         "spoken": tokenizer.decode(asked["spoken"], skip_special_tokens=True),
         "stops": model.generation_config.eos_token_id,
     }
-    pathlib.Path(answer).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

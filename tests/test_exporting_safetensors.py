@@ -12,6 +12,7 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.families import backbone_inputs, family_of
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
 
 # Heads times width is not the model's width; several heads share keys; soft caps; both kinds of
@@ -20,11 +21,14 @@ MODELS = {
     "gemma": dict(num_query_heads=4, num_key_value_heads=2, head_dim=8),
     "gemma2": dict(attention_logit_soft_cap=5.0, final_logit_soft_cap=3.0, sliding_window_size=8),
     "gemma3": dict(num_layers=7, global_rope_scaling_factor=8.0, sliding_window_size=8),
+    "gemma3n": dict(altup_num_inputs=3),
+    "gemma4": dict(),
+    "gemma4 moe": dict(moe=True),
 }
 
 
 def tuned(name, **sizes):
-    model = testing.tiny_model(name, **{**MODELS[name], **sizes})
+    model = testing.tiny_model(name.partition(" ")[0], **{**MODELS[name], **sizes})
     gkt.enable_lora(model, rank=2, targets="all")
     draw = np.random.default_rng(0)
     for linear in lora_linears(model):
@@ -33,49 +37,75 @@ def tuned(name, **sizes):
     return model
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def exported(request, tmp_path_factory):
-    model = tuned(request.param)
-    folder = tmp_path_factory.mktemp("export") / "model"
-    gkt.export(model, folder, format="safetensors", verbose=0)
-    return model, folder
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every model with the folder it was written to."""
+    root = tmp_path_factory.mktemp("export")
+    made = {name: (tuned(name), root / name.replace(" ", "_")) for name in MODELS}
+    for model, folder in made.values():
+        gkt.export(model, folder, format="safetensors", verbose=0)
+    return made
+
+
+def in_memory(model, ids):
+    x = backbone_inputs(model.backbone, ids, np.ones_like(ids))
+    hidden = np.asarray(model.backbone(x))
+    head = family_of(model).head(model)
+    logits = hidden @ np.asarray(head.embedding).T
+    return head.soft_cap * np.tanh(logits / head.soft_cap) if head.soft_cap else logits
 
 
 TEXTS = ["part number for brake 7", "a  b", "  x", "Ünï \n\n\t🙂 日本", "<end_of_turn>"]
 
 
-# Not imported here: torch beside TensorFlow may crash.
+IDS = np.random.default_rng(1).integers(5, 500, (1, 24))
+
+
+@pytest.fixture(scope="module")
+def answers(folders, tmp_path_factory):
+    """What transformers makes of each folder: not here, torch beside TensorFlow may crash."""
+    root = tmp_path_factory.mktemp("asked")
+    asked = {}
+    for model, folder in folders.values():
+        ours = model.preprocessor.tokenizer
+        stops = [1, *gkt.get_template("auto", model).stop_token_ids(ours)]
+        asked[str(folder)] = {
+            "ids": IDS.tolist(),
+            "texts": TEXTS,
+            "chat": [{"role": "user", "content": " Hello "}],
+            "spoken": [*np.asarray(ours("roll")).tolist(), *stops],
+        }
+    (root / "asked.json").write_text(json.dumps(asked))
+    script = pathlib.Path(__file__).with_name("_transformers_twin.py")
+    command = [sys.executable, script, root / "asked.json", root / "found.json"]
+    subprocess.run(command, check=True)
+    return json.loads((root / "found.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-def test_transformers_answers_as_the_model_in_memory(exported, tmp_path):
-    model, folder = exported
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_answers_as_the_model_in_memory(name, folders, answers):
+    model, folder = folders[name]
+    found = answers[str(folder)]
     ours = model.preprocessor.tokenizer
     template = gkt.get_template("auto", model)
-    stops = {1, *template.stop_token_ids(ours)}
-    ids = np.random.default_rng(1).integers(5, model.backbone.vocabulary_size, (1, 24))
-    spoken = [*np.asarray(ours("roll")).tolist(), *stops]
-    chat = [{"role": "user", "content": " Hello "}]
-    asked = {"ids": ids.tolist(), "texts": TEXTS, "chat": chat, "spoken": spoken}
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
-    script = pathlib.Path(__file__).with_name("_transformers_twin.py")
-    command = [sys.executable, script, folder, tmp_path / "asked.json", tmp_path / "found.json"]
-    subprocess.run(command, check=True)
-    found = json.loads((tmp_path / "found.json").read_text())
-
-    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    assert found["class"] == name.partition(" ")[0].capitalize() + "ForCausalLM"
+    assert found["loading"] == {}
     logits = np.asarray(found["logits"])
-    np.testing.assert_allclose(np.asarray(model(x)), logits, atol=1e-4)
+    np.testing.assert_allclose(in_memory(model, IDS), logits, atol=1e-4)
     with gkt.lora_disabled(model):
-        assert np.abs(np.asarray(model(x)) - logits).max() > 1e-2  # LoRA is in what was written
+        assert np.abs(in_memory(model, IDS) - logits).max() > 1e-2  # LoRA is in what was written
     assert found["texts"] == [[2, *np.asarray(ours(text)).tolist()] for text in TEXTS]
     segments = template.segments([gkt.Message("user", " Hello ")], generation_prompt=True)
     assert found["chat"] == "<bos>" + "".join(segment.text for segment in segments)
-    assert set(found["stops"]) == stops
+    assert set(found["stops"]) == {1, *template.stop_token_ids(ours)}
     assert found["spoken"] == "roll"
 
 
-def test_load_gives_the_same_weights(exported):
-    model, folder = exported
+@pytest.mark.parametrize("name", MODELS)
+def test_load_gives_the_same_weights(name, folders):
+    model, folder = folders[name]
     again = gkt.load(str(folder))
     assert type(again) is type(model)
     theirs = {weight.path: value for weight, value in merged_weights(again)}

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.families import Weight, family_of
+from gemma_keras_tune.families import Weight, broken_weights, family_of
 from gemma_keras_tune.lora import kernel_update, lora_linears
 
 
@@ -25,7 +25,7 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
     """
     weights = family_of(model).weights(model)
     _refuse_quantized(weights)
-    _refuse_broken(weights)
+    _refuse_broken(model)
     linears = {f"{linear.hugging_face}.weight": linear for linear in lora_linears(model)}
     for weight in weights:
         value = np.asarray(weight.variable, "float32")
@@ -48,10 +48,8 @@ def _refuse_quantized(weights: tuple[Weight, ...]) -> None:
         )
 
 
-def _refuse_broken(weights: tuple[Weight, ...]) -> None:
-    broken = [
-        weight.path for weight in weights if not np.isfinite(np.asarray(weight.variable)).all()
-    ]
+def _refuse_broken(model: keras.Model) -> None:
+    broken = broken_weights(model)
     if broken:
         raise ExportError(
             "Weights hold NaN or infinite values.",

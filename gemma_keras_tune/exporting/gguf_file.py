@@ -24,6 +24,7 @@ import gguf
 import keras
 import numpy as np
 
+from gemma_keras_tune.building import backbone_class
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, is_instruct, origin_of
@@ -32,7 +33,6 @@ from gemma_keras_tune.gguf_files import (
     TEMPLATE_KEY,
     GgufFile,
     TensorInfo,
-    backbone_class,
     backbone_config,
     matrix_shape,
     read_header,

@@ -1,21 +1,28 @@
 """A Hugging Face folder: sharded safetensors, configuration, tokenizer, chat template, stop tokens.
 
 The names and axes come from `families`. Configuration fields are those of `transformers`'
-`GemmaConfig`, `Gemma2Config` and `Gemma3TextConfig`; a setting they have no field for is refused.
+`GemmaConfig`, `Gemma2Config` and the text configurations of Gemma 3, 3n and 4; a setting they have
+no field for is refused. Of a model that sees or hears, the text tower is written: transformers
+opens it as `Gemma…ForCausalLM`.
 """
 
+import itertools
+import math
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
-from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, is_instruct
+from gemma_keras_tune.families import Family, Piece, Weight, family_of, is_instruct, join
+from gemma_keras_tune.hugging_face_folders import FIELDS, INDEX, matrix_shape, settings
 from gemma_keras_tune.templates import Template, get_template, template_of
 
 FORMAT = "safetensors"
@@ -29,8 +36,11 @@ _MODEL_TYPES = {
     "gemma": ("gemma", "GemmaForCausalLM"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
+    "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
 }
-_POSITIONS, _LONG_POSITIONS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768}, 131_072
+_POSITIONS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma4": 131_072}
+_LONG_POSITIONS = 131_072
 _BOS, _EOS, _PAD = 2, 1, 0
 
 Progress = Callable[[str, int, int], None]
@@ -50,7 +60,7 @@ def write(
     model.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2 or 3, text only.
+        model: A KerasHub Gemma `CausalLM`. Of a model that sees or hears, the text tower.
         folder: An existing, empty folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
         shard_size: Bytes of weights in one file at most.
@@ -59,7 +69,8 @@ def write(
     Raises:
         ExportError: `transformers` cannot compute this model, or a weight is beyond the dtype.
     """
-    family = _supported(model)
+    family = family_of(model)
+    _warn_of_media(model)
     stored = str(family.head(model).embedding.dtype) if dtype == "auto" else dtype
     if stored not in DTYPES:
         raise ExportError(f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}")
@@ -83,21 +94,19 @@ def write(
 # The configuration.
 
 
-def _supported(model: Any) -> Family:
-    family = family_of(model)
-    if family.name not in _MODEL_TYPES:
-        known = [FAMILIES[name].title for name in _MODEL_TYPES]
-        raise ExportError(
-            f"{family.title} cannot be written as a Hugging Face folder yet.",
-            next_step=f"It is written for {', '.join(known)}. Save a Keras preset with "
-            "`save_preset`, or the adapter with `save_adapter`.",
+def _warn_of_media(model: Any) -> None:
+    towers = [
+        word
+        for word, name in (("see images", "vision_encoder"), ("hear", "audio_encoder"))
+        if getattr(model.backbone, name, None) is not None
+    ]
+    if towers:
+        warnings.warn(
+            f"The folder holds the text tower alone: it will not {' or '.join(towers)}. For the "
+            "whole model, save the adapter with `save_adapter`: PEFT puts it on the original.",
+            UserWarning,
+            stacklevel=4,
         )
-    if getattr(model.backbone, "vision_encoder", None) is not None:
-        raise ExportError(
-            f"This {family.title} sees: its vision tower cannot be written yet.",
-            next_step="Save the adapter with `save_adapter`: PEFT puts it on the original model.",
-        )
-    return family
 
 
 def _template(model: keras.Model) -> Template | None:
@@ -109,11 +118,28 @@ def _template(model: keras.Model) -> Template | None:
 
 def _config(model: Any, family: Family) -> dict[str, Any]:
     given = model.backbone.get_config()
+    _refuse_settings(given, family)
     model_type, architecture = _MODEL_TYPES[family.name]
-    old = family.name in ("gemma", "gemma2")
-    config: dict[str, Any] = {
+    sizes = settings(given, family) if family.name in FIELDS else _older_settings(given, family)
+    return {
         "architectures": [architecture],
         "model_type": model_type,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": _POSITIONS.get(family.name),
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": _BOS,
+        "pad_token_id": _PAD,
+        **sizes,
+    }
+
+
+def _older_settings(given: dict[str, Any], family: Family) -> dict[str, Any]:
+    old = family.name in ("gemma", "gemma2")
+    config: dict[str, Any] = {
         "vocab_size": given["vocabulary_size"],
         "hidden_size": given["hidden_dim"],
         # KerasHub gives Gemma 1 and 2 the width of both gates together.
@@ -123,22 +149,12 @@ def _config(model: Any, family: Family) -> dict[str, Any]:
         "num_key_value_heads": given["num_key_value_heads"],
         "head_dim": given["head_dim"],
         "rms_norm_eps": given["layer_norm_epsilon"],
-        "max_position_embeddings": _POSITIONS[family.name],
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "rope_theta": 10_000.0,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "bos_token_id": _BOS,
-        "pad_token_id": _PAD,
     }
     if family.name != "gemma":
         config |= _later_config(given)
     if family.name == "gemma3":
         config |= _gemma3_config(given)
-    _refuse_settings(given, family)
     return config
 
 
@@ -190,6 +206,19 @@ _FIXED: dict[str, dict[str, Any]] = {
         "use_bidirectional_attention": False,
         "is_embedding_model": False,
     },
+    "gemma3n": {
+        "hidden_activation": "gelu_approximate",
+        "rope_scaling": None,
+        "pad_token_id": _PAD,
+    },
+    "gemma4": {
+        "attention_logit_soft_cap": None,
+        "use_sliding_window_attention": True,
+        "local_rope_scaling_factor": 1.0,
+        "global_rope_scaling_factor": 1.0,
+        "use_bidirectional_attention": False,
+        "is_embedding_model": False,
+    },
 }
 
 
@@ -199,6 +228,8 @@ def _refuse_settings(given: dict[str, Any], family: Family) -> None:
         for name, expected in _FIXED[family.name].items()
         if name in given and given[name] != expected
     ]
+    if family.name == "gemma4" and given["layer_types"][-1] != "full_attention":
+        problems.append("the last layer attends to a window; transformers lets it see everything")
     if problems:
         raise ExportError(
             f"transformers cannot compute this {family.title}.",
@@ -218,57 +249,74 @@ def _write_weights(
     shard_size: int,
     progress: Progress,
 ) -> None:
-    from safetensors.numpy import save_file
-
-    shards = _shards(family.weights(model), dtype, shard_size)
+    sizes = _sizes(family.weights(model), dtype)
+    shards = _shards(sizes, shard_size)
     count = len(shards)
     stem = "model" if count == 1 else "model-{:05}-of-{:05}"
-    total = sum(map(len, shards))
-    values = _converted(model, dtype)
+    tensors = _tensors(model, dtype)
     placed: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"{stem.format(number, count)}.safetensors"
-        tensors = {}
+        held = {}
         for name in names:
-            found, tensors[name] = next(values)
+            found, held[name] = next(tensors)
             if found != name:
                 raise ExportError(f"{name} came out of turn; this is a fault of the library.")
             placed[name] = file
-            progress(name, len(placed), total)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+            progress(name, len(placed), len(sizes))
+        save_file(held, folder / file, metadata={"format": "pt"})
     if count > 1:
-        size = sum(_bytes(weight, dtype) for weight in family.weights(model))
-        index = {"metadata": {"total_size": size}, "weight_map": placed}
-        write_json(folder / "model.safetensors.index.json", index)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+        write_json(folder / INDEX, index)
 
 
-def _shards(weights: tuple[Weight, ...], dtype: np.dtype, shard_size: int) -> list[list[str]]:
-    """Names in order, cut where the next weight would not fit any more."""
+def _name(weight: Weight) -> str:
+    """The name in a text model, where the table's may be that in a model that sees."""
+    return weight.hugging_face.replace("model.language_model.", "model.")
+
+
+def _sizes(weights: tuple[Weight, ...], dtype: np.dtype) -> dict[str, int]:
+    """Bytes of each tensor, in order."""
+    sizes: dict[str, int] = {}
+    for weight in weights:
+        size = math.prod(matrix_shape(weight)) * dtype.itemsize
+        sizes[_name(weight)] = sizes.get(_name(weight), 0) + size
+    return sizes
+
+
+def _shards(sizes: dict[str, int], shard_size: int) -> list[list[str]]:
+    """Names in order, cut where the next tensor would not fit any more."""
     shards: list[list[str]] = [[]]
     held = 0
-    for weight in weights:
-        size = _bytes(weight, dtype)
+    for name, size in sizes.items():
         if shards[-1] and held + size > shard_size:
             shards.append([])
             held = 0
-        shards[-1].append(weight.hugging_face)
+        shards[-1].append(name)
         held += size
     return shards
 
 
-def _bytes(weight: Weight, dtype: np.dtype) -> int:
-    return int(np.prod(weight.variable.shape)) * dtype.itemsize
+def _tensors(model: keras.Model, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor, its pieces put together: they follow one another in the table."""
+    pairs = ((_name(weight), weight, value) for weight, value in merged_weights(model))
+    for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        pieces: dict[Piece | None, np.ndarray] = {
+            weight.entry.piece: _stored(weight, value, dtype) for _, weight, value in group
+        }
+        whole = pieces.pop(None, None)
+        if whole is None:
+            whole = join({piece: value for piece, value in pieces.items() if piece is not None})
+        yield name, whole
 
 
-def _converted(model: keras.Model, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    for weight, value in merged_weights(model):
-        matrix = np.ascontiguousarray(weight.to_matrix(value))
-        with np.errstate(over="ignore"):
-            stored = matrix.astype(dtype, copy=False)
-        if not np.isfinite(stored).all():
-            raise ExportError(
-                f"{weight.hugging_face} holds values up to {np.abs(matrix).max():g}, beyond "
-                f"{dtype.name}.",
-                next_step="Export with `dtype='bfloat16'` or 'float32'.",
-            )
-        yield weight.hugging_face, stored
+def _stored(weight: Weight, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    matrix = np.ascontiguousarray(weight.to_matrix(value))
+    with np.errstate(over="ignore"):
+        stored = matrix.astype(dtype, copy=False)
+    if not np.isfinite(stored).all():
+        raise ExportError(
+            f"{_name(weight)} holds values up to {np.abs(matrix).max():g}, beyond {dtype.name}.",
+            next_step="Export with `dtype='bfloat16'` or 'float32'.",
+        )
+    return stored

@@ -32,7 +32,7 @@ def write_tokenizer(
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
-    special = set(turn_tokens)
+    special = {*turn_tokens, *_NAMES.values()}
     (folder / "tokenizer.model").write_bytes(tokenizer.proto)
     text = json.dumps(_tokenizer_json(proto.pieces, special), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
