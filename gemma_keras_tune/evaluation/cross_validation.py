@@ -1,0 +1,516 @@
+"""How well would this go on pairs the model has not seen? Every pair is held out once.
+
+With twenty pairs there are none to spare for a test set. Cross-validation tunes several times, each
+time on all pairs but one part, and asks the model the part it has not seen. One training program is
+compiled for all of it: the parts share their shapes, and between them the weights and the optimizer
+are put back to where they began.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from gemma_keras_tune.errors import EvaluationError, LoraError
+from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
+from gemma_keras_tune.evaluation.results import SampleResult
+from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
+from gemma_keras_tune.generation import generate_answers
+from gemma_keras_tune.loading import load
+from gemma_keras_tune.lora import enable_lora, lora_config, remove_lora
+from gemma_keras_tune.pairs import Pair, PairSource, read_pairs
+from gemma_keras_tune.pipeline import (
+    Batcher,
+    Shape,
+    TokenizedPairs,
+    choose_shapes,
+    tokenize_pairs,
+)
+from gemma_keras_tune.planning import Plan, check_updates, plan_settings
+from gemma_keras_tune.templates import Template, get_template
+from gemma_keras_tune.training import TuningModel, make_optimizer
+from gemma_keras_tune.tuning import use_compilation_cache
+
+MOST_ROWS = 8  # that are asked at once
+
+Checks = Sequence[Check] | Callable[[Pair], Sequence[Check]] | Literal["auto"]
+
+_SETTINGS = (
+    "method", "rank", "alpha", "epochs", "batch_size", "gradient_accumulation_steps",
+    "learning_rate", "warmup_updates", "weight_decay", "sequence_length",
+)  # fmt: skip
+_LORA = ("targets", "rank_stabilized")
+_COLUMNS = ("input_column", "output_column", "system_column")
+_OPTIONS = (
+    *_SETTINGS, *_LORA, *_COLUMNS, "template", "overlong", "optimizer", "plan", "compilation_cache",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """One pair, and what a model that was tuned on others made of it.
+
+    Attributes:
+        row: Its row number in the source.
+        fold: The part it was in, from 0.
+        prompt: What the user said last.
+        expected: The pair's answer.
+        tuned: The answer of the model tuned on the other parts.
+        base: The base's answer, where it was asked.
+    """
+
+    row: int
+    fold: int
+    prompt: str
+    expected: str
+    tuned: SampleResult
+    base: SampleResult | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossValidation:
+    """What the held-out pairs show.
+
+    Attributes:
+        plan: How each part was tuned; its figures are those of the largest part.
+        rows: Every pair, in the order of the source.
+        folds: How many parts there were.
+        losses: Mean loss over the held-out answers' tokens of each part, in nats.
+        base_losses: The same before tuning.
+        confidence: Confidence level of the interval.
+        seconds: How long it took.
+    """
+
+    plan: Plan
+    rows: tuple[HeldOut, ...]
+    folds: int
+    losses: tuple[float, ...]
+    base_losses: tuple[float, ...]
+    confidence: float
+    seconds: float
+
+    @property
+    def passed(self) -> int:
+        """Held-out pairs whose answer passed."""
+        return sum(row.tuned.passed for row in self.rows)
+
+    @property
+    def base_passed(self) -> int | None:
+        """How many of them the base passed, where it was asked."""
+        if any(row.base is None for row in self.rows):
+            return None
+        return sum(row.base.passed for row in self.rows if row.base)
+
+    @property
+    def rate(self) -> float:
+        """Share of held-out pairs that passed."""
+        return self.passed / len(self.rows)
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """Wilson interval of that share.
+
+        It takes the pairs for independent. The models that answer them share most of their training
+        pairs, so that the true interval is somewhat wider.
+        """
+        return wilson_interval(self.passed, len(self.rows), self.confidence)
+
+    @functools.cached_property
+    def p_value(self) -> float | None:
+        """Exact McNemar test of base against tuned, where the base was asked."""
+        asked = [row for row in self.rows if row.base is not None]
+        if len(asked) < len(self.rows):
+            return None
+        base = [row.base is not None and row.base.passed for row in asked]
+        return mcnemar(base, [row.tuned.passed for row in asked])
+
+    @property
+    def words(self) -> str:
+        """All this in words."""
+        low, high = self.interval
+        text = (
+            f"{self.passed} of {len(self.rows)} held-out pairs pass: {100 * self.rate:.0f} % "
+            f"({100 * self.confidence:g} % interval {100 * low:.0f} to {100 * high:.0f} %), tuned "
+            f"{self.folds} times on the others."
+        )
+        if self.base_passed is not None:
+            text += f" The base passes {self.base_passed} of them (p = {self.p_value:.2g})."
+        text += (
+            f" Loss on held-out answers: {np.mean(self.base_losses):.2f} nats a token before, "
+            f"{np.mean(self.losses):.2f} after."
+        )
+        return text
+
+    def __str__(self) -> str:
+        lines = [self.words]
+        for row in self.rows:
+            if not row.tuned.passed:
+                reason = next(o.reason for o in row.tuned.outcomes if not o.passed)
+                lines.append(f"  ✗ row {row.row}: {reason}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON data."""
+        low, high = self.interval
+        return {
+            "words": self.words,
+            "passed": self.passed,
+            "rate": self.rate,
+            "low": low,
+            "high": high,
+            "base_passed": self.base_passed,
+            "p_value": self.p_value,
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.name not in ("plan", "rows")
+            },
+            "plan": self.plan.settings(),
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+
+def cross_validate(
+    model: keras.Model | str,
+    pairs: Any,
+    *,
+    folds: int | Literal["leave-one-out"] = 5,
+    checks: Checks = "auto",
+    baseline: bool = True,
+    max_new_tokens: int | Literal["auto"] = "auto",
+    confidence: float = 0.95,
+    seed: int = 0,
+    verbose: int = 1,
+    **tune_options: Any,
+) -> CrossValidation:
+    """Hold every pair out once: tune on the others, and ask it.
+
+    Pairs with the same prompt (apart from case and white space) stay in one part, so that no prompt
+    is on both sides. The model is left as it came.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` without LoRA, or anything `load` takes.
+        pairs: Anything `read_pairs` takes. They are held in memory.
+        folds: In how many parts, at least 2; `"leave-one-out"` makes every prompt a part.
+        checks: What an answer must be like: checks for all pairs, or a function from a `Pair` to
+            its checks. `"auto"`: the pair's own answer; as data, where that is JSON.
+        baseline: Whether the base is asked too.
+        max_new_tokens: Longest answer; `"auto"` is half as long again as the longest of the pairs.
+        confidence: Confidence level of the interval.
+        seed: Seed of the parts, of shuffling and of LoRA's start.
+        verbose: 1 prints the plan and a progress bar, 0 nothing.
+        **tune_options: Arguments of `tune`, but for those about validation, callbacks and seeds.
+
+    Returns:
+        A `CrossValidation`.
+
+    Raises:
+        EvaluationError: Too few prompts for the parts, or an option that `tune` does not have.
+        LoraError: LoRA is on the model already.
+        PairsError: Rows that cannot be trained on.
+        PlanError: Settings out of range.
+    """
+    begin = time.perf_counter()
+    _check_options(tune_options)
+    model = load(model)
+    if lora_config(model) is not None:
+        raise LoraError(
+            "The model has LoRA on it, and may have been tuned on the pairs to be held out.",
+            next_step="Call `remove_lora(model)`, or load the base anew.",
+        )
+    template = get_template(tune_options.get("template", "auto"), model)
+    kept, tokens = _read(model, pairs, template, tune_options)
+    parts = assign_folds([_prompt_key(pair) for pair in kept], folds, seed=seed)
+    count = int(parts.max()) + 1
+    plan = _plan(model, tokens, parts, seed, tune_options)
+    shapes = _shared_shapes(tokens, parts, plan)
+    pad_id = int(model.preprocessor.tokenizer.pad_token_id)
+    batch = functools.partial(
+        Batcher, shapes=shapes, pad_id=pad_id, seed=plan.seed,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+    )  # fmt: skip
+    rest = [batch(_take(tokens, np.flatnonzero(parts != part))) for part in range(count)]
+    held = [
+        batch(_take(tokens, np.flatnonzero(parts == part)), shuffle=False) for part in range(count)
+    ]
+    plan = _fill_in(plan, rest, shapes, template)
+    if verbose:
+        print(f"{count} parts, each held out once.\n{plan}")
+    if tune_options.get("compilation_cache", True):
+        use_compilation_cache()
+    if max_new_tokens == "auto":
+        max_new_tokens = int(1.5 * tokens.response_lengths.max()) + 8
+    # Parts of any size are asked by the one program that the base is asked by.
+    rows_at_once = min(MOST_ROWS, 2 ** math.ceil(math.log2(np.bincount(parts).max())))
+    ask = functools.partial(
+        _ask, model, checks, template=template, max_new_tokens=max_new_tokens,
+        batch_size=rows_at_once,
+    )  # fmt: skip
+    base = ask(kept) if baseline else [None] * len(kept)
+    with _trainable(model, plan, tune_options), _bar(count, verbose) as advance:
+        trainer = TuningModel(model)
+        trainer.compile(_optimizer(plan, tune_options), jit_compile=True)
+        trainer.optimizer.build(trainer.trainable_variables)
+        start = _Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
+        losses, base_losses = [], []
+        found: dict[int, HeldOut] = {}
+        try:
+            for part in range(count):
+                start.restore()
+                base_losses.append(_loss(trainer, held[part]))
+                trainer.fit(rest[part].to_dataset(), epochs=plan.epochs, shuffle=False, verbose=0)
+                losses.append(_loss(trainer, held[part]))
+                places = np.flatnonzero(parts == part).tolist()
+                answered = ask([kept[place] for place in places])
+                for place, tuned in zip(places, answered, strict=True):
+                    pair = kept[place]
+                    prompt, output = pair.prompt[-1].content, pair.output
+                    found[place] = HeldOut(pair.row, part, prompt, output, tuned, base[place])
+                advance()
+        finally:
+            start.restore()
+    rows = tuple(found[index] for index in range(len(kept)))
+    seconds = time.perf_counter() - begin
+    return CrossValidation(
+        plan, rows, count, tuple(losses), tuple(base_losses), confidence, seconds
+    )
+
+
+def assign_folds(
+    keys: Sequence[Any], folds: int | Literal["leave-one-out"], *, seed: int = 0
+) -> np.ndarray:
+    """Parts of about the same size; rows with the same key are in the same part.
+
+    Args:
+        keys: One for each row, hashable.
+        folds: How many parts; `"leave-one-out"` makes every key one.
+        seed: Seed of the choice.
+
+    Returns:
+        `[rows]` int64, the part of each row, from 0.
+
+    Raises:
+        EvaluationError: There are fewer keys than parts, or fewer than two parts.
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    wanted = len(groups) if folds == "leave-one-out" else folds
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 2 <= wanted <= len(groups):
+        raise EvaluationError(
+            f"`folds` must be 'leave-one-out' or an integer from 2 to {len(groups)}, the number of "
+            f"different prompts. Received: {folds!r}"
+        )
+    parts = np.zeros(len(keys), np.int64)
+    sizes = np.zeros(wanted, np.int64)
+    shuffled = np.random.default_rng(seed).permutation(len(groups))
+    members = list(groups.values())
+    # The largest groups first, each into the smallest part.
+    for group in sorted((members[i] for i in shuffled), key=len, reverse=True):
+        smallest = int(sizes.argmin())
+        parts[group] = smallest
+        sizes[smallest] += len(group)
+    return parts
+
+
+class _Snapshot:
+    """Values of variables, to go back to."""
+
+    def __init__(self, variables: Sequence[keras.Variable]) -> None:
+        self._variables = variables
+        # Copies: a training step takes the arrays and writes over them.
+        self._values = [np.asarray(variable).copy() for variable in variables]
+
+    def restore(self) -> None:
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(value)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise EvaluationError(
+            "These cannot be passed on to `tune` here.", unknown, f"Options are {_OPTIONS}."
+        )
+
+
+def _read(
+    model: keras.Model, pairs: Any, template: Template, options: dict[str, Any]
+) -> tuple[list[Pair], TokenizedPairs]:
+    columns = {name: options[name] for name in _COLUMNS if name in options}
+    source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs, **columns)
+    by_row: dict[int, Pair] = {}
+    length = options.get("sequence_length", "auto")
+    tokens = tokenize_pairs(
+        source,
+        model,
+        template=template,
+        max_length=None if length == "auto" else length,
+        overlong=options.get("overlong", "error"),
+        on_pair=lambda pair: by_row.__setitem__(pair.row, pair),
+    )
+    return [by_row[int(row)] for row in tokens.rows], tokens
+
+
+def _prompt_key(pair: Pair) -> tuple[str, ...]:
+    """What stands before the first answer, apart from case and white space."""
+    first = next(i for i, message in enumerate(pair.messages) if message.role == "assistant")
+    return tuple(" ".join(m.content.casefold().split()) for m in pair.messages[:first])
+
+
+def _plan(
+    model: keras.Model,
+    tokens: TokenizedPairs,
+    parts: np.ndarray,
+    seed: int,
+    options: dict[str, Any],
+) -> Plan:
+    settings: dict[str, Any] = {name: options[name] for name in _SETTINGS if name in options}
+    if options.get("plan") is not None:
+        settings = options["plan"].settings()
+    largest = len(parts) - int(np.bincount(parts).min())
+    return plan_settings(model, largest, int(tokens.lengths.max()), **{**settings, "seed": seed})
+
+
+def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:
+    """Static shapes that hold every batch of every part, and of all others of it."""
+    fixed = None if plan.sequence_length == "auto" else plan.sequence_length
+    lengths, answers = tokens.lengths, tokens.response_lengths
+    bounds = [
+        shape.length
+        for shape in choose_shapes(lengths, answers, plan.batch_size, sequence_length=fixed)
+    ]
+    group = np.searchsorted(bounds, lengths)
+    shapes = []
+    for index, bound in enumerate(bounds):
+        sides = [s for part in set(parts) for s in (parts == part, parts != part)]
+        inside = [side & (group == index) for side in sides]
+        needs = [
+            choose_shapes(lengths[rows], answers[rows], plan.batch_size, sequence_length=bound)[0]
+            for rows in inside
+            if rows.any()
+        ]
+        size = max(need.batch_size for need in needs)
+        shapes.append(Shape(size, bound, max(need.positions for need in needs)))
+    return tuple(shapes)
+
+
+def _take(tokens: TokenizedPairs, indices: np.ndarray) -> TokenizedPairs:
+    """Some of the rows."""
+    rows = [tokens.row(int(index)) for index in indices]
+    return TokenizedPairs(
+        np.concatenate([ids for ids, _ in rows]),
+        np.concatenate([trained for _, trained in rows]),
+        np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64),
+        tokens.rows[indices],
+    )
+
+
+def _fill_in(
+    plan: Plan, rest: Sequence[Batcher], shapes: tuple[Shape, ...], template: Template
+) -> Plan:
+    largest = max(rest, key=lambda batcher: (batcher.batches_per_epoch, len(batcher.tokens)))
+    batches = largest.batches_per_epoch * plan.epochs
+    used = int(largest.tokens.lengths.sum())
+    fed = sum(shape.batch_size * shape.length for shape, _ in largest.epoch(0))
+    filled = dataclasses.replace(
+        plan,
+        pairs=len(largest.tokens),
+        tokens=used,
+        response_tokens=int(largest.tokens.response_lengths.sum()),
+        padding=1 - used / fed,
+        shapes=shapes,
+        batches=batches,
+        updates=batches // plan.gradient_accumulation_steps,
+        template=template.name,
+    )
+    check_updates(filled)
+    return filled
+
+
+@contextlib.contextmanager
+def _trainable(model: keras.Model, plan: Plan, options: dict[str, Any]) -> Iterator[None]:
+    """Within the context, what the plan trains is trainable."""
+    flags = [(variable, variable.trainable) for variable in model.variables]
+    if plan.method == "full":
+        model.trainable = True
+    else:
+        chosen = {name: options[name] for name in _LORA if name in options}
+        assert plan.rank is not None
+        enable_lora(model, plan.rank, alpha=plan.alpha, seed=plan.seed, verbose=0, **chosen)
+    try:
+        yield
+    finally:
+        if plan.method == "lora":
+            remove_lora(model)
+        for variable, trainable in flags:
+            variable.trainable = trainable
+
+
+@contextlib.contextmanager
+def _bar(count: int, verbose: int) -> Iterator[Callable[[], object]]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=count, disable=not verbose, unit="part", desc="Cross-validation") as bar:
+        yield bar.update
+
+
+def _optimizer(plan: Plan, options: dict[str, Any]) -> keras.optimizers.Optimizer:
+    given = options.get("optimizer", "auto")
+    if given != "auto":
+        return given
+    return make_optimizer(
+        plan.learning_rate,
+        updates=plan.updates,
+        warmup_updates=plan.warmup_updates,
+        weight_decay=plan.weight_decay,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+    )
+
+
+def _loss(trainer: TuningModel, batcher: Batcher) -> float:
+    figures = trainer.evaluate(batcher.to_dataset(), verbose=0, return_dict=True)
+    return float(figures["loss"])
+
+
+def _ask(
+    model: keras.Model,
+    checks: Checks,
+    pairs: Sequence[Pair],
+    *,
+    template: Template,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[SampleResult]:
+    """The model's answers, judged."""
+    prompts = [pair.prompt for pair in pairs]
+    # Few prompts run in a smaller program: one that would have to be compiled.
+    prompts += [prompts[0]] * (batch_size - len(prompts))
+    answers = generate_answers(
+        model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
+    )
+    results = []
+    for pair, answer in zip(pairs, answers, strict=False):
+        prompt = pair.prompt[-1].content
+        outcomes = tuple(check.check(prompt, answer) for check in _checks_of(pair, checks))
+        results.append(SampleResult(answer.text, answer.stopped, len(answer.ids), outcomes))
+    return results
+
+
+def _checks_of(pair: Pair, checks: Checks) -> Sequence[Check]:
+    if checks != "auto":
+        return checks(pair) if callable(checks) else checks
+    try:
+        value = json.loads(pair.output)
+    except ValueError:
+        value = None
+    if isinstance(value, (dict, list)):
+        return (JsonSchema({"const": value}),)
+    return (Exact(pair.output),)
