@@ -146,6 +146,7 @@ class Weight:
         jax: Full path in the Gemma library's tree for JAX, or `None` where the table has none;
             `entry.jax_piece` likewise.
         jax_transposed: Whether that library holds it with its two axes exchanged.
+        layer: The Keras layer that holds it; the variable itself where there is none.
         used: Whether the model reads it. Gemma 3n's checkpoints hold keys and values for layers
             that take those of an earlier layer.
     """
@@ -160,6 +161,7 @@ class Weight:
     input_axes: tuple[int, ...] = ()
     jax: str | None = None
     jax_transposed: bool = False
+    layer: Any = None
     used: bool = True
 
     def to_matrix(self, value: np.ndarray) -> np.ndarray:
@@ -488,6 +490,7 @@ class Family:
             input_axes=inputs,
             jax=f"{jax}{entry.jax}" if self.jax_complete and entry.jax else None,
             jax_transposed=self._jax_transposed(layer, entry),
+            layer=layer,
             used=not (_shares_keys(owner) and entry.hugging_face in _KEYS_AND_VALUES),
         )
 

@@ -3,15 +3,70 @@
 from collections.abc import Iterator
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.families import Weight, broken_weights, family_of
+from gemma_keras_tune.families import Weight, broken_weights, family_of, to_matrix
 from gemma_keras_tune.lora import kernel_update, lora_linears
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def stored_dtype(model: keras.Model, dtype: str) -> str:
+    """The dtype to write a model in.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: that of the weights, float32 for
+            quantized ones.
+
+    Returns:
+        A key of `DTYPES`.
+
+    Raises:
+        ExportError: It is none of them.
+    """
+    if dtype == "auto":
+        held = str(family_of(model).head(model).embedding.dtype)
+        return held if held in DTYPES else "float32"
+    if dtype not in DTYPES:
+        raise ExportError(f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}")
+    return dtype
+
+
+def rounded(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+    """A value in the dtype it is written in.
+
+    Args:
+        name: Its name, for the message.
+        value: Finite values.
+        dtype: A key of `DTYPES`.
+
+    Returns:
+        A contiguous array.
+
+    Raises:
+        ExportError: The largest value is beyond the dtype.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(value).astype(DTYPES[dtype], copy=False)
+    if not np.isfinite(stored).all():
+        raise ExportError(
+            f"{name} holds values up to {np.abs(value).max():g}, beyond {dtype}.",
+            next_step="Export with `dtype='bfloat16'` or 'float32'.",
+        )
+    return stored
 
 
 def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
     """The text tower's weights with LoRA added, whether it is switched on at the moment or not.
+
+    Weights that Keras quantized to int8 are given as the floats they stand for.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
@@ -20,29 +75,46 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
         Each `Weight` of the table and its value, float32, in the variable's own shape.
 
     Raises:
-        ExportError: Layers are quantized, or weights hold NaN or infinite values. All of them are
-            named, before the first weight is given out.
+        ExportError: Layers are quantized otherwise, or weights hold NaN or infinite values. All of
+            them are named, before the first weight is given out.
     """
     weights = family_of(model).weights(model)
     _refuse_quantized(weights)
     _refuse_broken(model)
     linears = {f"{linear.hugging_face}.weight": linear for linear in lora_linears(model)}
     for weight in weights:
-        value = np.asarray(weight.variable, "float32")
+        value = _float32(weight)
         linear = linears.get(weight.hugging_face)
         yield weight, value if linear is None else value + kernel_update(linear)
 
 
+def _float32(weight: Weight) -> np.ndarray:
+    value = np.asarray(weight.variable, "float32")
+    if not _has_codes(weight):
+        return value
+    # Keras multiplied each output, or each token, by its own number, and rounded.
+    if weight.entry.kind == "embedding":
+        return value / np.asarray(weight.layer.embeddings_scale, "float32")[:, None]
+    scale = np.asarray(weight.layer.kernel_scale, "float32").reshape(-1, 1)
+    matrix = to_matrix(value, weight.output_axes, weight.input_axes) / scale
+    return weight.from_matrix(matrix)
+
+
+def _has_codes(weight: Weight) -> bool:
+    return not keras.backend.is_float_dtype(weight.variable.dtype)
+
+
 def _refuse_quantized(weights: tuple[Weight, ...]) -> None:
-    quantized = [
-        f"{weight.path}: {weight.variable.dtype}"
+    modes = {
+        weight.path: getattr(weight.layer, "quantization_mode", None)
         for weight in weights
-        if not keras.backend.is_float_dtype(weight.variable.dtype)
-    ]
-    if quantized:
+        if _has_codes(weight)
+    }
+    unknown = [f"{path}: {mode}" for path, mode in modes.items() if mode != "int8"]
+    if unknown:
         raise ExportError(
-            "A quantized model cannot be exported: its codes are no weights.",
-            quantized,
+            "Of quantized models only those in Keras's 'int8' can be exported.",
+            unknown,
             "Save the adapter with `save_adapter`, load it onto the model before quantization, and "
             "export that; the target's own quantization then starts from full weights.",
         )

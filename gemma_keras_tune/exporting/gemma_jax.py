@@ -16,11 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import ml_dtypes
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.exporting._weights import merged_weights, rounded, stored_dtype
 from gemma_keras_tune.families import FAMILIES, Family, Piece, family_of, join
 from gemma_keras_tune.jax_checkpoints import (
     BACKBONE_KEY,
@@ -33,12 +32,6 @@ from gemma_keras_tune.templates import write_sidecar
 
 FORMAT = "gemma_jax"
 RUNTIME = "gemma"
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -98,9 +91,7 @@ def parameter_tree(
         ExportError: The library cannot compute this model, or a weight is beyond the dtype.
     """
     family = _supported(model)
-    stored = str(family.head(model).embedding.dtype) if dtype == "auto" else dtype
-    if stored not in DTYPES:
-        raise ExportError(f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}")
+    stored = stored_dtype(model, dtype)
     total = len(family.weights(model))
     found: dict[str, dict[Piece | None, np.ndarray]] = {}
     for done, (weight, value) in enumerate(merged_weights(model), 1):
@@ -109,7 +100,7 @@ def parameter_tree(
         if weight.entry.kind == "embedding":
             value = _with_all_rows(value)
         pieces = found.setdefault(weight.jax, {})
-        pieces[weight.entry.jax_piece] = _rounded(weight.to_jax(value), DTYPES[stored], weight.path)
+        pieces[weight.entry.jax_piece] = rounded(weight.path, weight.to_jax(value), stored)
         progress(weight.path, done, total)
     return _nested(found)
 
@@ -158,17 +149,6 @@ def _with_all_rows(embedding: np.ndarray) -> np.ndarray:
     rows = len(embedding)
     missing = PADDED_VOCABULARY.get(rows, rows) - rows
     return np.concatenate([embedding, np.repeat(embedding[:1], missing, axis=0)])
-
-
-def _rounded(value: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(value).astype(dtype, copy=False)
-    if not np.isfinite(stored).all():
-        raise ExportError(
-            f"{path} holds values up to {np.abs(value).max():g}, beyond {dtype.name}.",
-            next_step="Export with `dtype='bfloat16'` or 'float32'.",
-        )
-    return stored
 
 
 def _nested(found: dict[str, dict[Piece | None, np.ndarray]]) -> dict[str, Any]:

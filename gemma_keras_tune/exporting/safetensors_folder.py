@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
 from gemma_keras_tune.families import Family, Piece, Weight, family_of, is_instruct, join
 from gemma_keras_tune.hugging_face_folders import FIELDS, INDEX, matrix_shape, settings
@@ -27,11 +26,6 @@ from gemma_keras_tune.templates import Template, get_template, template_of
 
 FORMAT = "safetensors"
 RUNTIME = "transformers"
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 _MODEL_TYPES = {
     "gemma": ("gemma", "GemmaForCausalLM"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
@@ -71,9 +65,7 @@ def write(
     """
     family = family_of(model)
     _warn_of_media(model)
-    stored = str(family.head(model).embedding.dtype) if dtype == "auto" else dtype
-    if stored not in DTYPES:
-        raise ExportError(f"`dtype` must be 'auto' or one of {tuple(DTYPES)}. Received: {dtype!r}")
+    stored = stored_dtype(model, dtype)
     template = _template(model)
     tokenizer: Any = model.preprocessor.tokenizer
     stops = {_EOS}
@@ -88,7 +80,7 @@ def write(
         {"bos_token_id": _BOS, "eos_token_id": ends, "pad_token_id": _PAD},
     )
     write_tokenizer(tokenizer, folder, template, (family.turn.start, family.turn.end))
-    _write_weights(model, folder, family, DTYPES[stored], shard_size, progress)
+    _write_weights(model, folder, family, stored, shard_size, progress)
 
 
 # The configuration.
@@ -245,7 +237,7 @@ def _write_weights(
     model: keras.Model,
     folder: pathlib.Path,
     family: Family,
-    dtype: np.dtype,
+    dtype: str,
     shard_size: int,
     progress: Progress,
 ) -> None:
@@ -275,11 +267,11 @@ def _name(weight: Weight) -> str:
     return weight.hugging_face.replace("model.language_model.", "model.")
 
 
-def _sizes(weights: tuple[Weight, ...], dtype: np.dtype) -> dict[str, int]:
+def _sizes(weights: tuple[Weight, ...], dtype: str) -> dict[str, int]:
     """Bytes of each tensor, in order."""
     sizes: dict[str, int] = {}
     for weight in weights:
-        size = math.prod(matrix_shape(weight)) * dtype.itemsize
+        size = math.prod(matrix_shape(weight)) * DTYPES[dtype].itemsize
         sizes[_name(weight)] = sizes.get(_name(weight), 0) + size
     return sizes
 
@@ -297,26 +289,15 @@ def _shards(sizes: dict[str, int], shard_size: int) -> list[list[str]]:
     return shards
 
 
-def _tensors(model: keras.Model, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(model: keras.Model, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor, its pieces put together: they follow one another in the table."""
     pairs = ((_name(weight), weight, value) for weight, value in merged_weights(model))
     for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         pieces: dict[Piece | None, np.ndarray] = {
-            weight.entry.piece: _stored(weight, value, dtype) for _, weight, value in group
+            weight.entry.piece: rounded(name, weight.to_matrix(value), dtype)
+            for _, weight, value in group
         }
         whole = pieces.pop(None, None)
         if whole is None:
             whole = join({piece: value for piece, value in pieces.items() if piece is not None})
         yield name, whole
-
-
-def _stored(weight: Weight, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    matrix = np.ascontiguousarray(weight.to_matrix(value))
-    with np.errstate(over="ignore"):
-        stored = matrix.astype(dtype, copy=False)
-    if not np.isfinite(stored).all():
-        raise ExportError(
-            f"{_name(weight)} holds values up to {np.abs(matrix).max():g}, beyond {dtype.name}.",
-            next_step="Export with `dtype='bfloat16'` or 'float32'.",
-        )
-    return stored
