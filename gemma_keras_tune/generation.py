@@ -26,6 +26,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from gemma_keras_tune._layouts import axes_of, pack, unpack
+from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.families import Head, family_of
 from gemma_keras_tune.lora import lora_config, lora_linears
@@ -188,9 +190,12 @@ def generate_ids(
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = _SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
+    weights = _weights(model)
     for batch in _batches(model, rows, state, max_new_tokens, batch_size):
         state.begin(batch)
-        written = _run_batch(model, [rows[i] for i in batch.rows], batch, stops, state)
+        with kept_memory():
+            chosen = [rows[i] for i in batch.rows]
+            written = _run_batch(model, weights, chosen, batch, stops, state)
         for index, ids in zip(batch.rows, written, strict=True):
             results[index] = _cut(ids, stops)
         if on_batch:
@@ -306,12 +311,13 @@ def _programs_of(model: keras.Model) -> _Programs:
 
 
 def _weights(model: keras.Model) -> list[Any]:
-    """Values of all variables. LoRA that is switched off counts as zero.
+    """Values of all variables, packed. LoRA that is switched off counts as zero.
 
     So base and tuned answers come from one program; adding zeros changes no bit of the base's.
     """
     off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_enabled}
-    return [ops.zeros_like(v.value) if id(v) in off else v.value for v in model.variables]
+    values = [ops.zeros_like(v.value) if id(v) in off else v.value for v in model.variables]
+    return pack(values, axes_of(model.variables, model))
 
 
 @contextlib.contextmanager
@@ -452,6 +458,7 @@ def _cut(ids: np.ndarray, stops: tuple[int, ...]) -> tuple[np.ndarray, bool]:
 
 def _run_batch(
     model: keras.Model,
+    weights: list[Any],
     rows: Sequence[Any],
     batch: _Batch,
     stops: tuple[int, ...],
@@ -465,7 +472,7 @@ def _run_batch(
         tokens[place, end - len(row) : end] = row
         starts[place] = end - len(row)
     tokens, last, state.values = program(
-        _weights(model),
+        weights,
         state.values,
         tokens,
         starts,
@@ -502,18 +509,25 @@ def _program(model: keras.Model, batch: _Batch, state: _SamplerState) -> Callabl
             programs.traces += 1
             traced = reference()
             assert traced is not None, "a program outlived its model"
-            scope = keras.StatelessScope(
-                state_mapping=list(zip(traced.variables, weights, strict=True))
-            )
-            with scope, _lora_traced(traced):
-                return _write(traced, sampler, chunk, *arguments)
+            with _bound(traced, weights), _lora_traced(traced):
+                return _write(traced, weights, sampler, chunk, *arguments)
 
         programs.by_key[key] = jax.jit(program)
     return programs.by_key[key]
 
 
+def _bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
+    """The model with packed weights for its variables.
+
+    Loops enter it in their body: unpacked outside, a kernel would be packed anew in every turn.
+    """
+    values = unpack(weights, axes_of(model.variables, model))
+    return keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True)))
+
+
 def _write(
     model: keras.Model,
+    weights: list[Any],
     sampler: Any,
     chunk: int,
     random_state: Any,
@@ -528,6 +542,7 @@ def _write(
 
     Args:
         model: The model, its variables bound to traced values.
+        weights: The same values, packed.
         sampler: A sampler, or `None` for greedy.
         chunk: Tokens read at once.
         random_state: Values of the sampler's variables.
@@ -549,7 +564,8 @@ def _write(
 
     def read(index: Any, cache: Any) -> Any:
         part = jax.lax.dynamic_slice(tokens, (0, index * chunk), (rows, chunk))
-        return step(part, cache, index * chunk, mask)[-1]
+        with _bound(model, weights):
+            return step(part, cache, index * chunk, mask)[-1]
 
     cache = jax.lax.fori_loop(0, chunks, read, cache)
     first = chunks * chunk
@@ -561,8 +577,9 @@ def _write(
     def write(state: Any) -> Any:
         index, tokens, cache, done, random_state = state
         last = jax.lax.dynamic_slice(tokens, (0, index), (rows, 1))
-        logits, hidden, cache = step(last, cache, index, mask)
-        chosen, random_state = _choose(model, sampler, logits[:, 0], hidden[:, 0], random_state)
+        with _bound(model, weights):
+            logits, hidden, cache = step(last, cache, index, mask)
+            chosen, random_state = _choose(model, sampler, logits[:, 0], hidden[:, 0], random_state)
         chosen = ops.where(done, 0, chosen)
         tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index + 1))
         done = done | (chosen[:, None] == stops[None, :]).any(axis=-1)

@@ -98,7 +98,7 @@ def test_many_lengths_take_few_programs(model, monkeypatch):
     rows = rows_of_lengths(*range(2, 402, 2))
     made = set()
 
-    def run(model, rows, batch, stops, state):
+    def run(model, weights, rows, batch, stops, state):
         made.add((batch.size, batch.chunk, batch.buffer))
         assert batch.chunks * batch.chunk + 1 + batch.new_tokens <= batch.buffer
         assert all(len(row) <= batch.chunks * batch.chunk + 1 for row in rows)
@@ -201,7 +201,9 @@ def test_stop_token_is_not_part_of_the_answer(model, monkeypatch):
     end = tokenizer.token_to_id("<end_of_turn>")
     words = list(np.asarray(tokenizer("two boxes")))
     row = np.asarray([*words, end, *words], "int32")
-    monkeypatch.setattr(generation, "_run_batch", lambda model, rows, *rest: [row] * len(rows))
+    monkeypatch.setattr(
+        generation, "_run_batch", lambda model, weights, rows, *rest: [row] * len(rows)
+    )
     assert generate(model, "box", template=TEMPLATES["gemma3"]) == "two boxes"
 
 

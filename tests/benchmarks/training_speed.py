@@ -6,12 +6,16 @@ Gemma 3 270M in float32, LoRA rank 4 on query and value, the same pairs in the s
 contender runs in a process of its own, as its user would run it; it trains one epoch to compile and
 warm up, and the best of the next ones counts. KerasHub runs its documented recipe
 (`sequence_length=256`, batch 1), and again with the length our pipeline chose and our batch. TRL
-runs `SFTTrainer` with PEFT on the same weights, loss on the completion alone, batch 8.
+runs `SFTTrainer` with PEFT on the same weights, loss on the completion alone, batch 8, and else its
+own defaults, of which gradient checkpointing is one; and again without that. The Gemma library for
+JAX runs a jitted step with its own LoRA on random weights, padded to our length; it may stand in an
+environment of its own, whose Python `GEMMA_JAX_PYTHON` names.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -25,6 +29,7 @@ import _short_pairs
 BATCH = 8
 EPOCHS = 4
 TEMPLATE = "{input}\n{output}"
+GEMMA_JAX = os.environ.get("GEMMA_JAX_PYTHON", sys.executable)
 Pairs = list[tuple[str, str]]
 
 
@@ -61,7 +66,7 @@ def kerashub(pairs: Pairs, length: int, batch: int) -> dict[str, Any]:
     return {"rate": best_epoch(fit, len(pairs))}
 
 
-def trl(pairs: Pairs, folder: str) -> dict[str, Any]:
+def trl(pairs: Pairs, folder: str, **changed: Any) -> dict[str, Any]:
     """Pairs a second of TRL's `SFTTrainer` with PEFT on the same weights."""
     import datasets
     import peft
@@ -90,11 +95,11 @@ def trl(pairs: Pairs, folder: str) -> dict[str, Any]:
             completion_only_loss=True,
             bf16=False,
             use_cpu=True,
-            gradient_checkpointing=False,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             logging_strategy="no",
+            **changed,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         peft_config=peft.LoraConfig(
@@ -106,12 +111,39 @@ def trl(pairs: Pairs, folder: str) -> dict[str, Any]:
     return {"rate": len(pairs) / min(seconds[1:])}
 
 
+def gemma_jax(pairs: Pairs, length: int) -> dict[str, Any]:
+    """Pairs a second of the Gemma library for JAX; 0 where it is not installed."""
+    import _bench
+    import numpy as np
+
+    if subprocess.run([GEMMA_JAX, "-c", "import gemma"], capture_output=True).returncode:
+        return {"rate": 0}
+    model = _bench.gkt.load(_bench.MODEL)
+    tokenizer = model.preprocessor.tokenizer
+    bos, end = tokenizer.start_token_id, tokenizer.end_token_id
+    ids, mask = np.zeros((len(pairs), length), int), np.zeros((len(pairs), length - 1), int)
+    for row, (prompt, response) in enumerate(pairs):
+        asked = [bos, *tokenizer(prompt + "\n").tolist()]
+        whole = [*asked, *tokenizer(response).tolist(), end][:length]
+        ids[row, : len(whole)] = whole
+        mask[row, len(asked) - 1 : len(whole) - 1] = 1
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = (pathlib.Path(folder, name) for name in ("request", "answer"))
+        batches = {"ids": ids.reshape(-1, BATCH, length).tolist(), "epochs": EPOCHS}
+        batches["mask"] = mask.reshape(-1, BATCH, length - 1).tolist()
+        request.write_text(json.dumps(batches))
+        script = pathlib.Path(__file__).with_name("_gemma_jax_step.py")
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        subprocess.run([GEMMA_JAX, script, request, answer], check=True, env=environment)
+        return json.loads(answer.read_text())
+
+
 def alone(contender: str, pairs: int, **options: Any) -> dict[str, Any]:
     """What a contender measures in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, "--pairs", str(pairs), "--json", file.name]
         command += ["--contender", contender, "--options", json.dumps(options)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)
         return json.loads(pathlib.Path(file.name).read_text())
@@ -122,13 +154,14 @@ def hugging_face_folder(path: str) -> None:
     import _bench
 
     model = _bench.gkt.load(_bench.MODEL)
-    _bench.gkt.export(model, path, format="safetensors", overwrite=True, check=False, verbose=0)
+    _bench.gkt.export(model, path, format="safetensors", overwrite=True, verbose=0)
 
 
 CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {
     "ours": ours,
     "kerashub": kerashub,
     "trl": trl,
+    "gemma_jax": gemma_jax,
 }
 
 
@@ -175,6 +208,12 @@ def compare(pairs: int, path: pathlib.Path | None) -> None:
             rate = alone("trl", pairs, folder=folder)["rate"]
             rates[f"TRL and PEFT, batch {BATCH}"] = rate
             figures["vs_trl"] = mine["rate"] / rate
+            bare = alone("trl", pairs, folder=folder, gradient_checkpointing=False)["rate"]
+            rates["the same without gradient checkpointing"] = bare
+            figures["vs_trl_without_checkpointing"] = mine["rate"] / bare
+        if rate := alone("gemma_jax", pairs, length=length)["rate"]:
+            rates[f"Gemma library for JAX, batch {BATCH}"] = rate
+            figures["vs_gemma_jax"] = mine["rate"] / rate
     import _bench
 
     _bench.report(

@@ -1,0 +1,132 @@
+"""Evaluation speed: `evaluate` against transformers' `generate` on the same cases, in one run.
+
+    python tests/benchmarks/evaluation_speed.py [--json FILE] [--cases 64]
+
+Gemma 3 270M in float32, prompts of mixed lengths, batch 16, greedy, 32 new tokens. Each contender
+runs in a process of its own and answers all cases once to warm up and compile; the better of the
+next two counts. transformers gets the prompts sorted by length, as ours sorts them, padded on the
+left, and is timed on `generate` and decoding; ours on all of `evaluate`, checks and verdicts
+included. `programs` counts the generation programs that the plan has compiled, its few-shot prompts
+included.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+BATCH = 16
+NEW_TOKENS = 32
+PAIRS = [("Part number for a brake caliper", "BC-1"), ("Part number for an oil filter", "OF-2")]
+TOPICS = ["the sea", "a bakery", "trains", "winter", "old maps", "bread", "a lost key", "chess"]
+
+
+def prompts(count: int) -> list[str]:
+    """Prompts of about 10 to 120 tokens."""
+    detail = "Mention who was there, what it cost, and why it was worth the long way. "
+    return [
+        f"Write the beginning of story {i} about {TOPICS[i % len(TOPICS)]}. {detail * (i % 7)}"
+        for i in range(count)
+    ]
+
+
+def best(run: Callable[[], object]) -> float:
+    """Seconds of the better of two runs after the first."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
+
+
+def ours(cases: int, folder: str) -> dict[str, Any]:
+    """Our cases a second, and how many programs were compiled."""
+    import _bench
+
+    from gemma_keras_tune.generation import compiled_programs
+
+    gkt = _bench.gkt
+    model = gkt.load(_bench.MODEL)
+    gkt.enable_lora(model, 4, verbose=0)
+    checks = gkt.Length(max=NEW_TOKENS, unit="tokens")
+    plan = [gkt.Case(str(i), p, "success", checks) for i, p in enumerate(prompts(cases))]
+    options: dict[str, Any] = dict(max_new_tokens=NEW_TOKENS, batch_size=BATCH, verbose=0)
+    asked = lambda: gkt.evaluate(model, plan, baseline=None, **options)  # noqa: E731
+    seconds = best(asked)
+    gkt.evaluate(model, plan, pairs=PAIRS, retention=False, **options)
+    _bench.gkt.export(model, folder, format="safetensors", overwrite=True, verbose=0)
+    return {"rate": cases / seconds, "programs": compiled_programs(model)}
+
+
+def transformers(cases: int, folder: str) -> dict[str, Any]:
+    """Cases a second of transformers on the same weights."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    texts = sorted((p + "\n" for p in prompts(cases)), key=lambda p: len(tokenizer(p).input_ids))
+
+    def run() -> None:
+        for start in range(0, cases, BATCH):
+            inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True)
+            with torch.inference_mode():
+                ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+    return {"rate": cases / best(run)}
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "transformers": transformers}
+
+
+def alone(contender: str, cases: int, folder: str) -> dict[str, Any]:
+    """What a contender measures in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, __file__, "--cases", str(cases), "--json", file.name]
+        command += ["--contender", contender, "--folder", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        return json.loads(pathlib.Path(file.name).read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
+    parser.add_argument("--cases", type=int, default=64)
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        figures = CONTENDERS[options.contender](options.cases, options.folder)
+        options.json.write_text(json.dumps(figures))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        mine = alone("ours", options.cases, folder)
+        rates = {"gemma_keras_tune": mine["rate"]}
+        figures = {"vs_transformers": None, **mine}
+        if importlib.util.find_spec("transformers"):
+            rate = alone("transformers", options.cases, folder)["rate"]
+            rates["transformers `generate`"] = rate
+            figures["vs_transformers"] = mine["rate"] / rate
+    import _bench
+
+    _bench.report(
+        f"Evaluation speed, {options.cases} cases, batch {BATCH}, {NEW_TOKENS} new tokens",
+        [f"  {n:30} {r:7.2f} cases/s   {mine['rate'] / r:5.2f} x" for n, r in rates.items()]
+        + [f"  compiled programs {mine['programs']}"],
+        figures,
+        options.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
