@@ -1,0 +1,133 @@
+"""Each case of a test plan as a pytest test; `gemma_keras_tune_pytest` says when.
+
+The plan's cases that pytest has selected are answered together, in batches, when the first of them
+runs. Verdicts over all cases, with their intervals, are what `evaluate` gives; here a case passes
+or fails on its own.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gemma_keras_tune.adapters import load_adapter
+from gemma_keras_tune.errors import EvaluationError, GemmaTuneError
+from gemma_keras_tune.evaluation.plans import SUFFIXES, Case, TestPlan
+from gemma_keras_tune.evaluation.results import CaseResult
+from gemma_keras_tune.evaluation.running import evaluate
+from gemma_keras_tune.evaluation.safety import ShieldGemma
+from gemma_keras_tune.loading import load
+
+_MODELS = pytest.StashKey[tuple[Any, Any]]()
+
+
+def collect(path: pathlib.Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """The collector of a plan.
+
+    Args:
+        path: A file.
+        parent: The collector above it.
+
+    Returns:
+        The collector, or `None` for a file that is no plan by its name.
+    """
+    if path.suffix not in SUFFIXES:
+        return None
+    return PlanFile.from_parent(parent, path=path)
+
+
+class PlanFile(pytest.File):
+    """A test plan."""
+
+    results: dict[str, CaseResult] | None = None
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """A test for each case."""
+        try:
+            plan = TestPlan.from_file(self.path)
+        except EvaluationError as error:
+            raise self.CollectError(str(error)) from None
+        for case in plan:
+            yield CaseItem.from_parent(self, name=case.id, case=case)
+
+    def result(self, case: Case) -> CaseResult:
+        """What the model made of a case; the first to be asked for asks all that will run."""
+        if self.results is None:
+            items = [item for item in self.session.items if item.parent is self]
+            plan = TestPlan([i.case for i in items if isinstance(i, CaseItem)], self.path.stem)
+            self.results = _answers(self.config, plan)
+        return self.results[case.id]
+
+
+class CaseFailed(Exception):
+    """The model's answers are not as the case wants them."""
+
+
+class CaseItem(pytest.Item):
+    """A case."""
+
+    def __init__(self, *, case: Case, **about: Any) -> None:
+        super().__init__(**about)
+        self.case = case
+        for name, value in (("kind", case.kind), ("tags", " ".join(case.tags))):
+            self.user_properties.append((name, value))
+
+    def runtest(self) -> None:
+        """Fail where too few of the model's answers pass."""
+        assert isinstance(self.parent, PlanFile)
+        result = self.parent.result(self.case)
+        if not result.passed("tuned"):
+            raise CaseFailed(_words(result))
+
+    def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
+        """The answers and what is wrong with them, without a traceback."""
+        if isinstance(excinfo.value, CaseFailed):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[pathlib.Path, int | None, str]:
+        """Where the case stands."""
+        return self.path, None, f"{self.case.kind} case {self.case.id}"
+
+
+def _answers(config: pytest.Config, plan: TestPlan) -> dict[str, CaseResult]:
+    try:
+        model, policy = _models(config)
+        report = evaluate(
+            model, plan, baseline=None, few_shot=0, retention=False, policy=policy,
+            max_new_tokens=config.getoption("gemma_max_new_tokens"), verbose=0,
+        )  # fmt: skip
+    except GemmaTuneError as error:
+        # It concerns every case, and each would load the model only to say the same.
+        pytest.exit(f"{plan.name}: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+    return {found.case.id: found for found in report.cases}
+
+
+def _models(config: pytest.Config) -> tuple[Any, Any]:
+    """The model and the policy, opened once for all plans."""
+    if _MODELS not in config.stash:
+        model = load(config.getoption("gemma_model"))
+        if adapter := config.getoption("gemma_adapter"):
+            load_adapter(model, adapter)
+        policy = config.getoption("gemma_policy")
+        config.stash[_MODELS] = model, ShieldGemma(policy) if policy else None
+    return config.stash[_MODELS]
+
+
+def _words(result: CaseResult) -> str:
+    case = result.case
+    samples = result.variants["tuned"]
+    passed = sum(sample.passed for sample in samples)
+    lines = [f"{case.kind} case {case.id}: {case.text}"]
+    if len(samples) > 1:
+        lines.append(f"{passed} of {len(samples)} answers pass, and {case.required:.0%} must.")
+    for sample in samples:
+        if not sample.passed:
+            lines.append(f"answer: {sample.text}")
+            lines += [
+                f"  {check.describe()}: {outcome.reason or 'no'}"
+                for check, outcome in zip(result.case.checks, sample.outcomes, strict=True)
+                if not outcome.passed
+            ]
+    return "\n".join(lines)
