@@ -333,7 +333,7 @@ def test_adapter_that_cannot_be_written(model, tmp_path):
     set_factors(lora_linears(tuned)[0], a, b * np.nan)
     with pytest.raises(ExportError) as caught:
         gguf_adapter.write(tuned, tmp_path)
-    assert caught.value.problems == ("blk.0.attn_q.weight.lora_b",)
+    assert caught.value.problems == ("decoder_block_0/attention/query: its LoRA",)
     assert not list(tmp_path.iterdir())
 
 

@@ -42,6 +42,25 @@ def test_broken_weights_are_all_named():
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.parametrize(
+    "format", ["keras", "safetensors", "gguf", "gguf_adapter", "ollama", "gemma_jax"]
+)
+def test_no_target_takes_nan(format, tmp_path):
+    model = testing.tiny_model("gemma3", num_layers=1)
+    gkt.enable_lora(model, rank=2, targets=["q_proj"])
+    (linear,) = lora_linears(model)
+    a, b, _ = get_factors(linear)
+    set_factors(linear, a, np.full_like(b, np.nan))
+    with pytest.raises(gkt.ExportError, match="attention/query: its LoRA"):
+        gkt.export(model, tmp_path / "out", format=format, verbose=0)
+    set_factors(linear, a, b)
+    scale = model.backbone.layer_norm.scale
+    scale.assign(np.full(scale.shape, np.inf))
+    with pytest.raises(gkt.ExportError, match="NaN or infinite values\\.\n  - layer_norm"):
+        gkt.export(model, tmp_path / "out", format=format, verbose=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("family", ["gemma3", pytest.param("gemma3n", marks=pytest.mark.slow)])
 def test_int8_leaves_as_the_floats_it_stands_for(family):
     model = testing.tiny_model(family)

@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.families import Weight, broken_weights, family_of, to_matrix
-from gemma_keras_tune.lora import kernel_update, lora_linears
+from gemma_keras_tune.lora import get_factors, kernel_update, lora_linears
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -80,7 +80,7 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
     """
     weights = family_of(model).weights(model)
     _refuse_quantized(weights)
-    _refuse_broken(model)
+    refuse_broken(model)
     linears = {f"{linear.hugging_face}.weight": linear for linear in lora_linears(model)}
     for weight in weights:
         value = _float32(weight)
@@ -120,8 +120,19 @@ def _refuse_quantized(weights: tuple[Weight, ...]) -> None:
         )
 
 
-def _refuse_broken(model: keras.Model) -> None:
+def refuse_broken(model: keras.Model) -> None:
+    """Refuse a model with NaN or infinite values in its weights or its LoRA.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+
+    Raises:
+        ExportError: It has some; all are named.
+    """
     broken = broken_weights(model)
+    for linear in lora_linears(model):
+        if not all(np.isfinite(factor).all() for factor in get_factors(linear)):
+            broken.append(f"{linear.path}: its LoRA")
     if broken:
         raise ExportError(
             "Weights hold NaN or infinite values.",

@@ -9,9 +9,9 @@ from typing import Any
 
 import gguf
 import keras
-import numpy as np
 
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting._weights import refuse_broken
 from gemma_keras_tune.exporting.gguf_file import (
     DTYPES,
     RUNTIME,
@@ -62,25 +62,20 @@ def write(
             "There is no adapter to write: LoRA is not on this model.",
             next_step="Tune with `method='lora'`, or write the whole model with `format='gguf'`.",
         )
+    refuse_broken(model)
     writer = gguf.GGUFWriter(folder / file_name, family.name)
     try:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_string("general.license", "gemma")
-        broken = []
         for done, linear in enumerate(linears, 1):
             a, b, scale = get_factors(linear)
             if done == 1:
                 writer.add_float32("adapter.lora.alpha", scale * len(a))
             for name, factor in (("lora_a", a), ("lora_b", b)):
                 full = f"{linear.gguf}.weight.{name}"
-                if not np.isfinite(factor).all():
-                    broken.append(full)
-                    continue
                 writer.add_tensor(full, encode(full, factor, {full: kind}), raw_dtype=kind)
             progress(linear.gguf, done, len(linears))
-        if broken:
-            raise ExportError("The adapter holds values that are not finite numbers.", broken)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

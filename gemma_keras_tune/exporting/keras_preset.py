@@ -7,6 +7,7 @@ import keras
 
 from gemma_keras_tune.adapters import write_preset
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting._weights import refuse_broken
 
 FORMAT = "keras"
 RUNTIME = "keras-hub"
@@ -30,7 +31,7 @@ def write(
         progress: Called once, at the end.
 
     Raises:
-        ExportError: Another dtype was asked for.
+        ExportError: Another dtype was asked for, or weights hold NaN or infinite values.
     """
     del shard_size
     if dtype != "auto":
@@ -38,5 +39,6 @@ def write(
             f"A Keras preset keeps the dtype of the weights. Received: dtype={dtype!r}",
             next_step="Leave `dtype` out; `from_preset(path, dtype=...)` casts on loading.",
         )
+    refuse_broken(model)
     write_preset(model, folder)
     progress("model", 1, 1)
