@@ -9,6 +9,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from gemma_keras_tune._pictures import history_figure
 from gemma_keras_tune.errors import LoraError, PlanError
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import Targets, enable_lora, lora_config
@@ -56,18 +57,7 @@ class TuneResult:
         Returns:
             A `matplotlib.figure.Figure`.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            epochs = range(1, len(self.history[name]) + 1)
-            axes.plot(epochs, self.history[name], marker="o", label="training")
-            if f"val_{name}" in self.history:
-                axes.plot(epochs, self.history[f"val_{name}"], marker="o", label="validation")
-                axes.legend()
-            axes.set(xlabel="epoch", ylabel=f"{name} (over answer tokens)")
-            axes.grid(alpha=0.3)
-        return figure
+        return history_figure(self.history)
 
 
 def tune(

@@ -367,7 +367,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         try:
-            return _render(self, "html")
+            return _render(self, "notebook")
         except ImportError:
             return f"<pre>{html.escape(str(self))}</pre>"
 

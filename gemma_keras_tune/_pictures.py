@@ -1,0 +1,151 @@
+"""Pictures, drawn with matplotlib: figures for notebooks, and the same as SVG for reports.
+
+A figure is drawn in the colours of a light page. `to_svg` puts the page's CSS variables in their
+place, so that one picture serves light and dark, and leaves texts as texts, in the page's font.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The colour of each role on a light page; in an SVG, `var(--picture-<role>)`.
+COLOURS: Mapping[str, str] = {
+    "ink": "#26231f",
+    "muted": "#6f6a61",
+    "line": "#d8d3c9",
+    "tuned": "#1f5f8c",
+    "base": "#8d867a",
+    "few_shot": "#96690f",
+}
+STYLE: Mapping[str, Any] = {
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gemma_keras_tune",
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["line"],
+    "xtick.major.size": 0,
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.color": COLOURS["line"],
+    "ytick.major.size": 0,
+    "ytick.labelcolor": COLOURS["muted"],
+}
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure without a background. Draw on it within `style()`.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def style() -> Any:
+    """A context in which figures have this library's looks; the user's settings stay as they are.
+
+    Returns:
+        A context manager.
+    """
+    import matplotlib
+
+    settings: Any = dict(STYLE)
+    return matplotlib.rc_context(settings)
+
+
+def history_figure(history: Mapping[str, Sequence[float]]) -> "Figure":
+    """Loss and accuracy by epoch, in training and, where there is one, in validation.
+
+    Args:
+        history: Values of every epoch, under Keras's names.
+
+    Returns:
+        A figure with an axes for each of `loss` and `accuracy` that the history has.
+    """
+    names = [name for name in ("loss", "accuracy") if name in history]
+    figure = new_figure(4.5 * max(len(names), 1), 3.2)
+    with style():
+        for number, name in enumerate(names, 1):
+            draw_history(figure.add_subplot(1, len(names), number), history, name)
+    return figure
+
+
+def draw_history(axes: "Axes", history: Mapping[str, Sequence[float]], name: str) -> None:
+    """Draw one metric by epoch.
+
+    Args:
+        axes: Where to.
+        history: Values of every epoch, under Keras's names.
+        name: The metric; with `val_` in front, its validation.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = [key for key in (name, f"val_{name}") if history.get(key)]
+    for key in drawn:
+        validation = key != name
+        values = [value if math.isfinite(value) else math.nan for value in history[key]]
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            color=COLOURS["few_shot" if validation else "tuned"],
+            linestyle="--" if validation else "-",
+            linewidth=1.6,
+            marker="o",
+            markersize=3.5,
+            label="validation" if validation else "training",
+        )
+    if len(drawn) > 1:
+        axes.legend(frameon=False, labelcolor=COLOURS["muted"])
+    axes.set(xlabel="epoch", ylabel=f"{name} (over answer tokens)")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def to_svg(figure: "Figure", name: str, label: str) -> str:
+    """A figure as an SVG element for a page that has `--picture-…` variables.
+
+    The same figure gives the same text, whenever and wherever it is drawn.
+
+    Args:
+        figure: The figure, drawn within `style()`.
+        name: Put in front of the ids, so that several pictures fit on one page.
+        label: What is to be seen, for those who cannot see it.
+
+    Returns:
+        `<svg …>…</svg>`.
+    """
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with style():
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # This rule would hold on the whole page; the page has its own for pictures.
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    for role, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--picture-{role.replace('_', '-')})")
+    head = f'<svg class="picture" role="img" aria-label="{html.escape(label)}"'
+    return svg.replace("<svg", head, 1).rstrip()

@@ -1,0 +1,5 @@
+"""What a report looks like. Each writer has `render(report) -> str`.
+
+`html` is a page that stands alone, `notebook` the same within a notebook, `markdown` and `junit`
+are what their names say. `texts` makes untrusted text fit to be shown, `pictures` draws.
+"""

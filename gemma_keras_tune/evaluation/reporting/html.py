@@ -1,0 +1,269 @@
+"""A report as one HTML page that stands alone: no network, no script but its own.
+
+Prompts and answers are untrusted. The template escapes every text, `texts` writes hidden characters
+out, and the page's content security policy lets nothing load, and no script run but the one whose
+hash it names.
+"""
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gemma_keras_tune.evaluation.plans import KINDS
+from gemma_keras_tune.evaluation.reporting import pictures, texts
+from gemma_keras_tune.evaluation.results import (
+    CaseResult,
+    KindVerdict,
+    Report,
+    SampleResult,
+    Tuning,
+)
+from gemma_keras_tune.evaluation.statistics import wilson_interval
+
+# Of all prompts and answers together; longer ones are cut, the longest first.
+MOST_CHARACTERS = 1_800_000
+MOST_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
+NAMES = {"base": "base", "few_shot": "base with examples", "tuned": "tuned"}
+
+
+def render(report: Report) -> str:
+    """Write a report as HTML.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The page.
+    """
+    style, script = (_resource(name) for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    limit = texts.fitting_limit(_lengths(report), MOST_CHARACTERS)
+    return _template().render(
+        report=report,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        summary=_summary(report),
+        verdicts=[{"it": v, "picture": _rates(v)} for v in report.verdicts],
+        leaks=report.leaks,
+        leaked=sum(case.leak is not None for case in report.cases),
+        few_shot_picture=_few_shot(report),
+        lost=report.retention.lost if report.retention else (),
+        kinds=[kind for kind in KINDS if any(c.case.kind == kind for c in report.cases)],
+        cases=[_case(report, place, case, limit) for place, case in enumerate(report.cases)],
+        pictures=_tuning_pictures(report.tuning) if report.tuning else [],
+        settings=[(name, _plain(value)) for name, value in report.settings.items()],
+        call=_call(report),
+    )
+
+
+def _resource(name: str) -> str:
+    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_resource),
+    )
+    environment.filters["visible"] = lambda text: texts.visible(str(text))
+    environment.filters["slug"] = lambda text: text.replace(" ", "-")
+    return environment.get_template("page.html.jinja")
+
+
+def _summary(report: Report) -> str:
+    fair = [case for case in report.cases if not case.leak]
+    passed = sum(case.passed() for case in fair)
+    text = f"The tuned model passed {passed} of {len(fair)} cases"
+    if "base" in report.variants:
+        text += f", its base {sum(case.passed('base') for case in fair)}"
+    return (
+        f"{text}. "
+        + {
+            "pass": "Every kind of case is shown to meet its target.",
+            "fail": "At least one kind of case is shown to miss its target.",
+            "cannot tell": "No kind is shown to miss its target, and not all are shown to meet it.",
+        }[report.verdict]
+    )
+
+
+# Pictures.
+
+
+def _rates(verdict: KindVerdict) -> Markup:
+    rows = [_rate("tuned", verdict.passed, verdict.cases, verdict.confidence)]
+    if verdict.base_passed is not None:
+        rows.append(_rate("base", verdict.base_passed, verdict.cases, verdict.confidence))
+    return Markup(pictures.rates(rows, f"rates-{verdict.kind}", target=verdict.target))
+
+
+def _few_shot(report: Report) -> Markup:
+    found = report.few_shot
+    if found is None:
+        return Markup("")
+    confidence = report.verdicts[0].confidence if report.verdicts else 0.95
+    passed = {"tuned": found.tuned_passed, "few_shot": found.passed, "base": found.base_passed}
+    rows = [_rate(name, count, found.cases, confidence) for name, count in passed.items()]
+    return Markup(pictures.rates(rows, "few-shot"))
+
+
+def _rate(name: str, passed: int, cases: int, confidence: float) -> pictures.Rate:
+    low, high = wilson_interval(passed, cases, confidence)
+    shown = {"few_shot": "examples"}.get(name, name)
+    return pictures.Rate(shown, name, passed, cases, low, high)
+
+
+def _tuning_pictures(tuning: Tuning) -> list[dict[str, Any]]:
+    found = [
+        (pictures.history(tuning.history, name), f"{name.capitalize()} by epoch")
+        for name in ("loss", "accuracy")
+        if tuning.history.get(name)
+    ]
+    if tuning.learning_rates:
+        found.append((pictures.learning_rate(tuning.learning_rates), "Learning rate by update"))
+    if tuning.token_lengths:
+        found.append((pictures.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
+    return [{"svg": Markup(svg), "caption": caption} for svg, caption in found]
+
+
+# Cases.
+
+
+def _lengths(report: Report) -> list[int]:
+    lengths = [len(m.content) for found in report.cases for m in found.case.messages]
+    answers = (s for found in report.cases for one in found.variants.values() for s in one)
+    return lengths + [len(answer.text) for answer in answers]
+
+
+def _case(report: Report, place: int, found: CaseResult, limit: int) -> dict[str, Any]:
+    case = found.case
+    several = len(case.messages) > 1
+    return {
+        "id": texts.visible(case.id),
+        "kind": case.kind,
+        "line": texts.visible(texts.one_line(case.text, 110)),
+        "outcome": _outcome(found.passed()),
+        "change": _change(found),
+        "open": len(report.cases) <= 40 and not found.passed(),
+        "leak": _leak(found),
+        "notes": texts.visible(case.notes),
+        "prompt": [(m.role if several else "", _shown(m.content, limit)) for m in case.messages],
+        "answers": _answers(found, limit, marked=place < MOST_MARKED),
+        "checks": [_check(found, number) for number in range(len(case.checks))],
+    }
+
+
+def _shown(text: str, limit: int) -> str:
+    kept, left_out = texts.shorten(text, limit)
+    return texts.visible(kept) + (f" … {left_out} more characters" if left_out else "")
+
+
+def _change(found: CaseResult) -> str:
+    if "base" not in found.variants or found.passed("base") == found.passed():
+        return "same"
+    return "won" if found.passed() else "lost"
+
+
+def _leak(found: CaseResult) -> str:
+    if found.leak is None:
+        return ""
+    rows = ", ".join(map(str, found.leak.rows))
+    like = "is" if found.leak.exact else f"is {pictures.percent(found.leak.similarity)} like"
+    return f"Its prompt {like} that of training row {rows}, so it is scored apart."
+
+
+def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, Any]]:
+    runs = _marked_runs(found, limit) if marked else {}
+    return [
+        {
+            "name": NAMES[variant],
+            "outcome": _outcome(found.passed(variant)),
+            "said": _said(found, variant),
+            "samples": [
+                _sample(sample, limit, runs.get(variant, ()) if number == 0 else ())
+                for number, sample in enumerate(found.variants[variant])
+            ],
+        }
+        for variant in NAMES
+        if variant in found.variants
+    ]
+
+
+def _marked_runs(found: CaseResult, limit: int) -> dict[str, list[texts.Run]]:
+    """What the base alone says, and what the tuned model alone says, in the greedy answers."""
+    if "base" not in found.variants or found.case.samples > 1:
+        return {}
+    before, after = (
+        texts.visible(found.variants[name][0].text[:limit]) for name in ("base", "tuned")
+    )
+    runs = texts.word_diff(before, after)
+    sides = {"base": ("same", "gone"), "tuned": ("same", "new")}
+    return {name: [r for r in runs if r.kind in kinds] for name, kinds in sides.items() if runs}
+
+
+def _sample(sample: SampleResult, limit: int, runs: Sequence[texts.Run]) -> dict[str, Any]:
+    kept, left_out = texts.shorten(sample.text, limit)
+    return {
+        "runs": runs or [texts.Run("same", texts.visible(kept))],
+        "left_out": left_out,
+        "stopped": sample.stopped,
+        "empty": not sample.text,
+    }
+
+
+def _said(found: CaseResult, variant: str) -> str:
+    samples = found.variants[variant]
+    word = "passed" if found.passed(variant) else "failed"
+    if len(samples) == 1:
+        return word
+    return f"{word}, {sum(s.passed for s in samples)} of {len(samples)} answers"
+
+
+def _check(found: CaseResult, number: int) -> dict[str, Any]:
+    told = []
+    for variant in NAMES:
+        if variant not in found.variants:
+            continue
+        outcomes = [sample.outcomes[number] for sample in found.variants[variant]]
+        passed = sum(outcome.passed for outcome in outcomes)
+        reason = next((o.reason for o in outcomes if not o.passed), "")
+        mark = "✓" if passed == len(outcomes) else "✗"
+        told.append(
+            {
+                "name": NAMES[variant],
+                "outcome": _outcome(passed == len(outcomes)),
+                "said": mark if len(outcomes) == 1 else f"{mark} {passed}/{len(outcomes)}",
+                "reason": texts.visible(texts.one_line(reason, 160)),
+            }
+        )
+    what = texts.one_line(found.case.checks[number].describe(), 160)
+    return {"what": texts.visible(what), "told": told}
+
+
+def _outcome(passed: bool) -> str:
+    return "pass" if passed else "fail"
+
+
+# How to repeat it.
+
+
+def _call(report: Report) -> str:
+    names = ("target", "confidence", "max_new_tokens", "batch_size")
+    given = {name: report.settings[name] for name in names if name in report.settings}
+    arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+    return texts.visible(f"gkt.evaluate(model, plan, pairs=pairs{arguments}, seed={report.seed})")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,63 @@
+"""A report as JUnit XML, which CI services read."""
+
+import xml.etree.ElementTree as ElementTree
+
+from gemma_keras_tune.evaluation.reporting import texts
+from gemma_keras_tune.evaluation.results import CaseResult, Report
+
+
+def render(report: Report) -> str:
+    """Write a report as JUnit XML: a suite for each kind, a test for each case.
+
+    A case that was trained on is a skipped test, as it is not in the verdicts.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The XML.
+    """
+    root = ElementTree.Element("testsuites", name=texts.visible(report.plan_name))
+    for kind in dict.fromkeys(found.case.kind for found in report.cases):
+        own = [found for found in report.cases if found.case.kind == kind]
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=f"{texts.visible(report.plan_name)}.{kind}",
+            tests=str(len(own)),
+            failures=str(sum(not found.leak and not found.passed() for found in own)),
+            errors="0",
+            skipped=str(sum(found.leak is not None for found in own)),
+        )
+        words = [verdict.words for verdict in report.verdicts if verdict.kind == kind]
+        properties = ElementTree.SubElement(suite, "properties")
+        for text in words:
+            ElementTree.SubElement(properties, "property", name="verdict", value=text)
+        for found in own:
+            _add(suite, report.plan_name, found)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _add(suite: ElementTree.Element, plan: str, found: CaseResult) -> None:
+    case = ElementTree.SubElement(
+        suite,
+        "testcase",
+        classname=f"{texts.visible(plan)}.{found.case.kind}",
+        name=texts.visible(found.case.id),
+    )
+    if found.leak is not None:
+        rows = ", ".join(map(str, found.leak.rows))
+        ElementTree.SubElement(case, "skipped", message=f"in the training pairs, row {rows}")
+        return
+    if found.passed():
+        return
+    sample = next(s for s in found.variants["tuned"] if not s.passed)
+    reasons = [
+        f"{check.describe()}: {outcome.reason or 'no'}"
+        for check, outcome in zip(found.case.checks, sample.outcomes, strict=True)
+        if not outcome.passed
+    ]
+    message = texts.visible(texts.one_line("; ".join(reasons), 500))
+    failure = ElementTree.SubElement(case, "failure", message=message)
+    failure.text = texts.visible(f"{found.case.text}\n\nanswered:\n{sample.text}")

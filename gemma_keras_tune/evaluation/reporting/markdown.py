@@ -1,0 +1,96 @@
+"""A report as Markdown, as for a pull request or a model card."""
+
+import re
+
+from gemma_keras_tune.evaluation.reporting import texts
+from gemma_keras_tune.evaluation.results import CaseResult, Report
+
+MOST_FAILING = 50
+LONGEST = 600
+
+
+def render(report: Report) -> str:
+    """Write a report as Markdown.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The text. Prompts and answers stand in code, so that nothing in them is markup.
+    """
+    parts = [f"# {_inline(report.plan_name)}: {report.verdict}", _verdicts(report)]
+    if report.few_shot:
+        parts.append(f"**Is tuning needed?** {report.few_shot.words}")
+    if report.retention:
+        parts.append(f"**What was forgotten?** {report.retention.words}")
+    leaked = [found for found in report.cases if found.leak]
+    if leaked:
+        listed = ", ".join(_code(found.case.id) for found in leaked[:MOST_FAILING])
+        parts.append(f"**Trained on, and scored apart:** {listed}")
+    parts += _failing(report)
+    if report.tuning:
+        parts.append("## How it was tuned\n\n" + _block(report.tuning.plan_text))
+    parts.append("## How to repeat it\n\n" + _settings(report))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _verdicts(report: Report) -> str:
+    lines = ["| kind | verdict | passed | base | what it shows |", "|---|---|---|---|---|"]
+    for v in report.verdicts:
+        base = "–" if v.base_passed is None else f"{v.base_passed} of {v.cases}"
+        words = f"{v.words} {v.base_words}".strip()
+        lines.append(f"| {v.kind} | **{v.verdict}** | {v.passed} of {v.cases} | {base} | {words} |")
+    return "\n".join(lines)
+
+
+def _failing(report: Report) -> list[str]:
+    failing = [found for found in report.cases if not found.leak and not found.passed()]
+    if not failing:
+        return []
+    parts = [f"## Failing cases ({len(failing)})"]
+    parts += [_case(found) for found in failing[:MOST_FAILING]]
+    if len(failing) > MOST_FAILING:
+        parts.append(f"… and {len(failing) - MOST_FAILING} more, which the JSON has.")
+    return parts
+
+
+def _case(found: CaseResult) -> str:
+    sample = next(s for s in found.variants["tuned"] if not s.passed)
+    reasons = [
+        f"- {_inline(check.describe())}: {_inline(outcome.reason or 'no')}"
+        for check, outcome in zip(found.case.checks, sample.outcomes, strict=True)
+        if not outcome.passed
+    ]
+    return "\n\n".join(
+        [
+            f"### {_inline(found.case.id)} ({found.case.kind})",
+            _block(found.case.text),
+            "answered:",
+            _block(sample.text or "(nothing)"),
+            "\n".join(reasons),
+        ]
+    )
+
+
+def _settings(report: Report) -> str:
+    rows = [*report.settings.items(), ("seed", report.seed), *report.versions.items()]
+    return "\n".join(f"- {_inline(str(name))}: {_code(str(value))}" for name, value in rows)
+
+
+def _inline(text: str) -> str:
+    """Text on one line in which no sign is markup."""
+    line = texts.visible(texts.one_line(text, 300))
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&-])", r"\\\1", line)
+
+
+def _code(text: str) -> str:
+    line = texts.visible(texts.one_line(text, 300)).replace("|", "¦")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if len(fence) > 1 else f"`{line}`"
+
+
+def _block(text: str) -> str:
+    kept, left_out = texts.shorten(text, LONGEST)
+    kept = texts.visible(kept) + (f" … {left_out} more characters" if left_out else "")
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", kept)), default=0))
+    return f"{fence}text\n{kept}\n{fence}"
