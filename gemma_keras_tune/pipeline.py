@@ -24,7 +24,7 @@ from gemma_keras_tune.errors import PairsError, PlanError
 from gemma_keras_tune.pairs import Pair, PairSource, read_pairs
 from gemma_keras_tune.templates import END_OF_TEXT, Segment, Template, get_template
 
-SPOOL_BYTES = 256 * 2**20
+SPOOL_BYTES = 64 * 2**20
 MAX_SHAPES = 4
 LENGTH_STEP = 8
 # One more shape must spare at least this share of the padded tokens, or it is not worth compiling.

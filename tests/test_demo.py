@@ -11,6 +11,8 @@ import pytest
 
 from gemma_keras_tune import demo
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.evaluation.leakage import find_leaks
+from gemma_keras_tune.pairs import read_pairs
 
 OFFICIAL = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "business_email"
 EXPECTED = {"type": "order", "items": [{"name": "rolls", "quantity": 4}, {"name": "torte"}]}
@@ -82,6 +84,19 @@ def test_grade(answer: str, valid: bool, right: bool, found: int) -> None:
     assert graded.items_expected == 2
 
 
+def test_plan_has_all_kinds_and_the_held_out_records() -> None:
+    plan = demo.test_plan()
+    kinds = [case.kind for case in plan]
+    assert len(plan) >= 24 and min(kinds.count(kind) for kind in set(kinds)) >= 8
+    held_out = [case.prompt for case in plan if "held-out" in case.tags]
+    assert held_out == [record["prompt"] for record in demo.held_out()]
+    assert len(set(kinds)) == 3
+
+
+def test_plan_was_not_trained_on() -> None:
+    assert not find_leaks(demo.test_plan(), read_pairs(demo.training_pairs()), threshold=0.4)
+
+
 def test_table_counts_what_is_right() -> None:
     good = demo.grade(json.dumps(EXPECTED), EXPECTED)
     bad = demo.grade("no", EXPECTED)
@@ -122,5 +137,7 @@ def test_the_demo_reaches_its_figures(tmp_path: pathlib.Path) -> None:
     tuned = [entry["tuned"] for entry in result["held_out"]]
     assert sum(entry["valid_json"] for entry in tuned) == 8
     assert sum(entry["type_right"] for entry in tuned) >= 7
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "business e-mail assistant" in page and "injected-answer" in page
     assert pathlib.Path(result["preset"], "config.json").is_file()
     assert pathlib.Path(result["adapter"], "adapter_model.safetensors").is_file()

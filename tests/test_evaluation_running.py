@@ -10,10 +10,10 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune.evaluation import Case, Contains, Length, Refuses, Safe, Stops, TestPlan
 from gemma_keras_tune.evaluation.checks import Function
-from gemma_keras_tune.evaluation.prompting import choose_examples, with_examples
+from gemma_keras_tune.evaluation.prompting import choose_examples, first_answer, with_examples
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.running import evaluate, tuning_of
-from gemma_keras_tune.generation import compiled_programs
+from gemma_keras_tune.generation import Answer, compiled_programs
 from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, set_factors
 from gemma_keras_tune.pairs import Message, read_pairs
 from gemma_keras_tune.pipeline import Encoder
@@ -223,6 +223,15 @@ def test_examples_are_drawn_from_different_answers_and_fit() -> None:
     asked = with_examples(left, (Message("system", "Be brief."), Message("user", "Why?")))
     assert [m.role for m in asked] == ["system", "user", "assistant", "user"]
     assert asked[-1].content == "Why?"
+
+
+def test_few_shot_answer_ends_where_the_next_example_begins() -> None:
+    pairs = list(read_pairs([("a", "one"), ("b", "two\nlines")]))
+    answer = Answer(" three\nc\nfour", np.arange(5), stopped=False)
+    assert first_answer(answer, pairs[:1]) == Answer("three", answer.ids, stopped=True)
+    assert first_answer(answer, pairs) is answer
+    whole = Answer("three", np.arange(5), stopped=False)
+    assert first_answer(whole, pairs[:1]) is whole
 
 
 @pytest.mark.slow

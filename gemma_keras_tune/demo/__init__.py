@@ -2,8 +2,9 @@
 
 `pairs.jsonl` holds e-mails to bakeries, each with the order or inquiry in it as JSON, written for
 this project. `held_out/` holds the eight e-mails of the Gemma Cookbook's business e-mail assistant
-(Apache-2.0, see `NOTICE`). The model is tuned on the former and asked the latter, with the adapter
-off and on: with it off, its answers are those of the base model, bit for bit.
+(Apache-2.0, see `NOTICE`). `plan.jsonl` is the test plan: those eight, and 24 more e-mails of all
+three kinds. The model is tuned on the pairs and put to the plan with the adapter off and on: with
+it off, its answers are those of the base model, bit for bit.
 """
 
 import dataclasses
@@ -91,6 +92,21 @@ def grade(answer: str, expected: dict[str, Any]) -> Graded:
     )
 
 
+def test_plan() -> Any:
+    """The demo's test plan.
+
+    Returns:
+        A `TestPlan`. Its cases with the tag `held-out` are the e-mails of `held_out()`.
+    """
+    from gemma_keras_tune.evaluation import TestPlan
+
+    with importlib.resources.as_file(FOLDER / "plan.jsonl") as path:
+        return dataclasses.replace(TestPlan.from_file(path), name="business e-mail assistant")
+
+
+test_plan.__test__ = False  # type: ignore[attr-defined]  # for pytest
+
+
 def process_started() -> float:
     """When this process began, imports included.
 
@@ -113,11 +129,11 @@ def run_demo(
     verbose: int = 1,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Tune Gemma 3 270M on the demo's pairs, ask it the held-out e-mails, and save it.
+    """Tune Gemma 3 270M on the demo's pairs, save it, and put it to the demo's test plan.
 
     Args:
-        out: Folder for the preset, the adapter and `demo.json`. Without it, preset and adapter go
-            to a new temporary folder.
+        out: Folder for the preset, the adapter, `report.html` and `demo.json`. Without it, all but
+            the last go to a new temporary folder.
         model: Anything `load` takes, or a model.
         verbose: 1 prints what happens and the table; 0 is silent.
         started: Seconds since the epoch at which the clock began, by default now.
@@ -137,21 +153,24 @@ def run_demo(
     folder = _prepare(out)
     say = print if verbose else _silent
     gemma = gkt.load(model) if isinstance(model, str) else model
-    tests = held_out()
-    prompts = [test["prompt"] for test in tests]
-
-    gkt.tune(gemma, training_pairs(), verbose=verbose, **RECIPE)
+    pairs = training_pairs()
+    result = gkt.tune(gemma, pairs, verbose=verbose, **RECIPE)
     gkt.save_preset(gemma, folder / "preset")
     gkt.save_adapter(gemma, folder / "adapter")
     seconds = time.time() - started
-    say(f"Asking {len(prompts)} e-mails it has not seen, adapter off (base) and on (tuned) …")
-    with gkt.lora_disabled(gemma):
-        before = gkt.generate(gemma, prompts, max_new_tokens=MAX_NEW_TOKENS)
-    after = gkt.generate(gemma, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    plan = test_plan()
+    say(f"Asking {len(plan)} e-mails it has not seen, adapter off (base) and on (tuned) …")
+    report = gkt.evaluate(
+        gemma, plan, pairs=pairs, result=result, max_new_tokens=MAX_NEW_TOKENS, verbose=verbose
+    )
+    page = report.save(folder / "report.html")
+    tests = held_out()
+    prompts = [test["prompt"] for test in tests]
+    before, after = (_held_out_answers(report, variant, prompts) for variant in ("base", "tuned"))
 
     base = [grade(a, test["response"]) for a, test in zip(before, tests, strict=True)]
     tuned = [grade(a, test["response"]) for a, test in zip(after, tests, strict=True)]
-    result = {
+    summary = {
         "seconds": round(seconds, 1),
         "preset": str(folder / "preset"),
         "adapter": str(folder / "adapter"),
@@ -166,11 +185,18 @@ def run_demo(
         ],
     }
     say(table(prompts, base, tuned))
-    say(f"\n{seconds:.0f} s from start to saved model\n  {result['preset']}\n  {result['adapter']}")
+    say(f"\n{report}")
+    say(f"\n{seconds:.0f} s from start to saved model")
     if out is not None:
-        _write(folder / "demo.json", result)
+        _write(folder / "demo.json", summary)
         say(f"  {folder / 'demo.json'}")
-    return result
+    say(f"  {summary['preset']}\n  {summary['adapter']}\n  {page}")
+    return summary
+
+
+def _held_out_answers(report: Any, variant: str, prompts: Sequence[str]) -> list[str]:
+    answers = {case.case.text: case.variants[variant][0].text.strip() for case in report.cases}
+    return [answers[prompt] for prompt in prompts]
 
 
 def table(prompts: Sequence[str], base: Sequence[Graded], tuned: Sequence[Graded]) -> str:
@@ -231,7 +257,11 @@ def _prepare(out: str | os.PathLike[str] | None) -> pathlib.Path:
     if out is None:
         return pathlib.Path(tempfile.mkdtemp(prefix="gemma_keras_tune_demo_"))
     folder = pathlib.Path(out)
-    there = [name for name in ("preset", "adapter", "demo.json") if (folder / name).exists()]
+    there = [
+        name
+        for name in ("preset", "adapter", "report.html", "demo.json")
+        if (folder / name).exists()
+    ]
     if there:
         raise ExportError(
             f"{folder} already holds a demo.",

@@ -4,18 +4,20 @@ Few-shot prompting (Brown et al., 2020, arXiv:2005.14165) costs no training. Whe
 as the tuned model, the prompt is the cheaper answer.
 """
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterable, Sequence
 
 from gemma_keras_tune.evaluation.results import CaseResult, FewShot
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
+from gemma_keras_tune.generation import Answer
 from gemma_keras_tune.pairs import Message, Pair
 from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.templates import Template
 
 EXAMPLES = 5
-TOKENS = 1024
+TOKENS = 512
 # Pairs to choose from; of a longer source, the first ones.
 CANDIDATES = 10_000
 
@@ -77,6 +79,25 @@ def with_examples(examples: Sequence[Pair], messages: Sequence[Message]) -> tupl
     systems += [m for pair in examples for m in pair.messages if m.role == "system"]
     shown = [m for pair in examples for m in _turns(pair.messages)]
     return (*systems[:1], *shown, *_turns(messages))
+
+
+def first_answer(answer: Answer, examples: Sequence[Pair]) -> Answer:
+    """The answer to the question alone, as a user who prompts would cut it.
+
+    A model that was not tuned to stop goes on with an example of its own. Where no example's answer
+    has a line break, the answer ends at the first one.
+
+    Args:
+        answer: What the base wrote after the examples.
+        examples: The pairs in the prompt.
+
+    Returns:
+        The answer, cut.
+    """
+    text = answer.text.lstrip()
+    if any("\n" in pair.output.strip() for pair in examples) or "\n" not in text:
+        return answer
+    return dataclasses.replace(answer, text=text.partition("\n")[0], stopped=True)
 
 
 def judge_few_shot(

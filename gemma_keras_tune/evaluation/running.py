@@ -19,7 +19,12 @@ from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.checks import Check, Outcome, Safe
 from gemma_keras_tune.evaluation.leakage import find_leaks
 from gemma_keras_tune.evaluation.plans import KINDS, Case, Kind, TestPlan
-from gemma_keras_tune.evaluation.prompting import choose_examples, judge_few_shot, with_examples
+from gemma_keras_tune.evaluation.prompting import (
+    choose_examples,
+    first_answer,
+    judge_few_shot,
+    with_examples,
+)
 from gemma_keras_tune.evaluation.results import (
     CaseResult,
     KindVerdict,
@@ -149,7 +154,11 @@ def evaluate(
             remembered = measure_retention(
                 model, items, batch_size=batch_size, confidence=confidence, progress=progress
             )
-    cases = _judged(plan, questions, answers, leaks, policy)
+    written = [
+        first_answer(answers[q.key], examples) if q.variant == "few_shot" else answers[q.key]
+        for q in questions
+    ]
+    cases = _judged(plan, questions, written, leaks, policy)
     return Report(
         plan_name=plan.name,
         cases=cases,
@@ -282,18 +291,20 @@ def _ask(
 def _judged(
     plan: TestPlan,
     questions: Sequence[Question],
-    answers: Mapping[str, Answer],
+    answers: Sequence[Answer],
     leaks: Mapping[str, Leak],
     policy: PolicyCheck | None,
 ) -> tuple[CaseResult, ...]:
     cases = [_with_policy(case, policy) for case in plan]
     texts = [
-        (cases[q.case].text, answers[q.key].text) for q in questions if _is_safe(cases[q.case])
+        (cases[question.case].text, answer.text)
+        for question, answer in zip(questions, answers, strict=True)
+        if _is_safe(cases[question.case])
     ]
     scores = _scores(policy, texts)
     variants: list[dict[str, list[SampleResult]]] = [{} for _ in cases]
-    for question in questions:
-        case, answer = cases[question.case], answers[question.key]
+    for question, answer in zip(questions, answers, strict=True):
+        case = cases[question.case]
         outcomes = tuple(_outcome(check, case.text, answer, scores) for check in case.checks)
         sample = SampleResult(answer.text, answer.stopped, len(answer.ids), outcomes)
         variants[question.case].setdefault(question.variant, []).append(sample)
