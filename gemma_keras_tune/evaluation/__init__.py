@@ -22,6 +22,7 @@ from gemma_keras_tune.evaluation.checks import (
     Safe,
     Stops,
 )
+from gemma_keras_tune.evaluation.cross_validation import CrossValidation, cross_validate
 from gemma_keras_tune.evaluation.plans import Case, TestPlan
 from gemma_keras_tune.evaluation.results import Report
 from gemma_keras_tune.evaluation.retention import Retention, measure_retention
@@ -32,6 +33,7 @@ __all__ = [
     "Case",
     "Check",
     "Contains",
+    "CrossValidation",
     "Exact",
     "Function",
     "JsonFields",
@@ -50,6 +52,7 @@ __all__ = [
     "ShieldGemma",
     "Stops",
     "TestPlan",
+    "cross_validate",
     "evaluate",
     "measure_retention",
 ]
