@@ -6,7 +6,7 @@ Whatever is saved holds weights derived from Gemma, and is under the Gemma terms
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -23,6 +23,7 @@ from gemma_keras_tune.lora import (
     lora_linears,
     set_factors,
 )
+from gemma_keras_tune.receipts import record, write_receipt
 from gemma_keras_tune.templates import (
     attach_template,
     read_sidecar,
@@ -37,18 +38,26 @@ _PREFIX = "base_model.model."
 
 
 def save_preset(
-    model: keras.Model, path: str | os.PathLike[str], *, overwrite: bool = False
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    prompts: Iterable[str] | None = None,
+    check: bool = False,
 ) -> pathlib.Path:
     """Save the model as a KerasHub preset, LoRA merged in.
 
     `keras_hub.models.CausalLM.from_preset(path)` loads it in a process without this library. The
-    template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`. The
-    model in memory keeps its LoRA. The preset is under the Gemma terms of use.
+    template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`, and
+    the files' hashes in `receipt.json`. The model in memory keeps its LoRA. The preset is under
+    the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
         overwrite: Whether to replace an existing folder.
+        prompts: What to record answers to; `None` takes a few general prompts.
+        check: Whether to record answers, to which `verify` holds what was saved.
 
     Returns:
         The folder.
@@ -56,8 +65,11 @@ def save_preset(
     Raises:
         ExportError: The folder exists.
     """
+    stored = str(family_of(model).head(model).embedding.dtype)
     with new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
+        recordings = record(model, prompts) if check else ()
+        write_receipt(model, folder, format="keras", dtype=stored, recordings=recordings)
     return pathlib.Path(path)
 
 
@@ -68,18 +80,25 @@ def write_preset(model: keras.Model, folder: pathlib.Path) -> None:
 
 
 def save_adapter(
-    model: keras.Model, path: str | os.PathLike[str], *, overwrite: bool = False
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    prompts: Iterable[str] | None = None,
+    check: bool = False,
 ) -> pathlib.Path:
     """Save the LoRA of a model in PEFT's layout, at the rank it was trained with.
 
     The folder holds `adapter_config.json`, `adapter_model.safetensors`, and this library's record:
-    the base model's fingerprint, its generation, the template and the stop tokens. It is under the
-    Gemma terms of use.
+    the base model's fingerprint, its generation, the template and the stop tokens; and a receipt
+    with the files' hashes. It is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma with LoRA on.
         path: The folder to make.
         overwrite: Whether to replace an existing folder.
+        prompts: What to record answers to; `None` takes a few general prompts.
+        check: Whether to record answers, to which `verify` holds what was saved.
 
     Returns:
         The folder.
@@ -107,6 +126,8 @@ def save_adapter(
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
         write_record(model, folder)
+        recordings = record(model, prompts) if check else ()
+        write_receipt(model, folder, format="adapter", dtype="float32", recordings=recordings)
     return pathlib.Path(path)
 
 

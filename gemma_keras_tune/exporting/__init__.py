@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,9 @@ import keras
 from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.adapters import write_record
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting._weights import stored_dtype
+from gemma_keras_tune.families import family_of
+from gemma_keras_tune.receipts import FILE_NAME, record, write_receipt
 
 __all__ = ["FORMATS", "export"]
 
@@ -27,12 +31,7 @@ FORMATS: dict[str, str] = {
     "gguf_adapter": "gguf_adapter",
     "ollama": "ollama",
     "gemma_jax": "gemma_jax",
-}
-_INSTEAD = {
-    "litert": "This library writes no LiteRT file itself. Export 'safetensors' and convert the "
-    "folder with `pip install litert-torch tensorflow` and "
-    "`litert_torch.generative.export_hf.export.export(folder, output_dir)`, which makes a "
-    ".litertlm file.",
+    "litert": "litert",
 }
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -46,12 +45,15 @@ def export(
     quantization: str | None = None,
     shard_size: int | str = "5GB",
     overwrite: bool = False,
+    prompts: Iterable[str] | None = None,
+    check: bool = True,
     verbose: int = 1,
 ) -> pathlib.Path:
     """Write a model for another runtime, LoRA merged in.
 
-    What is written appears under its name only when it is whole. The model in memory keeps its
-    LoRA. The files are under the Gemma terms of use.
+    What is written appears under its name only when it is whole, with a receipt: sizes and hashes
+    of all files, and what the model in memory answers to a few prompts. `verify` holds the export
+    against it. The model in memory keeps its LoRA. The files are under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
@@ -60,12 +62,15 @@ def export(
         format: `"keras"` (a KerasHub preset), `"safetensors"` (a Hugging Face folder), `"gguf"`
             (llama.cpp), `"gguf_adapter"` (the LoRA alone, for `llama.cpp --lora`), `"ollama"` (a
             GGUF file with its Modelfile), `"gemma_jax"` (an Orbax checkpoint for the Gemma library
-            for JAX), or `"auto"`: `"gguf"` where the path ends in `.gguf`, else `"safetensors"`.
+            for JAX), `"litert"` (a file for LiteRT-LM), or `"auto"`: `"gguf"` where the path ends
+            in `.gguf`, else `"safetensors"`.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
         quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`.
         shard_size: Bytes of weights in one safetensors file at most: a number, or such as `"5GB"`.
         overwrite: Whether to replace what is there.
+        prompts: What to record answers to; `None` takes a few general prompts.
+        check: Whether to record answers at all.
         verbose: 1 shows a progress bar, 0 nothing.
 
     Returns:
@@ -88,19 +93,44 @@ def export(
                 f"format {format!r}"
             )
         options["quantization"] = quantization
+
+    def finish(folder: pathlib.Path, file_name: str = FILE_NAME) -> None:
+        write_receipt(
+            model,
+            folder,
+            format=format,
+            dtype=_stored(model, format, dtype),
+            quantization=quantization,
+            recordings=record(model, prompts) if check else (),
+            file_name=file_name,
+        )
+
     if single and format in ("gguf", "gguf_adapter"):
-        _write_file(module, model, target, overwrite, verbose, options)
+        _write_file(module, model, target, overwrite, verbose, options, finish)
         return target
     with new_folder(target, overwrite=overwrite) as folder, _Progress(target, verbose) as progress:
         module.write(model, folder, progress=progress, **options)
         if format != "keras":  # A preset brings its record.
             write_record(model, folder)
+        finish(folder)
     return target
 
 
+def _stored(model: keras.Model, format: str, dtype: str) -> str:
+    """What `"auto"` comes to."""
+    if dtype != "auto":
+        return dtype
+    if format == "gguf_adapter":
+        return "float32"
+    held = str(family_of(model).head(model).embedding.dtype)
+    if format == "keras":
+        return held
+    if format in ("gguf", "ollama"):
+        return "bfloat16" if held == "bfloat16" else "float16"
+    return stored_dtype(model, dtype)
+
+
 def _module(format: str) -> ModuleType:
-    if format in _INSTEAD:
-        raise ExportError(f"There is no export to {format!r}.", next_step=_INSTEAD[format])
     if format not in FORMATS:
         raise ExportError(
             f"`format` must be 'auto' or one of {tuple(FORMATS)}. Received: {format!r}"
@@ -115,6 +145,7 @@ def _write_file(
     overwrite: bool,
     verbose: int,
     options: dict[str, Any],
+    finish: Callable[[pathlib.Path, str], None],
 ) -> None:
     if target.exists() and not (overwrite and target.is_file()):
         raise ExportError(
@@ -130,6 +161,10 @@ def _write_file(
     ):
         part = pathlib.Path(folder)
         module.write(model, part, progress=progress, file_name=target.name, **options)
+        receipt = f"{target.name}.{FILE_NAME}"
+        finish(part, receipt)
+        # A receipt without its file claims nothing; a file beside an old receipt would look broken.
+        (part / receipt).replace(target.with_name(receipt))
         (part / target.name).replace(target)
 
 
