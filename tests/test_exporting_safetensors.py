@@ -175,3 +175,23 @@ def test_a_preset_and_a_gguf_file_by_name(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "preset", "tiny.gguf", "tiny.gguf.receipt.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gguf", "gemma_jax"])
+def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path):
+    from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder
+
+    sight = Gemma3VisionEncoder(
+        image_size=16, patch_size=4, num_heads=2, hidden_dim=8, num_layers=1,
+        intermediate_dim=8, output_dim=16, pool_size=2,
+    )  # fmt: skip
+    model = testing.tiny_model("gemma3", vision_encoder=sight)
+    path = tmp_path / ("out.gguf" if format == "gguf" else "out")
+    with pytest.warns(UserWarning, match="the text tower alone: it will not see images"):
+        gkt.export(model, path, format=format, dtype="float32", verbose=0)
+    again = gkt.load(str(path), dtype="float32")
+    assert again.backbone.vision_encoder is None
+    theirs = {weight.path: value for weight, value in merged_weights(again)}
+    for weight, value in merged_weights(model):
+        np.testing.assert_allclose(theirs.pop(weight.path), value, atol=1e-6)
+    assert not theirs
