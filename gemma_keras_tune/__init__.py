@@ -80,6 +80,7 @@ from gemma_keras_tune.pairs import (
 from gemma_keras_tune.pipeline import make_dataset
 from gemma_keras_tune.planning import Plan
 from gemma_keras_tune.previewing import Preview, preview
+from gemma_keras_tune.streaming import stream
 from gemma_keras_tune.templates import Template, get_template, template_of
 from gemma_keras_tune.training import TuningModel, make_optimizer
 from gemma_keras_tune.tuning import TuneResult, tune
@@ -151,6 +152,7 @@ __all__ = [
     "save_adapter",
     "save_preset",
     "split_pairs",
+    "stream",
     "template_of",
     "token_cross_entropy",
     "tune",

@@ -135,8 +135,8 @@ def generate_answers(
         TemplateError: As for `generate`.
     """
     resolved = get_template(template, model)
-    tokenizer = _tokenizer(model)
-    rows = _encode(prompts, resolved, tokenizer)
+    tokenizer = tokenizer_of(model)
+    rows = encode_prompts(prompts, resolved, tokenizer)
     written = generate_ids(
         model,
         rows,
@@ -189,15 +189,15 @@ def generate_ids(
     if not rows:
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
-    state = _SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
-    weights = _weights(model)
-    for batch in _batches(model, rows, state, max_new_tokens, batch_size):
+    state = SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
+    weights = weights_of(model)
+    for batch in batches(model, rows, state, max_new_tokens, batch_size):
         state.begin(batch)
         with kept_memory():
             chosen = [rows[i] for i in batch.rows]
             written = _run_batch(model, weights, chosen, batch, stops, state)
         for index, ids in zip(batch.rows, written, strict=True):
-            results[index] = _cut(ids, stops)
+            results[index] = cut(ids, stops)
         if on_batch:
             on_batch([(index, *results[index]) for index in batch.rows])
         if progress:
@@ -215,7 +215,7 @@ def compiled_programs(model: keras.Model) -> int:
     Returns:
         The number of compilations by `generate` and its kin.
     """
-    return _programs_of(model).traces
+    return programs_of(model).traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,7 @@ class _Batch:
     new_tokens: int
 
 
-class _SamplerState:
+class SamplerState:
     """A sampler and its random state. With a seed, the user's sampler is left as it was."""
 
     def __init__(self, sampler: Any, seed: int | Sequence[int] | None, rows: int) -> None:
@@ -273,6 +273,7 @@ class _SamplerState:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether it always takes the likeliest token."""
         return type(self.sampler) is keras_hub.samplers.GreedySampler
 
     @property
@@ -297,20 +298,21 @@ class _Programs:
     """The compiled programs of one model."""
 
     def __init__(self) -> None:
-        self.by_key: dict[Any, Callable[..., Any]] = {}
+        self.by_key: dict[Any, Any] = {}
         self.traces = 0
 
 
 _programs: "weakref.WeakKeyDictionary[keras.Model, _Programs]" = weakref.WeakKeyDictionary()
 
 
-def _programs_of(model: keras.Model) -> _Programs:
+def programs_of(model: keras.Model) -> _Programs:
+    """The compiled programs of a model."""
     if model not in _programs:
         _programs[model] = _Programs()
     return _programs[model]
 
 
-def _weights(model: keras.Model) -> list[Any]:
+def weights_of(model: keras.Model) -> list[Any]:
     """Values of all variables, packed. LoRA that is switched off counts as zero.
 
     So base and tuned answers come from one program; adding zeros changes no bit of the base's.
@@ -321,7 +323,7 @@ def _weights(model: keras.Model) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _lora_traced(model: keras.Model) -> Iterator[None]:
+def lora_traced(model: keras.Model) -> Iterator[None]:
     """While a program is traced, LoRA is on, whether or not it is switched off just now."""
     off = [n.layer for n in lora_linears(model) if not n.layer.lora_enabled]
     for layer in off:
@@ -333,7 +335,8 @@ def _lora_traced(model: keras.Model) -> Iterator[None]:
             layer.lora_enabled = False
 
 
-def _tokenizer(model: keras.Model) -> Any:
+def tokenizer_of(model: keras.Model) -> Any:
+    """The model's tokenizer, or an error where it has none."""
     if getattr(model, "preprocessor", None) is None:
         raise TemplateError(
             "The model has no preprocessor, so there is no tokenizer to write prompts with.",
@@ -348,7 +351,7 @@ def _is_one(prompts: Any) -> bool:
     return bool(prompts) and all(isinstance(item, (Mapping, Message)) for item in prompts)
 
 
-def _encode(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
+def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
     """Token ids of every prompt, all broken prompts reported at once."""
     encoder = Encoder(tokenizer)
     rows, problems = [], []
@@ -404,10 +407,10 @@ def _check_numbers(rows: Sequence[Any], max_new_tokens: int, batch_size: int) ->
         raise ValueError(f"Every row needs at least one token. Empty rows: {empty[:20]}")
 
 
-def _batches(
+def batches(
     model: keras.Model,
     rows: Sequence[Any],
-    state: _SamplerState,
+    state: SamplerState,
     new_tokens: int,
     batch_size: int,
 ) -> list[_Batch]:
@@ -420,7 +423,7 @@ def _batches(
     chunks = [math.ceil((len(rows[group[0]]) - 1) / chunk) for group in groups]
     needs = [_round_up(n * chunk + 1 + new_tokens) for n in chunks]
     about = (size, chunk, state.key, lora_config(model))
-    programs = _programs_of(model).by_key
+    programs = programs_of(model).by_key
     known = {buffer for s, c, buffer, *rest in programs if (s, c, *rest) == about}
     kept = _kept_buffers(needs, known)
     return [
@@ -451,7 +454,8 @@ def _kept_buffers(needs: Sequence[int], known: set[int]) -> set[int]:
     return kept
 
 
-def _cut(ids: np.ndarray, stops: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+def cut(ids: np.ndarray, stops: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+    """New ids up to the first stop token, and whether there is one."""
     ends = np.flatnonzero(np.isin(ids, stops))
     return (ids[: ends[0]], True) if len(ends) else (ids, False)
 
@@ -462,15 +466,11 @@ def _run_batch(
     rows: Sequence[Any],
     batch: _Batch,
     stops: tuple[int, ...],
-    state: _SamplerState,
+    state: SamplerState,
 ) -> list[np.ndarray]:
     program = _program(model, batch, state)
+    tokens, starts = padded_rows(rows, batch)
     end = batch.chunks * batch.chunk + 1
-    tokens = np.zeros((batch.size, batch.buffer), np.int32)
-    starts = np.full(batch.size, end - 1, np.int32)
-    for place, row in enumerate(rows):
-        tokens[place, end - len(row) : end] = row
-        starts[place] = end - len(row)
     tokens, last, state.values = program(
         weights,
         state.values,
@@ -479,19 +479,30 @@ def _run_batch(
         np.arange(batch.size) >= len(rows),
         np.int32(batch.chunks),
         np.int32(batch.new_tokens),
-        _padded(stops),
+        padded_stops(stops),
     )
     return list(np.asarray(tokens)[: len(rows), end : int(last) + 1])
 
 
-def _padded(stops: tuple[int, ...]) -> np.ndarray:
+def padded_rows(rows: Sequence[Any], batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[batch, buffer]` with every prompt ending at one place, and where each begins."""
+    end = batch.chunks * batch.chunk + 1
+    tokens = np.zeros((batch.size, batch.buffer), np.int32)
+    starts = np.full(batch.size, end - 1, np.int32)
+    for place, row in enumerate(rows):
+        tokens[place, end - len(row) : end] = row
+        starts[place] = end - len(row)
+    return tokens, starts
+
+
+def padded_stops(stops: tuple[int, ...]) -> np.ndarray:
     """Stop ids, filled up to a multiple of 8 so that their number does not compile anew."""
     padded = np.full(max(8, -(-len(stops) // 8) * 8), -1, np.int32)
     padded[: len(stops)] = stops
     return padded
 
 
-def _program(model: keras.Model, batch: _Batch, state: _SamplerState) -> Callable[..., Any]:
+def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable[..., Any]:
     """The compiled program for a batch: made once for a model, shape and sampler.
 
     Weights are arguments, so a program stays good while they are trained. The model is held weakly,
@@ -499,7 +510,7 @@ def _program(model: keras.Model, batch: _Batch, state: _SamplerState) -> Callabl
     """
     import jax
 
-    programs = _programs_of(model)
+    programs = programs_of(model)
     key = (batch.size, batch.chunk, batch.buffer, state.key, lora_config(model))
     if key not in programs.by_key:
         reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
@@ -509,14 +520,14 @@ def _program(model: keras.Model, batch: _Batch, state: _SamplerState) -> Callabl
             programs.traces += 1
             traced = reference()
             assert traced is not None, "a program outlived its model"
-            with _bound(traced, weights), _lora_traced(traced):
+            with bound(traced, weights), lora_traced(traced):
                 return _write(traced, weights, sampler, chunk, *arguments)
 
         programs.by_key[key] = jax.jit(program)
     return programs.by_key[key]
 
 
-def _bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
+def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
     """The model with packed weights for its variables.
 
     Loops enter it in their body: unpacked outside, a kernel would be packed anew in every turn.
@@ -556,6 +567,18 @@ def _write(
     Returns:
         Tokens with the answers, the place of the last one written, and the sampler's variables.
     """
+    cache = read_prompts(model, weights, chunk, tokens, starts, chunks)
+    first = chunks * chunk
+    state = (first, tokens, cache, done, random_state)
+    state = write_on(model, weights, sampler, state, starts, first + new_tokens, stops)
+    last, tokens, _, _, random_state = state
+    return tokens, last, random_state
+
+
+def read_prompts(
+    model: keras.Model, weights: list[Any], chunk: int, tokens: Any, starts: Any, chunks: Any
+) -> Any:
+    """The key/value cache after all but the last token of the prompts. Arguments as in `_write`."""
     import jax
 
     rows, buffer = tokens.shape
@@ -564,20 +587,50 @@ def _write(
 
     def read(index: Any, cache: Any) -> Any:
         part = jax.lax.dynamic_slice(tokens, (0, index * chunk), (rows, chunk))
-        with _bound(model, weights):
+        with bound(model, weights):
             return step(part, cache, index * chunk, mask)[-1]
 
-    cache = jax.lax.fori_loop(0, chunks, read, cache)
-    first = chunks * chunk
+    return jax.lax.fori_loop(0, chunks, read, cache)
+
+
+def write_on(
+    model: keras.Model,
+    weights: list[Any],
+    sampler: Any,
+    state: Any,
+    starts: Any,
+    end: Any,
+    stops: Any,
+) -> Any:
+    """Write until every row has stopped, or to a place.
+
+    Args:
+        model: As in `_write`.
+        weights: As in `_write`.
+        sampler: As in `_write`.
+        state: The place of the last token, tokens, cache, which rows are done, and the sampler's
+            variables.
+        starts: As in `_write`.
+        end: Scalar, the place of the last token to write.
+        stops: As in `_write`.
+
+    Returns:
+        The state after it.
+    """
+    import jax
+
+    rows, buffer = state[1].shape
+    step, _ = _step_and_cache(model, rows, buffer)
+    mask = ops.arange(buffer)[None, :] >= starts[:, None]
 
     def go_on(state: Any) -> Any:
         index, _, _, done, _ = state
-        return (index < first + new_tokens) & ~done.all()
+        return (index < end) & ~done.all()
 
     def write(state: Any) -> Any:
         index, tokens, cache, done, random_state = state
         last = jax.lax.dynamic_slice(tokens, (0, index), (rows, 1))
-        with _bound(model, weights):
+        with bound(model, weights):
             logits, hidden, cache = step(last, cache, index, mask)
             chosen, random_state = _choose(model, sampler, logits[:, 0], hidden[:, 0], random_state)
         chosen = ops.where(done, 0, chosen)
@@ -585,9 +638,7 @@ def _write(
         done = done | (chosen[:, None] == stops[None, :]).any(axis=-1)
         return index + 1, tokens, cache, done, random_state
 
-    state = (first, tokens, cache, done, random_state)
-    last, tokens, _, _, random_state = jax.lax.while_loop(go_on, write, state)
-    return tokens, last, random_state
+    return jax.lax.while_loop(go_on, write, state)
 
 
 def _choose(

@@ -1,0 +1,137 @@
+"""An answer piece by piece, while it is being written.
+
+The same computation as `generate`, cut in two programs: one reads the prompt into a key/value
+cache, one writes a few tokens and hands the cache back. Both are compiled once for a size of prompt
+and answer, and the cache stays on the device between them.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+
+from gemma_keras_tune import generation
+from gemma_keras_tune._memory import kept_memory
+from gemma_keras_tune.generation import Prompt
+from gemma_keras_tune.lora import lora_config
+from gemma_keras_tune.templates import TemplateSpec, get_template
+
+
+def stream(
+    model: keras.Model,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 256,
+    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    seed: int | None = None,
+    every: int = 4,
+    template: TemplateSpec = "auto",
+) -> Iterator[str]:
+    """Answer one prompt, and give the answer while it is written.
+
+    The weights are taken when the first piece is asked for: an adapter that is switched later does
+    not change an answer that has begun.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` with its preprocessor, tuned or not.
+        prompt: A user's text, or a conversation, as for `generate`.
+        max_new_tokens: Longest answer, in tokens.
+        sampler: As for `generate`.
+        seed: As for `generate`.
+        every: Tokens in a piece, at least 1. Fewer come sooner, more cost less.
+        template: As for `generate`.
+
+    Yields:
+        Pieces of text. Together they are what `generate` gives with `strip=False`: without the
+        stop token, and no piece ends within a character.
+
+    Raises:
+        TemplateError: The prompt is no conversation, or the template does not fit the model.
+        ValueError: A number is out of range.
+    """
+    resolved = get_template(template, model)
+    tokenizer: Any = generation.tokenizer_of(model)
+    row = generation.encode_prompts([prompt], resolved, tokenizer)[0]
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
+    stops = resolved.stop_token_ids(tokenizer)
+    return _pieces(_written(model, row, stops, max_new_tokens, sampler, seed, every), tokenizer)
+
+
+def _pieces(answers: Iterator[np.ndarray], tokenizer: Any) -> Iterator[str]:
+    """What is new in each of the ever longer answers."""
+    given = ""
+    text = ""
+    for ids in answers:
+        text = str(tokenizer.detokenize(ids))
+        # The last bytes of a character may still be to come.
+        if text.startswith(given) and not text.endswith("\ufffd") and len(text) > len(given):
+            yield text[len(given) :]
+            given = text
+    if len(text) > len(given):
+        yield text[len(given) :]
+
+
+def _written(
+    model: keras.Model,
+    row: np.ndarray,
+    stop_token_ids: Any,
+    max_new_tokens: int,
+    sampler: Any,
+    seed: int | None,
+    every: int,
+) -> Iterator[np.ndarray]:
+    """The answer so far, after each few tokens."""
+    stops = tuple(sorted({int(i) for i in stop_token_ids}))
+    state = generation.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
+    batch = generation.batches(model, [row], state, max_new_tokens, 1)[0]
+    read, write = _programs(model, batch, state)
+    weights = generation.weights_of(model)
+    tokens, starts = generation.padded_rows([row], batch)
+    first = batch.chunks * batch.chunk
+    padded = generation.padded_stops(stops)
+    with kept_memory():
+        cache = read(weights, tokens, starts, np.int32(batch.chunks))
+        held = (np.int32(first), tokens, cache, np.zeros(1, bool), state.values)
+        for end in (*range(first + every, first + max_new_tokens, every), first + max_new_tokens):
+            held = write(weights, held, starts, np.int32(end), padded)
+            last, tokens, _, done, state.values = held
+            ids, stopped = generation.cut(np.asarray(tokens)[0, first + 1 : int(last) + 1], stops)
+            yield ids
+            if stopped or bool(np.asarray(done)[0]):
+                break
+    state.keep()
+
+
+def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
+    """The two programs for a size; made once, and they do not keep the model alive."""
+    import jax
+
+    programs = generation.programs_of(model)
+    key = ("stream", batch.chunk, batch.buffer, state.key, lora_config(model))
+    if key in programs.by_key:
+        return programs.by_key[key]
+    reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        def program(weights: Any, *arguments: Any) -> Any:
+            programs.traces += 1
+            found = reference()
+            assert found is not None, "a program outlived its model"
+            with generation.bound(found, weights), generation.lora_traced(found):
+                return function(found, weights, *arguments)
+
+        return program
+
+    def read(found: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
+        return generation.read_prompts(found, weights, batch.chunk, tokens, starts, chunks)
+
+    def write(found: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
+        return generation.write_on(found, weights, sampler, held, starts, end, stops)
+
+    # The state is written over in place: the cache is large.
+    programs.by_key[key] = jax.jit(traced(read)), jax.jit(traced(write), donate_argnums=1)
+    return programs.by_key[key]
