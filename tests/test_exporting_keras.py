@@ -36,7 +36,11 @@ def presets(tmp_path_factory):
             a, b, _ = get_factors(linear)
             set_factors(linear, a, 0.3 * draw.normal(size=b.shape).astype("float32"))
         path = gkt.export(
-            model, root / name.replace(" ", "_"), format="keras", check=False, verbose=0
+            model,
+            root / name.replace(" ", "_"),
+            format="keras",
+            check=False,
+            verbose=0,
         )
         made[name] = (model, str(path))
     return made

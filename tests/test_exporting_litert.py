@@ -21,12 +21,14 @@ PROBE = "import litert_lm, litert_torch"
 def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
     model = testing.tiny_model("gemma3", num_layers=1)
     with pytest.raises(gkt.ExportError, match=r"float32\. Received: dtype='bfloat16'"):
-        gkt.export(model, tmp_path / "x", format="litert", dtype="bfloat16", verbose=0)
+        gkt.export(model, tmp_path / "x", format="litert", dtype="bfloat16", verbose=0, check=False)
     with pytest.raises(gkt.ExportError, match="Gemma 1 is not written for LiteRT"):
-        gkt.export(testing.tiny_model("gemma"), tmp_path / "x", format="litert", verbose=0)
+        gkt.export(
+            testing.tiny_model("gemma"), tmp_path / "x", format="litert", verbose=0, check=False
+        )
     monkeypatch.setenv(litert.PYTHON_VARIABLE, str(tmp_path / "no-python"))
     with pytest.raises(gkt.ExportError, match="no-python cannot be run"):
-        gkt.export(model, tmp_path / "x", format="litert", verbose=0)
+        gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,7 +45,7 @@ def test_a_converter_that_fails_leaves_nothing(code, message, tmp_path, monkeypa
     monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
     model = testing.tiny_model("gemma3", num_layers=1)
     with pytest.raises(gkt.ExportError, match=message):
-        gkt.export(model, tmp_path / "x", format="litert", verbose=0)
+        gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,7 +56,7 @@ def test_litert_lm_answers_as_the_model_in_memory(tmp_path, monkeypatch):
     model = testing.tiny_model("gemma3", num_layers=7)
     pairs = testing.tiny_pairs(4)
     gkt.tune(model, pairs, epochs=60, learning_rate=1e-2, verbose=0)
-    folder = gkt.export(model, tmp_path / "out", format="litert", verbose=0)
+    folder = gkt.export(model, tmp_path / "out", format="litert", verbose=0, check=False)
     template = gkt.template_of(model)
     prompts = [
         "".join(

@@ -188,7 +188,7 @@ def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path):
     model = testing.tiny_model("gemma3", vision_encoder=sight)
     path = tmp_path / ("out.gguf" if format == "gguf" else "out")
     with pytest.warns(UserWarning, match="the text tower alone: it will not see images"):
-        gkt.export(model, path, format=format, dtype="float32", verbose=0)
+        gkt.export(model, path, format=format, dtype="float32", verbose=0, check=False)
     again = gkt.load(str(path), dtype="float32")
     assert again.backbone.vision_encoder is None
     theirs = {weight.path: value for weight, value in merged_weights(again)}

@@ -485,7 +485,10 @@ def test_folder_without_a_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "It is an adapter" in error(tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert f"Pass the file itself: {tmp_path / 'x.gguf'}" in error(tmp_path)
+    (tmp_path / "y.gguf").write_bytes(b"GGUF")
+    assert f"Pass one of its files, such as {tmp_path / 'x.gguf'}" in error(tmp_path)
+    (tmp_path / "y.gguf").unlink()
+    assert str(tmp_path / "x.gguf") in error(tmp_path)
 
 
 @pytest.mark.parametrize(
