@@ -43,6 +43,7 @@ def done():
     return model, before, flags, len(traces), result
 
 
+@pytest.mark.slow
 def test_every_pair_is_held_out_once(done):
     result = done[-1]
     assert [row.row for row in result.rows] == list(range(1, 11))
@@ -52,6 +53,7 @@ def test_every_pair_is_held_out_once(done):
     assert result.folds == 3 and len(result.losses) == len(result.base_losses) == 3
 
 
+@pytest.mark.slow
 def test_what_was_learnt_from_the_others_holds(done):
     result = done[-1]
     assert result.passed == 10 and result.base_passed == 0
@@ -61,6 +63,7 @@ def test_what_was_learnt_from_the_others_holds(done):
     assert result.p_value == mcnemar([False] * 10, [True] * 10)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_came(done):
     model, before, flags, _, _ = done
     assert gkt.lora_config(model) is None and gkt.template_of(model) is None
@@ -69,6 +72,7 @@ def test_the_model_is_left_as_it_came(done):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_parts(done):
     model, _, _, traces, result = done
     assert len(result.plan.shapes) == 1
@@ -76,12 +80,14 @@ def test_one_program_serves_all_parts(done):
     assert compiled_programs(model) == 1, "one to ask base and tuned with"
 
 
+@pytest.mark.slow
 def test_the_plan_is_that_of_the_largest_rest(done):
     plan = done[-1].plan
     assert (plan.pairs, plan.epochs, plan.batch_size, plan.method) == (7, 12, 4, "full")
     assert plan.updates == 2 * 12 and plan.seed == 1 and plan.template == "custom"
 
 
+@pytest.mark.slow
 def test_told_in_words_and_as_data(done):
     result = done[-1]
     words = str(result)

@@ -83,6 +83,7 @@ def test_each_case_is_a_test(run, pytester, model):
     assert properties == {"kind": "success", "tags": "a"}
 
 
+@pytest.mark.slow
 def test_only_what_is_selected_is_asked_and_the_model_is_opened_once(run, pytester, monkeypatch):
     asked, opened = [], []
     evaluate, load = pytest_plugin.evaluate, pytest_plugin.load
@@ -98,6 +99,7 @@ def test_only_what_is_selected_is_asked_and_the_model_is_opened_once(run, pytest
     assert asked == [2, 1] and opened == [run.model]
 
 
+@pytest.mark.slow
 def test_other_files_are_left_alone(run, pytester):
     write(pytester, {"id": "x", "checks": [{"stops": True}]})
     pytester.makefile(".jsonl", pairs='{"input": "a", "output": "b"}')
@@ -116,6 +118,7 @@ def test_a_plan_that_is_none_is_an_error_of_collection(run, pytester):
     assert "Traceback" not in result.stdout.str()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_opened_ends_the_run(run, pytester):
     write(pytester, *({"id": i, "checks": [{"stops": True}]} for i in "ab"))
     result = run("--gemma-model", str(pytester.path / "nothing"), "plan.jsonl")
@@ -123,6 +126,7 @@ def test_a_model_that_cannot_be_opened_ends_the_run(run, pytester):
     assert "nothing" in result.stdout.str() + result.stderr.str()
 
 
+@pytest.mark.slow
 def test_safe_checks_need_a_policy(run, pytester):
     write(pytester, {"id": "a", "checks": [{"safe": True}]})
     result = run("--gemma-model", run.model, "plan.jsonl")
