@@ -22,9 +22,9 @@ def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
     model = testing.tiny_model("gemma3", num_layers=1)
     with pytest.raises(gkt.ExportError, match=r"float32\. Received: dtype='bfloat16'"):
         gkt.export(model, tmp_path / "x", format="litert", dtype="bfloat16", verbose=0, check=False)
-    with pytest.raises(gkt.ExportError, match="Gemma 1 is not written for LiteRT"):
+    with pytest.raises(gkt.ExportError, match="Gemma 2 is not written for LiteRT"):
         gkt.export(
-            testing.tiny_model("gemma"), tmp_path / "x", format="litert", verbose=0, check=False
+            testing.tiny_model("gemma2"), tmp_path / "x", format="litert", verbose=0, check=False
         )
     monkeypatch.setenv(litert.PYTHON_VARIABLE, str(tmp_path / "no-python"))
     with pytest.raises(gkt.ExportError, match="no-python cannot be run"):
@@ -50,7 +50,7 @@ def test_a_converter_that_fails_leaves_nothing(code, message, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_litert_lm_answers_as_the_model_in_memory(tmp_path, monkeypatch):
+def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
     if subprocess.run([PYTHON, "-c", PROBE], capture_output=True, check=False).returncode:
         pytest.skip("litert-torch or litert-lm-api is missing; LITERT_PYTHON names another Python")
     model = testing.tiny_model("gemma3", num_layers=7)
