@@ -199,3 +199,12 @@ def test_half_precision_is_read(folder):
     change(folder, halve)
     model = gkt.load(str(folder), dtype="float32")
     assert np.asarray(model.backbone.layer_norm.scale).dtype == np.float32
+
+
+def test_a_folder_with_tokenizer_json_alone(folder, sharded, tmp_path):
+    for made in (folder, pathlib.Path(shutil.copytree(sharded, tmp_path / "gemma3"))):
+        text = "part number  for <start_of_turn> 日本 12"
+        expected = np.asarray(gkt.load(str(made)).preprocessor.tokenizer(text))
+        (made / "tokenizer.model").unlink()
+        again = np.asarray(gkt.load(str(made)).preprocessor.tokenizer(text))
+        np.testing.assert_array_equal(again, expected)
