@@ -22,7 +22,7 @@ import keras_hub
 import platformdirs
 
 from gemma_keras_tune.errors import BackendError, LoadError, TemplateError
-from gemma_keras_tune.families import broken_weights, family_of, mark_origin
+from gemma_keras_tune.families import broken_weights, family_of, is_instruct, mark_origin
 from gemma_keras_tune.gguf_files import MAGIC, load_gguf
 from gemma_keras_tune.hugging_face_folders import (
     INDEX,
@@ -48,6 +48,7 @@ _CAUSAL_LMS = ("GemmaCausalLM", "Gemma3CausalLM", "Gemma3nCausalLM", "Gemma4Caus
 _BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backbone")
 _MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
+_TEXT_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _INSTRUCT = re.compile(r"(^|[-_./])(it|instruct)($|[-_./])", re.IGNORECASE)
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
 _BFLOAT16_CAPABILITY = 8.0
@@ -473,13 +474,17 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         # KerasHub takes every failure here for a missing file.
         config = _parsed(pathlib.Path(_download_config(scheme, rest)))
         _check_gemma(source, config)
-        model = keras_hub.models.CausalLM.from_preset(source, dtype=dtype)
+        if scheme == "hf" and config.get("model_type") in TEXT_MODEL_TYPES:
+            model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
+        else:
+            model = keras_hub.models.CausalLM.from_preset(source, dtype=dtype)
     except LoadError:
         raise
     except Exception as error:
         # Without the chain: what the hub's client says may hold credentials.
         raise _hub_error(source, rest, hub, error) from None
-    mark_origin(_checked(model), source, _handle_instruct(source, handle))
+    named = _handle_instruct(source, handle)
+    mark_origin(_checked(model), source, is_instruct(model) if named is None else named)
     return model
 
 
@@ -495,6 +500,11 @@ def _download_config(scheme: str, rest: str) -> str:
     if scheme == "hf":
         return client.hf_hub_download(repo_id=rest, filename="config.json")
     return client.model_download(rest, "config.json")
+
+
+def _download_folder(repository: str) -> str:
+    client = importlib.import_module("huggingface_hub")
+    return client.snapshot_download(repo_id=repository, allow_patterns=list(_TEXT_MODEL_FILES))
 
 
 def _hub_error(source: str, rest: str, hub: _Hub, error: Exception) -> LoadError:

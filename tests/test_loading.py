@@ -689,6 +689,28 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
     assert is_instruct(loaded) is True
 
 
+def test_a_text_model_of_hugging_face_is_read_as_a_folder(tmp_path, monkeypatch):
+    from gemma_keras_tune.exporting import export
+
+    folder = export(tiny_model("gemma4"), tmp_path / "m", verbose=0, check=False)
+    monkeypatch.setattr(loading, "_download_config", lambda *_: str(folder / "config.json"))
+    monkeypatch.setattr(loading, "_download_folder", lambda repository: str(folder))
+    loaded = load("hf://someone/tiny")
+    assert origin_of(loaded).source == "hf://someone/tiny"
+    assert is_instruct(loaded) is True  # it has a chat template
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors cannot be read" in error("hf://someone/tiny")
+
+
+def test_a_preset_whose_index_leads_out_of_its_folder(preset, tmp_path):
+    folder = copy_of(preset, tmp_path / "p")
+    (folder / "model.weights.h5").unlink()
+    index = {"weight_map": {"/layers/x/vars": ["../../secret.h5", "model_00000.weights.h5"]}}
+    (folder / "model.weights.json").write_text(json.dumps(index))
+    message = error(folder)
+    assert "leads out of its folder" in message and "../../secret.h5" in message
+
+
 # The package
 
 
