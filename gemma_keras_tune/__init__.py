@@ -81,7 +81,14 @@ from gemma_keras_tune.pipeline import make_dataset
 from gemma_keras_tune.planning import Plan
 from gemma_keras_tune.previewing import Preview, preview
 from gemma_keras_tune.streaming import stream
-from gemma_keras_tune.templates import Template, get_template, template_of
+from gemma_keras_tune.switching import (
+    active_adapter,
+    list_adapters,
+    remove_adapter,
+    set_adapter,
+    use_adapter,
+)
+from gemma_keras_tune.templates import Template, attach_template, get_template, template_of
 from gemma_keras_tune.training import TuningModel, make_optimizer
 from gemma_keras_tune.tuning import TuneResult, tune
 
@@ -131,6 +138,8 @@ __all__ = [
     "TestPlan",
     "TuneResult",
     "TuningModel",
+    "active_adapter",
+    "attach_template",
     "cross_validate",
     "enable_lora",
     "evaluate",
@@ -138,6 +147,7 @@ __all__ = [
     "generate",
     "generate_answers",
     "get_template",
+    "list_adapters",
     "load",
     "load_adapter",
     "lora_config",
@@ -148,12 +158,15 @@ __all__ = [
     "merge_lora",
     "preview",
     "read_pairs",
+    "remove_adapter",
     "remove_lora",
     "save_adapter",
     "save_preset",
+    "set_adapter",
     "split_pairs",
     "stream",
     "template_of",
     "token_cross_entropy",
     "tune",
+    "use_adapter",
 ]

@@ -15,17 +15,10 @@ import numpy as np
 from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.families import Linear, family_of, fingerprint, is_instruct, origin_of
-from gemma_keras_tune.lora import (
-    LoraConfig,
-    enable_lora,
-    get_factors,
-    lora_config,
-    lora_linears,
-    set_factors,
-)
+from gemma_keras_tune.lora import LoraConfig
 from gemma_keras_tune.receipts import record, write_receipt
+from gemma_keras_tune.switching import ACTIVE, DEFAULT, Active, adapter_factors, add_adapter
 from gemma_keras_tune.templates import (
-    attach_template,
     read_sidecar,
     read_template,
     template_of,
@@ -83,6 +76,7 @@ def save_adapter(
     model: keras.Model,
     path: str | os.PathLike[str],
     *,
+    name: str | Active = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
     check: bool = False,
@@ -96,6 +90,7 @@ def save_adapter(
     Args:
         model: A KerasHub Gemma with LoRA on.
         path: The folder to make.
+        name: One of `list_adapters(model)`; by default the one that is on.
         overwrite: Whether to replace an existing folder.
         prompts: What to record answers to; `None` takes a few general prompts.
         check: Whether to record answers, to which `verify` holds what was saved.
@@ -109,17 +104,11 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    config = lora_config(model)
-    if config is None:
-        raise AdapterError(
-            "There is no adapter to save: LoRA is not on this model.",
-            next_step="Tune with `method='lora'`, or save the whole model with `save_preset`.",
-        )
+    config, factors = adapter_factors(model, name)
     tensors = {}
-    for linear in lora_linears(model):
-        a, b, _ = get_factors(linear)
-        name = _PREFIX + linear.hugging_face
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+    for module, (a, b) in factors.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
     _check_finite(tensors)
     with new_folder(path, overwrite=overwrite) as folder:
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -131,19 +120,22 @@ def save_adapter(
     return pathlib.Path(path)
 
 
-def load_adapter(model: keras.Model, path: str | os.PathLike[str]) -> LoraConfig:
-    """Put an adapter in PEFT's layout on its base model.
+def load_adapter(
+    model: keras.Model, path: str | os.PathLike[str], *, name: str = DEFAULT
+) -> LoraConfig:
+    """Put an adapter in PEFT's layout on its base model, and switch to it.
 
-    Adapters saved by this library, PEFT, TRL, Unsloth and Axolotl share the layout. LoRA is
-    enabled at the adapter's rank, alpha and targets, or, where the very same LoRA is on already,
-    its factors are replaced. The template recorded with it is attached.
+    Adapters saved by this library, PEFT, TRL, Unsloth and Axolotl share the layout. Several may be
+    on one base, each under a name; `set_adapter`, `use_adapter` and `generate(adapter=…)` switch
+    between them. The template recorded with it is attached.
 
     Args:
         model: A KerasHub Gemma: the base the adapter was trained on.
         path: The adapter's folder.
+        name: What to call it. An adapter of that name is replaced.
 
     Returns:
-        The `LoraConfig` now in force.
+        The adapter's `LoraConfig`.
 
     Raises:
         AdapterError: A file is missing or broken, the adapter needs something this library cannot
@@ -160,27 +152,18 @@ def load_adapter(model: keras.Model, path: str | os.PathLike[str]) -> LoraConfig
     problems += [
         f"{name}: the adapter has no factors for it" for name in sorted(adapted - set(factors))
     ]
-    there = lora_config(model)
-    stabilized = bool(config.get("use_rslora", False))
-    alpha = float(config.get("lora_alpha", config["r"]))
-    if there is not None:
-        wanted = (int(config["r"]), alpha, tuple(targets), stabilized)
-        have = (there.rank, there.alpha, there.targets, there.rank_stabilized)
-        if wanted != have:
-            problems.append(f"other LoRA is on the model: {there}; remove it with `remove_lora`")
     if problems:
         raise AdapterError(f"The adapter in {folder} does not fit this model.", problems)
-    if there is None:
-        there = enable_lora(
-            model, int(config["r"]), alpha=alpha, targets=targets, rank_stabilized=stabilized,
-            verbose=0,
-        )  # fmt: skip
-    for name, (a, b) in factors.items():
-        set_factors(linears[name], a, b)
-    template = read_template(folder)
-    if template is not None:
-        attach_template(model, template)
-    return there
+    own = LoraConfig(
+        rank=int(config["r"]),
+        alpha=float(config.get("lora_alpha", config["r"])),
+        targets=tuple(targets),
+        rank_stabilized=bool(config.get("use_rslora", False)),
+        parameters=sum(a.size + b.size for a, b in factors.values()),
+        total_parameters=0,
+    )
+    add_adapter(model, name, own, factors, read_template(folder))
+    return adapter_factors(model, name)[0]
 
 
 def write_record(model: keras.Model, folder: pathlib.Path) -> None:

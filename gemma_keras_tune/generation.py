@@ -33,6 +33,7 @@ from gemma_keras_tune.families import Head, family_of
 from gemma_keras_tune.lora import lora_config, lora_linears
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
+from gemma_keras_tune.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.templates import Template, TemplateSpec, get_template
 
 SHORT_CHUNK = 32
@@ -69,6 +70,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = 8,
     strip: bool = True,
+    adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
 ) -> str | list[str]:
     """Answer prompts with the template the model was tuned with.
@@ -82,6 +84,8 @@ def generate(
         seed: Makes a random sampler repeat itself, for the same prompts and `batch_size`.
         batch_size: Rows that run at once.
         strip: Whether white space around an answer is left out.
+        adapter: One of `list_adapters(model)` to answer with; `None` answers as the base, bit for
+            bit. Left out, it is the adapter that is on.
         template: Anything `get_template` takes. `"auto"` is the one the model was tuned with, or
             its generation's.
 
@@ -91,6 +95,7 @@ def generate(
 
     Raises:
         TemplateError: A prompt is no conversation, or the template does not fit the model.
+        AdapterError: There is no such adapter.
     """
     answers = generate_answers(
         model,
@@ -99,6 +104,7 @@ def generate(
         sampler=sampler,
         seed=seed,
         batch_size=batch_size,
+        adapter=adapter,
         template=template,
     )
     texts = [answer.text.strip() if strip else answer.text for answer in answers]
@@ -113,6 +119,7 @@ def generate_answers(
     sampler: str | keras_hub.samplers.Sampler = "greedy",
     seed: int | None = None,
     batch_size: int = 8,
+    adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -125,6 +132,7 @@ def generate_answers(
         sampler: As for `generate`.
         seed: As for `generate`.
         batch_size: As for `generate`.
+        adapter: As for `generate`.
         template: As for `generate`.
         progress: Called after every batch with the number of prompts answered in it.
 
@@ -134,19 +142,19 @@ def generate_answers(
     Raises:
         TemplateError: As for `generate`.
     """
-    resolved = get_template(template, model)
     tokenizer = tokenizer_of(model)
-    rows = encode_prompts(prompts, resolved, tokenizer)
-    written = generate_ids(
-        model,
-        rows,
-        stop_token_ids=resolved.stop_token_ids(tokenizer),
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    with use_adapter(model, adapter):
+        resolved = get_template(template, model)
+        written = generate_ids(
+            model,
+            encode_prompts(prompts, resolved, tokenizer),
+            stop_token_ids=resolved.stop_token_ids(tokenizer),
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
     return [Answer(str(tokenizer.detokenize(i)), i, s) for i, s in written]
 
 

@@ -178,16 +178,26 @@ def lora_disabled(model: keras.Model) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    switched = [linear.layer for linear in lora_linears(model) if linear.layer.lora_enabled]
-    for layer in switched:
-        layer.lora_enabled = False
-    _forget_compiled(model)
+    was_on = lora_active(model)
+    switch_lora(model, on=False)
     try:
         yield
     finally:
-        for layer in switched:
-            layer.lora_enabled = True
-        _forget_compiled(model)
+        switch_lora(model, on=was_on)
+
+
+def switch_lora(model: keras.Model, *, on: bool) -> None:
+    """Switch LoRA on or off on every layer that carries it.
+
+    Args:
+        model: A model; without LoRA nothing happens.
+        on: Whether it shall be on.
+    """
+    if on == lora_active(model):
+        return
+    for linear in lora_linears(model):
+        linear.layer.lora_enabled = on
+    _forget_compiled(model)
 
 
 def remove_lora(model: keras.Model) -> None:

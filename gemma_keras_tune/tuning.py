@@ -12,7 +12,7 @@ import numpy as np
 from gemma_keras_tune._pictures import history_figure
 from gemma_keras_tune.errors import LoraError, PlanError
 from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import Targets, enable_lora, lora_config
+from gemma_keras_tune.lora import Targets, enable_lora, lora_active, lora_config
 from gemma_keras_tune.pairs import PairChecks, PairSource, read_pairs, split_pairs
 from gemma_keras_tune.pipeline import (
     Batcher,
@@ -338,6 +338,11 @@ def _prepare_weights(
             model, plan.rank, alpha=plan.alpha, targets=targets, rank_stabilized=rank_stabilized,
             seed=plan.seed, verbose=verbose,
         )  # fmt: skip
+    elif not lora_active(model):
+        raise LoraError(
+            "The adapter of this model is switched off, so nothing would be trained.",
+            next_step="Call `set_adapter(model, name)` to go on with one, or `remove_lora(model)`.",
+        )
     elif there.rank != plan.rank and verbose:
         print(f"Going on with the LoRA that is on this model: {there}")
 

@@ -1,0 +1,179 @@
+"""Several adapters on one base: each answers as it does alone, and nothing compiles again."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gemma_keras_tune as gkt
+from gemma_keras_tune.generation import compiled_programs
+from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.testing import tiny_model, tiny_pairs
+
+PROMPT = "Say something."
+
+
+def fresh() -> Any:
+    return tiny_model("gemma3", num_layers=2)
+
+
+def ask(model: Any, **options: Any) -> np.ndarray:
+    answer = gkt.generate_answers(model, PROMPT, max_new_tokens=12, **options)[0]
+    return answer.ids
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """Three adapters: two of one shape, one wider, on fewer layers and of another scale."""
+    root = tmp_path_factory.mktemp("adapters")
+    made = {}
+    for seed, (name, options) in enumerate(
+        {
+            "one": dict(rank=2),
+            "two": dict(rank=2),
+            "wide": dict(rank=3, alpha=12.0, targets=["q_proj", "v_proj"]),
+        }.items()
+    ):
+        model = fresh()
+        gkt.enable_lora(model, verbose=0, **options)  # type: ignore[arg-type]
+        random = np.random.default_rng(seed)
+        for linear in lora_linears(model):
+            a, b, _ = get_factors(linear)
+            set_factors(linear, a, random.normal(0, 0.6, b.shape).astype("float32"))
+        gkt.attach_template(model, gkt.get_template("{input} " + name + "\n{output}", model))
+        made[name] = gkt.save_adapter(model, root / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, pathlib.Path]) -> dict[str | None, np.ndarray]:
+    """What each answers by itself, and the base."""
+    found: dict[str | None, np.ndarray] = {None: ask(fresh())}
+    for name, folder in folders.items():
+        model = fresh()
+        gkt.load_adapter(model, folder)
+        found[name] = ask(model)
+    assert len({tuple(ids) for ids in found.values()}) == 4
+    return found
+
+
+@pytest.fixture
+def model(folders: dict[str, pathlib.Path]) -> Any:
+    model = fresh()
+    for name, folder in folders.items():
+        gkt.load_adapter(model, folder, name=name)
+    return model
+
+
+def test_each_answers_as_it_does_alone(model: Any, alone: dict[str | None, np.ndarray]) -> None:
+    assert (
+        gkt.list_adapters(model) == ("one", "two", "wide") and gkt.active_adapter(model) == "wide"
+    )
+    for name in ("one", None, "two", "wide", None, "one"):
+        np.testing.assert_array_equal(ask(model, adapter=name), alone[name])
+    assert gkt.active_adapter(model) == "wide"
+    np.testing.assert_array_equal(ask(model), alone["wide"])
+
+
+def test_switching_compiles_nothing(model: Any) -> None:
+    ask(model)
+    made = compiled_programs(model)
+    for name in ("one", "two", None, "wide"):
+        ask(model, adapter=name)
+    assert compiled_programs(model) == made
+
+
+@pytest.mark.slow
+def test_base_is_untouched_bit_for_bit(model: Any) -> None:
+    ids = np.arange(5, 25).reshape(2, 10)
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    expected = np.asarray(fresh().backbone(inputs))
+    with gkt.use_adapter(model, None):
+        np.testing.assert_array_equal(np.asarray(model.backbone(inputs)), expected)
+    assert not (np.asarray(model.backbone(inputs)) == expected).all()
+
+
+def test_scale_is_the_strength(model: Any) -> None:
+    kernels = {}
+    for scale in (1.0, 0.5, 0.0):
+        with gkt.use_adapter(model, "one", scale=scale):
+            kernels[scale] = np.asarray(lora_linears(model)[0].layer.kernel)
+    middle = (kernels[1.0] + kernels[0.0]) / 2
+    np.testing.assert_allclose(kernels[0.5], middle, atol=1e-6)
+    assert np.abs(kernels[1.0] - kernels[0.0]).max() > 0.01
+    with pytest.raises(gkt.AdapterError, match="finite"):
+        gkt.set_adapter(model, "one", scale=float("nan"))
+
+
+def test_saved_again_it_is_what_it_was(
+    model: Any, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    for name, folder in folders.items():
+        again = gkt.save_adapter(model, tmp_path / name, name=name)
+        for file in ("adapter_config.json",):
+            assert (again / file).read_text() == (folder / file).read_text()
+        before, after = (load_file(f / "adapter_model.safetensors") for f in (folder, again))
+        assert set(before) == set(after)
+        for key, value in before.items():
+            np.testing.assert_allclose(after[key], value, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_removed_is_gone(model: Any, alone: dict[str | None, np.ndarray]) -> None:
+    gkt.remove_adapter(model, "wide")
+    assert gkt.list_adapters(model) == ("one", "two") and gkt.active_adapter(model) is None
+    np.testing.assert_array_equal(ask(model), alone[None])
+    gkt.set_adapter(model, "two")
+    np.testing.assert_array_equal(ask(model), alone["two"])
+    gkt.remove_adapter(model, "one")
+    np.testing.assert_array_equal(ask(model), alone["two"])
+    gkt.remove_adapter(model, "two")
+    assert gkt.list_adapters(model) == () and gkt.lora_config(model) is None
+    np.testing.assert_array_equal(ask(model), alone[None])
+
+
+@pytest.mark.slow
+def test_unknown_names_are_refused(model: Any) -> None:
+    for call in (gkt.set_adapter, gkt.remove_adapter):
+        with pytest.raises(gkt.AdapterError, match="one, two, wide"):
+            call(model, "three")
+    with pytest.raises(gkt.AdapterError, match="'three'"):
+        gkt.generate(model, PROMPT, adapter="three")
+    with pytest.raises(gkt.AdapterError, match="none"):
+        gkt.generate(fresh(), PROMPT, adapter="one")
+    assert gkt.active_adapter(model) == "wide"
+    assert gkt.generate(fresh(), PROMPT, adapter=None, max_new_tokens=2) is not None
+
+
+def test_lora_tuned_in_memory_is_not_lost(folders: dict[str, pathlib.Path]) -> None:
+    model = fresh()
+    gkt.enable_lora(model, 4, verbose=0)
+    with pytest.raises(gkt.AdapterError, match="under another `name`"):
+        gkt.load_adapter(model, folders["one"])
+    gkt.load_adapter(model, folders["one"], name="one")
+    assert gkt.list_adapters(model) == ("default", "one")
+    config = gkt.lora_config(model)
+    assert config is not None and config.rank == 4
+
+
+@pytest.mark.slow
+def test_what_was_trained_on_is_kept(
+    model: Any, alone: dict[str | None, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    gkt.set_adapter(model, "two")
+    gkt.tune(model, tiny_pairs(8), epochs=2, learning_rate=1e-2, template="{input}\n{output}",
+             verbose=0)  # fmt: skip
+    trained = ask(model)
+    np.testing.assert_array_equal(ask(model, adapter="one"), alone["one"])
+    np.testing.assert_array_equal(ask(model, adapter="two"), trained)
+    np.testing.assert_array_equal(ask(model, adapter=None), alone[None])
+    gkt.save_adapter(model, tmp_path / "trained", name="two")
+    again = fresh()
+    gkt.load_adapter(again, tmp_path / "trained")
+    np.testing.assert_array_equal(ask(again), trained)
+    gkt.set_adapter(model, None)
+    with pytest.raises(gkt.LoraError, match="set_adapter"):
+        gkt.tune(model, tiny_pairs(8), verbose=0)
