@@ -92,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quiet", action="store_true")
     export.set_defaults(run=_export)
 
+    verify = commands.add_parser(
+        "verify", help="hold an export against its receipt; exit code 1 if it fails"
+    )
+    verify.add_argument("path", help="what `export`, `save_preset` or `save_adapter` wrote")
+    verify.add_argument("--base", metavar="MODEL", help="for an adapter, what it belongs on")
+    verify.add_argument("--no-run", action="store_true", help="compare the files alone")
+    verify.set_defaults(run=_verify)
+
     test = commands.add_parser("test", help="put a test plan to a model; exit code 1 if it fails")
     test.add_argument("model", help=_MODEL)
     test.add_argument("plan", help="test plan: .jsonl, .csv, .yaml")
@@ -172,6 +180,14 @@ def _export(options: argparse.Namespace) -> None:
     names = ("format", "dtype", "quantization", "shard_size", "overwrite")
     settings = {name: getattr(options, name) for name in names}
     print(gkt.export(model, options.path, verbose=int(not options.quiet), **settings))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from gemma_keras_tune.exporting.verifying import verify
+
+    verdict = verify(options.path, base=options.base, run=not options.no_run)
+    print(verdict)
+    verdict.raise_if_failed()
 
 
 def _test(options: argparse.Namespace) -> None:

@@ -220,21 +220,42 @@ def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Re
         )
     template = get_template("auto", model)
     tokenizer: Any = model.preprocessor.tokenizer
-    encoder = Encoder(tokenizer)
     texts = [_rendered(template, prompt) for prompt in asked]
+    return answer_texts(model, texts, template.stop_token_ids(tokenizer))
+
+
+def answer_texts(
+    model: Any, texts: Sequence[str], stop_token_ids: Iterable[int], *, top: int = TOP
+) -> tuple[Recording, ...]:
+    """Let the model in memory continue texts, its LoRA on.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` with its preprocessor.
+        texts: Prompts through their template.
+        stop_token_ids: Ids at which an answer ends.
+        top: How many logits to keep.
+
+    Returns:
+        One `Recording` a text.
+    """
+    tokenizer = model.preprocessor.tokenizer
+    encoder = Encoder(tokenizer)
     rows = [encoder.encode([Segment(text, False)])[0] for text in texts]
-    stops = template.stop_token_ids(tokenizer)
     with _lora_on(model):
         answers = generate_ids(
-            model, rows, stop_token_ids=stops, max_new_tokens=MAX_NEW_TOKENS, batch_size=_BATCH
+            model,
+            rows,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=_BATCH,
         )
-        # The stop token that was chosen is not told; its margin is that to the second best.
         wholes = [np.concatenate([row, ids]) for row, (ids, _) in zip(rows, answers, strict=True)]
+        # Where each token of the answer was chosen, and the stop token if one was.
         places = [
-            np.arange(len(row) - 1, len(row) + len(ids) - (not stopped))
-            for row, (ids, stopped) in zip(rows, answers, strict=True)
+            np.arange(len(row) - 1, len(whole) - (not stopped))
+            for row, whole, (_, stopped) in zip(rows, wholes, answers, strict=True)
         ]
-        best = _best_logits(model, wholes, places)
+        best = _best_logits(model, wholes, places, top)
     return tuple(
         Recording(
             text=text,
@@ -258,12 +279,12 @@ def _rendered(template: Template, prompt: str) -> str:
 
 
 def _best_logits(
-    model: Any, rows: Sequence[np.ndarray], places: Sequence[np.ndarray]
+    model: Any, rows: Sequence[np.ndarray], places: Sequence[np.ndarray], top: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The largest logits of each row at some of its places: ids and logits, `[places, TOP]`."""
+    """The largest logits of each row at some of its places: ids and logits, `[places, top]`."""
     import jax
 
-    program = jax.jit(_program(model))
+    program = jax.jit(_program(model, top))
     backbone = model.backbone
     trainable = [v.value for v in backbone.trainable_variables]
     fixed = [v.value for v in backbone.non_trainable_variables]
@@ -285,7 +306,7 @@ def _best_logits(
     return found
 
 
-def _program(model: Any) -> Any:
+def _program(model: Any, top: int) -> Any:
     backbone = model.backbone
     variables = [*backbone.trainable_variables, *backbone.non_trainable_variables]
     cap = family_of(model).head(model).soft_cap
@@ -299,7 +320,7 @@ def _program(model: Any) -> Any:
             logits = ops.cast(_reversed(model, chosen), "float32")
         if cap is not None and family_of(model).name == "gemma3n":
             logits = ops.tanh(logits / cap) * cap
-        return ops.top_k(logits, TOP)
+        return ops.top_k(logits, top)
 
     return best
 

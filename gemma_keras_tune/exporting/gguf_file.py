@@ -463,14 +463,22 @@ class LlamaCpp:
         Returns:
             `[len(ids), vocabulary]` float32.
         """
-        rows = np.full((len(ids), self.vocabulary), -np.inf, np.float32)
-        for row in range(len(ids)):
-            answer = self._complete(
-                ids[: row + 1], 1, n_probs=self.vocabulary, logit_bias=[[self.letter, _FORCE]]
-            )
-            for found in answer["completion_probabilities"][0]["top_logprobs"]:
-                rows[row, found["id"]] = found["logprob"]
-        return rows
+        return np.stack([self.next_logits(ids[: end + 1]) for end in range(len(ids))])
+
+    def next_logits(self, ids: list[int]) -> np.ndarray:
+        """Log-probabilities after the last token alone.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            `[vocabulary]` float32.
+        """
+        row = np.full(self.vocabulary, -np.inf, np.float32)
+        answer = self._complete(ids, 1, n_probs=self.vocabulary, logit_bias=[[self.letter, _FORCE]])
+        for found in answer["completion_probabilities"][0]["top_logprobs"]:
+            row[found["id"]] = found["logprob"]
+        return row
 
     def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
         """Continue greedily until llama.cpp itself stops.

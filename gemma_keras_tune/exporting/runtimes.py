@@ -1,0 +1,206 @@
+"""What each format's own runtime answers to the prompts of a receipt."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import keras
+import numpy as np
+
+from gemma_keras_tune.adapters import load_adapter
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting import gguf_file
+from gemma_keras_tune.loading import load
+from gemma_keras_tune.lora import lora_config, remove_lora
+from gemma_keras_tune.receipts import MAX_NEW_TOKENS, Receipt, answer_texts
+from gemma_keras_tune.templates import attach_template, template_of
+
+_WORKER = pathlib.Path(__file__).with_name("_foreign.py")
+_TIMEOUT = 3600
+# Among so many of the most probable tokens the recorded ones are looked for.
+_LOOKED_AT = 64
+
+Base: TypeAlias = "keras.Model | str | os.PathLike[str] | None"
+
+
+class Runtime(Protocol):
+    """A model opened by a program that is not this library."""
+
+    name: str
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids, special tokens parsed, `<bos>` as the runtime itself adds it."""
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """`[len(ids), vocabulary]` float32, but for one constant in each row."""
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
+        """The greedy continuation, ended as the runtime itself ends it, without stop token."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class NotRunError(Exception):
+    """The runtime cannot be asked here, and why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answered:
+    """What a runtime made of one prompt.
+
+    Attributes:
+        ids: The prompt's token ids.
+        answer_ids: The greedy answer's.
+        logits: Of the tokens the receipt names, as the answer's first; but for one constant. NaN
+            for a token far from the most probable. `None` where the runtime does not tell.
+    """
+
+    ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    logits: tuple[float, ...] | None
+
+
+Asked = tuple[str, list[Answered]]
+
+
+def ask(path: pathlib.Path, receipt: Receipt, *, base: Base = None) -> Asked:
+    """Let an export's own runtime answer the prompts of its receipt.
+
+    Args:
+        path: The export.
+        receipt: Its receipt.
+        base: For an adapter, what it belongs on.
+
+    Returns:
+        The runtime's name, and an `Answered` for each recording.
+
+    Raises:
+        NotRunError: The runtime is not there.
+        ExportError: The runtime fails on the export.
+    """
+    if receipt.format not in _RUNTIMES:
+        raise NotRunError(f"no runtime is known for {receipt.format!r}")
+    return _RUNTIMES[receipt.format](path, receipt, base)
+
+
+def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
+    def run(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
+        del base
+        with tempfile.TemporaryDirectory() as folder:
+            request, answer = (pathlib.Path(folder, name) for name in ("asked", "answer"))
+            request.write_text(json.dumps(_request(path, receipt)), encoding="utf-8")
+            done = subprocess.run(
+                [sys.executable, "-P", str(_WORKER), runtime, str(request), str(answer)],
+                # A device this process holds is not there for another.
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=_TIMEOUT,
+                check=False,
+            )
+            if done.returncode:
+                words = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
+                code = f"it ended with exit code {done.returncode}"
+                raise ExportError(f"{runtime} cannot open {path}.", words or [code])
+            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        if "missing" in found:
+            raise NotRunError(f"{runtime} is not installed: {found['missing']}")
+        return found["runtime"], [
+            Answered(
+                tuple(one["ids"]),
+                tuple(one["answer_ids"]),
+                None if one["logits"] is None else tuple(one["logits"]),
+            )
+            for one in found["answers"]
+        ]
+
+    return run
+
+
+def _request(path: pathlib.Path, receipt: Receipt) -> Mapping[str, Any]:
+    return {
+        "path": str(path.absolute()),
+        "stop_token_ids": receipt.stop_token_ids,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "prompts": [
+            {"text": one.text, "ids": one.ids, "top_ids": one.top_ids} for one in receipt.recordings
+        ],
+    }
+
+
+def _llama_cpp(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
+    options: dict[str, Any] = {}
+    if receipt.format == "gguf_adapter":
+        if not isinstance(base, (str, os.PathLike)):
+            raise NotRunError("pass the GGUF file of its base as `base`")
+        path, options["adapter"] = pathlib.Path(base), _adapter_file(path)
+    longest = max(len(one.ids) for one in receipt.recordings) + MAX_NEW_TOKENS
+    try:
+        runtime = gguf_file.open_runtime(path, context_length=max(512, 2 * longest), **options)
+    except ModuleNotFoundError as error:
+        raise NotRunError(str(error)) from error
+    try:
+        answers = []
+        for one in receipt.recordings:
+            ids = list(one.ids)
+            logits = runtime.next_logits(ids)
+            known = [int(i) for i in one.top_ids if i < len(logits)]
+            answers.append(
+                Answered(
+                    tuple(runtime.tokenize(one.text)),
+                    tuple(runtime.generate(ids, MAX_NEW_TOKENS)),
+                    tuple(float(logits[i]) for i in known),
+                )
+            )
+    finally:
+        runtime.close()
+    return runtime.name, answers
+
+
+def _adapter_file(path: pathlib.Path) -> pathlib.Path:
+    return path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))))
+
+
+def _this_library(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
+    if base is None:
+        raise NotRunError("pass the model it belongs on as `base`")
+    model = base if isinstance(base, keras.Model) else load(base)
+    if lora_config(model) is not None:
+        raise ExportError(
+            "The base has LoRA on it.", next_step="Pass another, or take it off: `remove_lora`."
+        )
+    template = template_of(model)
+    try:
+        load_adapter(model, path)
+        texts = [one.text for one in receipt.recordings]
+        found = answer_texts(model, texts, receipt.stop_token_ids, top=_LOOKED_AT)
+    finally:
+        if lora_config(model) is not None:
+            remove_lora(model)
+        attach_template(model, template)
+    answers = []
+    for one, other in zip(receipt.recordings, found, strict=True):
+        by_id = dict(zip(other.top_ids, other.top_logits, strict=True))
+        logits = tuple(by_id.get(i, float("nan")) for i in one.top_ids)
+        answers.append(Answered(other.ids, other.answer_ids, logits))
+    version = importlib.metadata.version("gemma-keras-tune")
+    return f"gemma_keras_tune {version}", answers
+
+
+_RUNTIMES: Mapping[str, Callable[[pathlib.Path, Receipt, Base], Asked]] = {
+    "keras": _foreign("keras_hub"),
+    "safetensors": _foreign("transformers"),
+    "gguf": _llama_cpp,
+    "gguf_adapter": _llama_cpp,
+    "ollama": _llama_cpp,
+    "adapter": _this_library,
+}

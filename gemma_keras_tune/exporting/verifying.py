@@ -1,0 +1,224 @@
+"""Whether an export still is what was written, and answers as the model in memory did."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+
+from gemma_keras_tune.errors import ExportError, GemmaTuneError
+from gemma_keras_tune.exporting.runtimes import Answered, Base, NotRunError, ask
+from gemma_keras_tune.receipts import (
+    FILE_NAME,
+    FileRecord,
+    Receipt,
+    Recording,
+    read_receipt,
+    sha256,
+)
+
+# How far a logit may lie from the recorded one, by what the weights are stored or computed in.
+TOLERANCES = {
+    "float32": 1e-3,
+    "float16": 0.05,
+    "bfloat16": 0.5,
+    "Q8_0": 0.5,
+    "Q4_0": 5.0,
+}
+_OTHER = 0.5
+# llama.cpp computes some functions in float16, whatever the weights are stored in.
+_LLAMA_CPP = ("gguf", "gguf_adapter", "ollama")
+# What people lay beside weights; no runtime reads it.
+_HARMLESS = (".md", ".txt", ".png", ".jpg", ".html", ".pdf", ".log")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `verify` found.
+
+    Attributes:
+        path: The export.
+        format: Its format.
+        problems: What is wrong, one line each.
+        checks: What was looked at and found right.
+        skipped: What was not looked at, and why.
+    """
+
+    path: pathlib.Path
+    format: str
+    problems: tuple[str, ...]
+    checks: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong. What was not looked at stands in `skipped`."""
+        return not self.problems
+
+    def raise_if_failed(self) -> None:
+        """Raise `ExportError` with all problems, if there are any."""
+        if self.problems:
+            raise ExportError(
+                f"{self.path} is not what was written.",
+                self.problems,
+                "Export it again, or copy it again from where it was whole.",
+            )
+
+    def __str__(self) -> str:
+        lines = [f"{self.path} ({self.format}): {'passed' if self.passed else 'FAILED'}"]
+        lines += [f"  wrong: {text}" for text in self.problems]
+        lines += [f"  right: {text}" for text in self.checks]
+        lines += [f"  not run: {text}" for text in self.skipped]
+        return "\n".join(lines)
+
+
+def verify(path: str | os.PathLike[str], *, base: Base = None, run: bool = True) -> Verdict:
+    """Hold an export against its receipt.
+
+    Every file's size and hash are compared. Then the export is opened in its own runtime, which
+    answers the recorded prompts: the token ids must be the same, the logits of the most probable
+    tokens within the tolerance of the dtype, and the greedy answers the same, but where two tokens
+    were as near to each other as the tolerance. A runtime that is not installed is named in
+    `skipped`. Files that changed are not opened.
+
+    Args:
+        path: What `export`, `save_preset` or `save_adapter` wrote.
+        base: For an adapter, the model it belongs on, or what `load` takes; for a GGUF adapter,
+            the base's GGUF file. Without it an adapter's files are compared alone.
+        run: Whether to open the export in its runtime.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        ExportError: There is no receipt, or it is none of this library.
+    """
+    target = pathlib.Path(path)
+    receipt = read_receipt(target)
+    problems = list(_file_problems(target, receipt))
+    checks, skipped = [], []
+    if not problems:
+        size = sum(file.bytes for file in receipt.files)
+        checks.append(f"{len(receipt.files)} files, {size:,} bytes: as they were written")
+    if not run:
+        skipped.append("the export was not opened: `run=False`")
+    elif problems:
+        skipped.append("the export was not opened: its files are not those that were written")
+    elif not receipt.recordings:
+        skipped.append("the export was not opened: no answers were recorded (`check=False`)")
+    else:
+        try:
+            name, answers = ask(target, receipt, base=base)
+            wrong, right = _compare(receipt, name, answers)
+            problems += wrong
+            checks += right
+        except NotRunError as reason:
+            skipped.append(f"the export was not opened: {reason}")
+        except GemmaTuneError as error:
+            problems += [error.headline, *error.problems]
+    return Verdict(target, receipt.format, tuple(problems), tuple(checks), tuple(skipped))
+
+
+# The files.
+
+
+def _file_problems(target: pathlib.Path, receipt: Receipt) -> Iterator[str]:
+    folder = target if target.is_dir() else target.parent
+    for file in receipt.files:
+        problem = _problem(folder, file)
+        if problem:
+            yield f"{file.path}: {problem}"
+    names = {file.path for file in receipt.files}
+    if not target.is_dir():
+        if names != {target.name}:
+            yield f"{target.name}: the receipt is that of {', '.join(sorted(names))}"
+        return
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        known = name in names or name == FILE_NAME or path.suffix.lower() in _HARMLESS
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not known and not hidden and not path.is_dir():
+            yield f"{name}: it was not there when the export was written"
+
+
+def _problem(folder: pathlib.Path, file: FileRecord) -> str | None:
+    path = folder / file.path
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return "it lies outside the folder"
+        if not path.is_file():
+            return "it is missing"
+        size = path.stat().st_size
+        if size != file.bytes:
+            return f"{size:,} bytes, {file.bytes:,} were written"
+        if sha256(path) != file.sha256:
+            return "its content changed"
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+# The answers.
+
+
+def tolerance_of(receipt: Receipt) -> float:
+    """How far logits may lie from the recorded ones: the coarsest of storing and computing."""
+    names = [receipt.compute_dtype, receipt.quantization or receipt.dtype]
+    if receipt.format in _LLAMA_CPP:
+        names.append("float16")
+    return max(TOLERANCES.get(name, _OTHER) for name in names)
+
+
+def _compare(receipt: Receipt, name: str, answers: list[Answered]) -> tuple[list[str], list[str]]:
+    allowed = tolerance_of(receipt)
+    problems, same, worst = [], 0, 0.0
+    for number, (one, found) in enumerate(zip(receipt.recordings, answers, strict=True), 1):
+        where = f"prompt {number} ({one.text[:40]!r}) in {name}"
+        if found.ids != one.ids:
+            problems.append(f"{where}: {_difference('token ids', one.ids, found.ids)}")
+        distance = 0.0 if found.logits is None else _distance(one, found.logits)
+        worst = max(worst, distance)
+        if not distance <= allowed:
+            problems.append(f"{where}: logits differ by {distance:.2g}, allowed is {allowed:g}")
+        same += found.answer_ids == one.answer_ids
+        if not _near(one, found.answer_ids, allowed):
+            text = _difference("the answer's token ids", one.answer_ids, found.answer_ids)
+            problems.append(f"{where}: {text}")
+    count = len(receipt.recordings)
+    if problems:
+        return problems, []
+    right = [
+        f"{name}: token ids of {count} prompts are the same",
+        f"{name}: {same} of {count} answers are the same",
+    ]
+    if answers[0].logits is not None:
+        right.append(f"{name}: logits differ by {worst:.2g} at most, allowed is {allowed:g}")
+    return [], right
+
+
+def _difference(what: str, recorded: tuple[int, ...], found: tuple[int, ...]) -> str:
+    place = _first_difference(recorded, found)
+    shown = [str(list(ids[place : place + 4]))[1:-1] or "nothing" for ids in (recorded, found)]
+    return f"{what} differ from token {place + 1} on: {shown[0]} recorded, {shown[1]} found"
+
+
+def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _near(one: Recording, found: tuple[int, ...], allowed: float) -> bool:
+    """Whether an answer is the recorded one, or leaves it where two tokens were as good."""
+    if found == one.answer_ids:
+        return True
+    place = _first_difference(one.answer_ids, found)
+    return place < len(one.margins) and one.margins[place] <= 2 * allowed
+
+
+def _distance(one: Recording, found: tuple[float, ...]) -> float:
+    """The largest difference of logits, but for a constant: llama.cpp tells log-probabilities."""
+    if len(found) != len(one.top_logits):
+        return math.inf
+    pairs = zip(one.top_logits, found, strict=True)
+    differences = [(a - one.top_logits[0]) - (b - found[0]) for a, b in pairs]
+    return math.inf if any(map(math.isnan, differences)) else max(map(abs, differences))
