@@ -57,6 +57,7 @@ from gemma_keras_tune.evaluation import (
     measure_retention,
 )
 from gemma_keras_tune.exporting import export
+from gemma_keras_tune.exporting.verifying import Verdict, verify
 from gemma_keras_tune.generation import Answer, generate, generate_answers
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import (
@@ -138,6 +139,7 @@ __all__ = [
     "TestPlan",
     "TuneResult",
     "TuningModel",
+    "Verdict",
     "active_adapter",
     "attach_template",
     "cross_validate",
@@ -169,4 +171,5 @@ __all__ = [
     "token_cross_entropy",
     "tune",
     "use_adapter",
+    "verify",
 ]
