@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -8,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 
 from gemma_keras_tune.errors import ExportError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -23,7 +26,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
         A new, empty folder beside it.
 
     Raises:
-        ExportError: The name is taken.
+        ExportError: The name is taken, or the disk is full.
     """
     target = pathlib.Path(path)
     if target.exists() and not (overwrite and target.is_dir()):
@@ -37,7 +40,8 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     )
     try:
         os.chmod(part, 0o755)
-        yield part
+        with explained(target):
+            yield part
         old = part.with_suffix(".old")
         if target.exists():
             target.rename(old)
@@ -51,3 +55,39 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained(target: pathlib.Path) -> Iterator[None]:
+    """Say in plain words that the disk is full, whichever library ran into it.
+
+    Args:
+        target: What is being written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ExportError: The disk is full, or a file larger than is allowed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise ExportError(
+            f"{target} could not be written: the disk is full.",
+            [str(error)],
+            "Free some space, or choose a place with more. Nothing new was left behind.",
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one it came from, says so: HDF5 and safetensors do in words alone."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(os.strerror(number) in str(error) for number in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

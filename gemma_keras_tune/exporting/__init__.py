@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from gemma_keras_tune._files import new_folder
+from gemma_keras_tune._files import explained, new_folder
 from gemma_keras_tune.adapters import write_record
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import stored_dtype
@@ -154,6 +154,7 @@ def _write_file(
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
+        explained(target),
         tempfile.TemporaryDirectory(
             prefix=f".{target.name}.", suffix=".part", dir=target.parent
         ) as folder,

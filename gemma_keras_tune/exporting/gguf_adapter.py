@@ -19,6 +19,7 @@ from gemma_keras_tune.exporting.gguf_file import (
     Progress,
     encode,
     open_runtime,
+    put,
     supported_family,
 )
 from gemma_keras_tune.lora import get_factors, lora_linears
@@ -78,7 +79,9 @@ def write(
             progress(linear.gguf, done, len(linears))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for info in writer.tensors[0].values():
+            put(writer, info.tensor)
     finally:
         writer.close()
 

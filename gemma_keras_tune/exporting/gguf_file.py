@@ -381,10 +381,25 @@ def _write_tensors(
         matrix = np.asarray(weight.to_matrix(value), np.float32)
         if weight.gguf_offset:
             matrix = matrix + weight.gguf_offset
-        writer.write_tensor_data(encode(weight.gguf, matrix, kinds))
+        put(writer, encode(weight.gguf, matrix, kinds))
         progress(weight.gguf, done, total)
     if waiting:
         raise ExportError("Weights are missing; this is a fault of the library.", waiting)
+
+
+def put(writer: gguf.GGUFWriter, tensor: np.ndarray) -> None:
+    """Write the next tensor's bytes.
+
+    The writer's own way is NumPy's `tofile`, which loses the end without a word on a full disk.
+
+    Args:
+        writer: A writer whose header is written.
+        tensor: From `encode`.
+    """
+    [file] = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(np.ascontiguousarray(tensor).data.cast("B"))
+    writer.write_padding(file, tensor.nbytes)
 
 
 def encode(
