@@ -94,6 +94,7 @@ def refused(folder, model):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_mismatch_is_listed_and_nothing_changes(tmp_path):
     folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
     message = refused(folder, testing.tiny_model("gemma3", seed=1))

@@ -14,6 +14,7 @@ def preset(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_export_writes_what_its_name_says(preset, tmp_path, capsys):
     assert main(["export", preset, str(tmp_path / "m.gguf"), "--quiet"]) == 0
     assert (tmp_path / "m.gguf").is_file()
@@ -23,6 +24,7 @@ def test_export_writes_what_its_name_says(preset, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / "m.gguf"), str(folder)]
 
 
+@pytest.mark.slow
 def test_export_merges_an_adapter(preset, tmp_path):
     import numpy as np
 
@@ -49,6 +51,7 @@ def test_an_error_is_printed_without_a_traceback(preset, tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_test_says_by_its_exit_code_whether_the_plan_is_met(preset, tmp_path, capsys):
     plan = tmp_path / "plan.jsonl"
     case = '{"prompt": "Hello?", "kind": "success", "checks": [{"%s": %s}]}\n'

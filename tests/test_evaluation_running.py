@@ -100,6 +100,7 @@ def test_report_survives_json(report: Any, tmp_path: pathlib.Path) -> None:
     assert loaded.to_json() == report.to_json() and json.loads(report.to_json())["seed"] == 0
 
 
+@pytest.mark.slow
 def test_same_seed_same_answers_whatever_the_batch(model: Any, plan: TestPlan, report: Any) -> None:
     again = evaluate(model, plan, baseline=None, **{**QUICK, "batch_size": 2})
     assert again.cases[2].variants["tuned"] == report.cases[2].variants["tuned"]
@@ -108,6 +109,7 @@ def test_same_seed_same_answers_whatever_the_batch(model: Any, plan: TestPlan, r
     assert again.variants == ("tuned",) and again.verdicts[0].base_passed is None
 
 
+@pytest.mark.slow
 def test_mixed_lengths_take_three_programs() -> None:
     model = _tuned()
     cases = [
@@ -201,6 +203,7 @@ def test_bad_arguments_are_named_together(model: Any, plan: TestPlan) -> None:
         evaluate(tiny_model("gemma3", num_layers=1), plan, baseline="base", **QUICK)
 
 
+@pytest.mark.slow
 def test_another_model_can_be_the_base(model: Any, plan: TestPlan) -> None:
     other = tiny_model("gemma3", num_layers=1)
     found = evaluate(model, list(plan)[:1], baseline=other, **{**QUICK, "retention": "auto"})

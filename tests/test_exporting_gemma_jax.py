@@ -64,6 +64,7 @@ def test_dtype_is_the_one_asked_for(gemma3: Any) -> None:
         gemma_jax.parameter_tree(gemma3, dtype="int8")
 
 
+@pytest.mark.slow
 def test_gemma2_2b_alone_keeps_its_gates_untransposed() -> None:
     sizes = dict(num_layers=1, num_query_heads=2, num_key_value_heads=1, head_dim=4)
     model = tiny_model("gemma2", hidden_dim=2304, intermediate_dim=8, **sizes)
@@ -81,6 +82,7 @@ def test_gemma2_gets_the_rows_the_library_expects() -> None:
     assert (padded[256_000:] == embedding[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma", "gemma3n", "gemma4"])
 def test_other_generations_are_refused(family: str) -> None:
     with pytest.raises(ExportError, match="Gemma 2 and Gemma 3") as caught:

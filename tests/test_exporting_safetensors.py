@@ -103,6 +103,7 @@ def test_transformers_answers_as_the_model_in_memory(name, folders, answers):
     assert found["spoken"] == "roll"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_load_gives_the_same_weights(name, folders):
     model, folder = folders[name]
@@ -177,6 +178,7 @@ def test_a_preset_and_a_gguf_file_by_name(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["safetensors", "gguf", "gemma_jax"])
 def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path):
     from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder

@@ -82,6 +82,7 @@ def test_int8_leaves_as_the_floats_it_stands_for(family):
     assert changed >= {"gemma3": 7, "gemma3n": 14}[family]
 
 
+@pytest.mark.slow
 def test_an_int8_model_is_exported_in_floats(tmp_path):
     model = testing.tiny_model("gemma3", num_layers=1)
     block = model.backbone.transformer_layers[0]
@@ -102,6 +103,7 @@ def test_other_quantizations_are_refused():
         next(merged_weights(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
 def test_half_precision_policies_export_what_they_hold(policy, tmp_path):
     import keras

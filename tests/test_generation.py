@@ -221,6 +221,7 @@ def test_broken_prompts_are_all_reported(model):
         ids(model, [[]])
 
 
+@pytest.mark.slow
 def test_random_sampler_repeats_with_a_seed_and_moves_without(model):
     rows = rows_of_lengths(6, 6, 6)
     sampler = keras_hub.samplers.TopKSampler(k=20, seed=1, temperature=3.0)
@@ -236,6 +237,7 @@ def test_random_sampler_repeats_with_a_seed_and_moves_without(model):
     assert compiled_programs(model) == before
 
 
+@pytest.mark.slow
 def test_a_seed_for_each_row_makes_it_independent_of_the_others(model):
     rows = rows_of_lengths(6, 9, 6, 7, 12)
     sampler = keras_hub.samplers.TopPSampler(p=0.9, temperature=3.0)
@@ -307,6 +309,7 @@ def test_quantized_backbone(mode):
         np.testing.assert_array_equal(written[:4], stock_ids(model, row)[:4])
 
 
+@pytest.mark.slow
 def test_programs_do_not_keep_a_model_alive():
     model = tiny_model("gemma3", num_layers=1)
     ids(model, rows_of_lengths(4), max_new_tokens=2)

@@ -280,6 +280,7 @@ def copy_of(preset, folder):
 # GGUF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 def test_gguf_round_trip(family, tmp_path):
     original = tiny_model(family)

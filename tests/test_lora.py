@@ -30,6 +30,7 @@ def fill(model, seed=0):
         set_factors(linear, random.normal(0, 0.3, a.shape), random.normal(0, 0.3, b.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", testing.FAMILIES)
 def test_on_off_merged_on_every_generation(family):
     model = testing.tiny_model(family)

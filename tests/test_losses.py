@@ -27,6 +27,7 @@ def case(positions=13, vocabulary=100, width=8, seed=0):
     return hidden, embedding, jnp.asarray(labels, "int32"), weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("block_rows", [7, 20, 100, 4096])
 def test_equals_the_plain_computation(soft_cap, block_rows):

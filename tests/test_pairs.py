@@ -175,6 +175,7 @@ def test_tensorflow_datasets_give_the_same_pairs():
         assert texts(source) == PAIRS, name
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets_give_the_same_pairs():
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list(dicts(PAIRS))
@@ -352,6 +353,7 @@ def test_structured_answers_are_written_as_json(tmp_path):
     assert not_json == "row 2: the output cannot be written as JSON: it holds a set"
 
 
+@pytest.mark.slow
 def test_real_data():
     assert len(texts(shared("gsm8k/train.jsonl"))) == 7473
     assert len(texts(shared("gsm8k"), split="test")) == 1319

@@ -51,6 +51,7 @@ def write(pytester, *cases, name="plan"):
     return pytester.makefile(".jsonl", **{name: "\n".join(lines)})
 
 
+@pytest.mark.slow
 def test_each_case_is_a_test(run, pytester, model):
     _, said = model
     write(

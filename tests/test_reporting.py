@@ -83,6 +83,7 @@ def test_same_report_same_page(report: Report, page: str) -> None:
     assert page_writer.render(Report.from_dict(json.loads(report.to_json()))) == page
 
 
+@pytest.mark.slow
 def test_thousand_cases_are_under_five_megabytes() -> None:
     long = _sample_report.sample_report(1000, words=300)
     text = page_writer.render(long)

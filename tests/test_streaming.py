@@ -31,6 +31,7 @@ def test_pieces_are_the_answer(model: Any, every: int) -> None:
     assert len(pieces) > 1 or every == 50
 
 
+@pytest.mark.slow
 def test_drawn_answers_are_the_same_too(model: Any) -> None:
     options: dict[str, Any] = dict(sampler="top_k", seed=3)
     pieces = gkt.stream(model, "Hello there", max_new_tokens=13, **options)

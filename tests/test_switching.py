@@ -66,6 +66,7 @@ def model(folders: dict[str, pathlib.Path]) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_each_answers_as_it_does_alone(model: Any, alone: dict[str | None, np.ndarray]) -> None:
     assert (
         gkt.list_adapters(model) == ("one", "two", "wide") and gkt.active_adapter(model) == "wide"
@@ -76,6 +77,7 @@ def test_each_answers_as_it_does_alone(model: Any, alone: dict[str | None, np.nd
     np.testing.assert_array_equal(ask(model), alone["wide"])
 
 
+@pytest.mark.slow
 def test_switching_compiles_nothing(model: Any) -> None:
     ask(model)
     made = compiled_programs(model)

@@ -310,6 +310,7 @@ def test_answers_end_with_the_id_of_the_stop_token(family, name):
     assert taught[len(prompt) :].all()
 
 
+@pytest.mark.slow
 def test_attached_template_wins_and_does_not_keep_the_model():
     model = bare_model()
     assert template_of(model) is None
