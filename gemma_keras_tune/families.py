@@ -164,6 +164,19 @@ class Weight:
     layer: Any = None
     used: bool = True
 
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape in which Hugging Face and GGUF hold it, or its piece of a tensor."""
+        shape = tuple(self.variable.shape)
+        if self.entry.kind == "experts":
+            return (shape[0], shape[2], shape[1])
+        if self.entry.kind == "scalar":
+            return (1,)
+        if not self.output_axes:
+            return shape
+        axes = (self.output_axes, self.input_axes)
+        return tuple(math.prod(shape[axis] for axis in group) for group in axes)
+
     def to_matrix(self, value: np.ndarray) -> np.ndarray:
         """The value as Hugging Face and GGUF hold it: `[outputs, inputs]` for a linear layer."""
         if self.entry.kind == "experts":

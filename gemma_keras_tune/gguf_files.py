@@ -517,7 +517,7 @@ def _check_tensors(file: GgufFile, weights: Sequence[Weight]) -> None:
     problems = []
     for weight in weights:
         info = file.tensors.get(weight.gguf)
-        expected = matrix_shape(weight)
+        expected = weight.matrix_shape
         if info is None:
             problems.append(f"{weight.gguf} is missing")
         elif info.shape != expected:
@@ -547,17 +547,6 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def matrix_shape(weight: Weight) -> tuple[int, ...]:
-    """The shape in which GGUF holds a weight."""
-    shape = tuple(weight.variable.shape)
-    if not weight.output_axes:
-        return shape
-    return (
-        math.prod(shape[axis] for axis in weight.output_axes),
-        math.prod(shape[axis] for axis in weight.input_axes),
-    )
 
 
 def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:

@@ -10,7 +10,6 @@ reading, those of 3n and 4 stand in a table here, and the weights of all text mo
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,24 +204,11 @@ def check_tensors(
 
 
 def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:
-    shape = list(matrix_shape(parts[0]))
+    shape = list(parts[0].matrix_shape)
     piece = parts[0].entry.piece
     if piece is not None:
         shape[piece.axis] *= len(parts)
     return tuple(shape)
-
-
-def matrix_shape(weight: Weight) -> tuple[int, ...]:
-    """The shape in which Hugging Face holds a weight, or its piece of a tensor."""
-    shape = tuple(weight.variable.shape)
-    if weight.entry.kind == "experts":
-        return (shape[0], shape[2], shape[1])
-    if weight.entry.kind == "scalar":
-        return (1,)
-    if not weight.output_axes:
-        return shape
-    axes = (weight.output_axes, weight.input_axes)
-    return tuple(math.prod(shape[axis] for axis in group) for group in axes)
 
 
 def load_text_model(

@@ -10,7 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from gemma_keras_tune import loading
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting import gguf_adapter, gguf_file, ollama
-from gemma_keras_tune.families import family_of, is_instruct
+from gemma_keras_tune.families import backbone_inputs, family_of, is_instruct
 from gemma_keras_tune.generation import generate
 from gemma_keras_tune.gguf_files import TEMPLATE_KEY, read_header
 from gemma_keras_tune.loading import load
@@ -39,8 +39,11 @@ def train_a_little(model, **options):
 
 
 def log_probabilities(model, ids):
-    inputs = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)))}
-    logits = np.asarray(model(inputs), "float64")[0]
+    inputs = backbone_inputs(model.backbone, np.array([ids]), np.ones((1, len(ids))))
+    head = family_of(model).head(model)
+    logits = np.asarray(model.backbone(inputs), "float64")[0] @ np.asarray(head.embedding).T
+    if head.soft_cap:
+        logits = head.soft_cap * np.tanh(logits / head.soft_cap)
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -75,6 +78,7 @@ def test_float32_loads_back_exactly(family, tmp_path):
     assert calls == [(name, n, len(names)) for n, name in enumerate(names, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kinds", "tolerance"),
     [
@@ -155,11 +159,11 @@ def test_a_function_as_template_is_left_out_with_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma3n"])
 def test_other_generations_are_refused(family, tmp_path):
     with pytest.raises(ExportError, match="cannot be written as GGUF") as caught:
         export(tiny_model(family), tmp_path)
-    assert "Gemma 1, Gemma 2, Gemma 3" in str(caught.value)
+    assert "Gemma 1, Gemma 2, Gemma 3, Gemma 4" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -192,23 +196,34 @@ def test_values_beyond_float16(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
-def test_llama_cpp_computes_the_same(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gemma", {}),
+        ("gemma2", {}),
+        # Its sixth layer is the first that sees everything.
+        ("gemma3", {"num_layers": 7}),
+        ("gemma4", {"use_double_wide_mlp": True}),
+        ("gemma4", {"moe": True}),
+    ],
+)
+def test_llama_cpp_computes_the_same(family, sizes, tmp_path):
     pytest.importorskip("xllamacpp")
-    # Seven layers: Gemma 3's sixth is the first that sees everything.
-    original = tiny_model(family, num_layers=7)
+    original = tiny_model(family, **sizes)
     runtime = gguf_file.open_runtime(export(original, tmp_path, dtype="float32").parent)
     try:
         for text in TEXTS:
             ids = np.asarray(original.preprocessor.tokenizer(text)).tolist()
             assert runtime.tokenize(text) == [2, *ids]
         expected = log_probabilities(original, IDS)
-        np.testing.assert_allclose(runtime.logits(IDS), expected, atol=2e-2)
+        # llama.cpp rounds to float16 on its way; a wrong layout or setting gives 1 and more.
+        tolerance = 1e-1 if family == "gemma4" else 2e-2
+        np.testing.assert_allclose(runtime.logits(IDS), expected, atol=tolerance)
         found = runtime.generate(IDS, 6)
         steps = log_probabilities(original, IDS + found)[len(IDS) - 1 : -1]
         # Random weights leave near ties: the likeliest, or as likely but for rounding.
         assert len(found) == 6
-        assert (steps.max(-1) - steps[range(6), found] < 2e-2).all()
+        assert (steps.max(-1) - steps[range(6), found] < tolerance).all()
     finally:
         runtime.close()
 
@@ -235,9 +250,10 @@ def test_llama_cpp_stops_by_itself(token, stops, tmp_path):
 
 
 @pytest.mark.slow
-def test_llama_cpp_applies_the_adapter(tmp_path):
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_llama_cpp_applies_the_adapter(family, tmp_path):
     pytest.importorskip("xllamacpp")
-    tuned = tiny_model("gemma3")
+    tuned = tiny_model(family)
     base = export(tuned, tmp_path, dtype="float32")
     train_a_little(tuned, rank_stabilized=True, alpha=3.0)
     gguf_adapter.write(tuned, tmp_path)

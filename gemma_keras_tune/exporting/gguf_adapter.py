@@ -44,7 +44,7 @@ def write(
     Open it with `open_runtime(base, adapter=file)`, where `base` is the base model's GGUF file.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2 or 3 with LoRA on.
+        model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4 with LoRA on.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is float32, as the factors are.
         shard_size: Not used: an adapter is small.

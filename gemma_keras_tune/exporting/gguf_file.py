@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
 import pathlib
@@ -27,14 +28,23 @@ import numpy as np
 from gemma_keras_tune.building import backbone_class
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import merged_weights
-from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, is_instruct, origin_of
+from gemma_keras_tune.exporting.tokenizer_files import merge_rules
+from gemma_keras_tune.families import (
+    FAMILIES,
+    Family,
+    Piece,
+    Weight,
+    family_of,
+    is_instruct,
+    join,
+    origin_of,
+)
 from gemma_keras_tune.gguf_files import (
     INSTRUCT_KEY,
     TEMPLATE_KEY,
     GgufFile,
     TensorInfo,
     backbone_config,
-    matrix_shape,
     read_header,
 )
 from gemma_keras_tune.templates import END_OF_TEXT, Template, get_template, template_of
@@ -55,7 +65,7 @@ _FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-_CONTEXT_LENGTHS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768}
+_CONTEXT_LENGTHS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma4": 131_072}
 _LONG_CONTEXT = 131_072
 _TERMS = "https://ai.google.dev/gemma/terms"
 
@@ -70,6 +80,11 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
 _CONTROL_TOKENS = re.compile(
     r"<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|\|.*|.*\|)>"
 )
+# Tools and thoughts: llama.cpp's chat parser wants to see them.
+_VISIBLE_TOKENS = (
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
+    "<tool_response|>", '<|"|>',
+)  # fmt: skip
 _NO_SCORE = -1000.0
 _IDS = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
 # Where the backbone's settings say nothing that a text model's file must carry.
@@ -92,7 +107,7 @@ def write(
     lies in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2 or 3. Of a model that sees, the text tower.
+        model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4. Of a model that sees, the text tower.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: bfloat16 where the model's
             weights are, else float16.
@@ -116,12 +131,18 @@ def write(
         for key, value in _metadata(model, family, kind).items():
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
-        for weight in weights:
-            _announce(writer, weight.gguf, matrix_shape(weight), kinds[weight.gguf])
+        extra = _rope_factors(model) if family.name == "gemma4" else {}
+        shapes = _shapes(weights)
+        for name, value in extra.items():
+            _announce(writer, name, value.shape, _Kind.F32)
+        for name, shape in shapes.items():
+            _announce(writer, name, shape, kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_tensors(writer, model, weights, kinds, progress)
+        for value in extra.values():
+            put(writer, value)
+        _write_tensors(writer, model, list(shapes), kinds, progress)
     finally:
         writer.close()
 
@@ -139,7 +160,7 @@ def supported_family(model: keras.Model) -> Family:
         ExportError: This library does not know how llama.cpp writes that generation.
     """
     family = family_of(model)
-    if not family.gguf_complete or family.name not in _CONTEXT_LENGTHS:
+    if family.name not in _CONTEXT_LENGTHS:
         known = [FAMILIES[name].title for name in _CONTEXT_LENGTHS]
         raise ExportError(
             f"{family.title} cannot be written as GGUF.",
@@ -185,8 +206,10 @@ def _warn_of_vision(model: Any) -> None:
 
 def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
     """The keys of the file; whole numbers become uint32, others float32."""
-    sizes = {f"{family.name}.{key}": value for key, value in _sizes(model, family).items()}
-    _check_sizes(model, family, sizes)
+    given = _gemma4_sizes(model) if family.name == "gemma4" else _sizes(model, family)
+    sizes = {f"{family.name}.{key}": value for key, value in given.items()}
+    if family.gguf_complete:
+        _check_sizes(model, family, sizes)
     origin = origin_of(model)
     name = pathlib.PurePath(origin.source).stem if origin else family.title
     metadata: dict[str, Any] = {
@@ -240,10 +263,86 @@ def _sizes(model: Any, family: Family) -> dict[str, Any]:
     return sizes
 
 
+# What llama.cpp computes with, where its metadata have no word for it.
+_GEMMA4_FIXED: Mapping[str, Any] = {
+    "attention_logit_soft_cap": None,
+    "use_sliding_window_attention": True,
+    "local_rope_scaling_factor": 1.0,
+    "global_rope_scaling_factor": 1.0,
+    "use_bidirectional_attention": False,
+    "is_embedding_model": False,
+}
+
+
+def _gemma4_sizes(model: Any) -> dict[str, Any]:
+    config = model.backbone.get_config()
+    problems = [
+        f"{name} is {config[name]!r}; llama.cpp computes with {expected!r}"
+        for name, expected in _GEMMA4_FIXED.items()
+        if config[name] != expected
+    ]
+    if problems:
+        raise _unsaid("Gemma 4", problems)
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    wide = config["global_head_dim"] or config["head_dim"]
+    heads, few = config["num_key_value_heads"], config["num_global_key_value_heads"]
+    width = config["intermediate_dim"]
+    alone = config["num_layers"] - config["num_kv_shared_layers"]
+    doubled = config["use_double_wide_mlp"] and config["num_kv_shared_layers"]
+    sizes: dict[str, Any] = {
+        "context_length": _CONTEXT_LENGTHS["gemma4"],
+        "embedding_length": config["hidden_dim"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "block_count": config["num_layers"],
+        "feed_forward_length": [width * (1 + (i >= alone)) for i in range(len(local))]
+        if doubled
+        else width,
+        "attention.head_count": config["num_query_heads"],
+        "attention.head_count_kv": [heads if near else few for near in local] if few else heads,
+        "attention.key_length": wide,
+        "attention.value_length": wide,
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
+        "attention.sliding_window": config["sliding_window_size"],
+        "attention.sliding_window_pattern": local,
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "rope.dimension_count": wide,
+        "rope.dimension_count_swa": config["head_dim"],
+        "rope.freq_base": float(config["global_rope_wavelength"] or 1_000_000),
+        "rope.freq_base_swa": float(config["local_rope_wavelength"] or 10_000),
+    }
+    if config["final_logit_soft_cap"]:
+        sizes["final_logit_softcapping"] = float(config["final_logit_soft_cap"])
+    if config["enable_moe_block"]:
+        sizes |= {
+            "expert_count": config["num_experts"],
+            "expert_used_count": config["num_experts_per_token"],
+            "expert_feed_forward_length": config["expert_intermediate_dim"],
+        }
+    return sizes
+
+
+def _rope_factors(model: Any) -> dict[str, np.ndarray]:
+    """Gemma 4 turns a part of each global head; the rest is slowed down to a standstill."""
+    config = model.backbone.get_config()
+    half = (config["global_head_dim"] or config["head_dim"]) // 2
+    turned = int(half * config["global_rope_partial_rotary_factor"])
+    return {"rope_freqs.weight": np.array([1.0] * turned + [1e30] * (half - turned), np.float32)}
+
+
+def _unsaid(title: str, problems: list[str]) -> ExportError:
+    return ExportError(
+        f"GGUF has no words for some settings of this {title}.",
+        problems,
+        "Export a Keras preset or a Hugging Face folder instead.",
+    )
+
+
 def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
     """Read the metadata back: what they cannot say would make another model of the file."""
     tensors = {
-        weight.gguf: TensorInfo(weight.gguf, matrix_shape(weight), _Kind.F32, 0, 0)
+        weight.gguf: TensorInfo(weight.gguf, weight.matrix_shape, _Kind.F32, 0, 0)
         for weight in family.weights(model)
     }
     described = backbone_config(GgufFile(pathlib.Path(), sizes, tensors), family)
@@ -257,11 +356,7 @@ def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
         if not _same(value, expected):
             problems.append(f"{name} is {value!r}; llama.cpp computes with {expected!r}")
     if problems:
-        raise ExportError(
-            f"GGUF has no words for some settings of this {family.title}.",
-            problems,
-            "Export a Keras preset or a Hugging Face folder instead.",
-        )
+        raise _unsaid(family.title, problems)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -287,7 +382,7 @@ def _tokenizer(model: Any) -> dict[str, Any]:
             kind, score = _USER_DEFINED, _NO_SCORE
             # llama.cpp looks for these in text as it is, not as SentencePiece spells it.
             text = text.replace("▁", " ")
-        if kind != _BYTE and _CONTROL_TOKENS.fullmatch(text):
+        if kind != _BYTE and _CONTROL_TOKENS.fullmatch(text) and text not in _VISIBLE_TOKENS:
             kind, score = _CONTROL, _NO_SCORE
         tokens.append(text)
         scores.append(score)
@@ -297,9 +392,12 @@ def _tokenizer(model: Any) -> dict[str, Any]:
         scores.append(_NO_SCORE)
         types.append(_UNUSED)
     prefix = "tokenizer.ggml."
+    kind_of_tokenizer: dict[str, Any] = {prefix + "model": "llama", prefix + "pre": "default"}
+    if family_of(model).name == "gemma4":
+        merges = [" ".join(pair) for pair in merge_rules(proto.pieces)]
+        kind_of_tokenizer = {prefix + "model": "gemma4", prefix + "merges": merges}
     return {
-        prefix + "model": "llama",
-        prefix + "pre": "default",
+        **kind_of_tokenizer,
         prefix + "tokens": tokens,
         prefix + "scores": scores,
         prefix + "token_type": types,
@@ -348,7 +446,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _tensor_kind(weight: Weight, kind: str) -> gguf.GGMLQuantizationType:
-    shape = matrix_shape(weight)
+    shape = weight.matrix_shape
     if len(shape) < 2:
         return _Kind.F32
     if kind == "Q4_0" and weight.entry.kind == "embedding":
@@ -366,25 +464,46 @@ def _announce(
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
 
 
+def _shapes(weights: Iterable[Weight]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, in order; some hold several weights."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights:
+        shape = list(weight.matrix_shape)
+        piece = weight.entry.gguf_piece
+        if piece is not None and weight.gguf in shapes:
+            shape[piece.axis] += shapes[weight.gguf][piece.axis]
+        shapes[weight.gguf] = tuple(shape)
+    return shapes
+
+
 def _write_tensors(
     writer: gguf.GGUFWriter,
     model: keras.Model,
-    weights: Iterable[Weight],
+    names: list[str],
     kinds: Mapping[str, gguf.GGMLQuantizationType],
     progress: Progress,
 ) -> None:
-    waiting = collections.deque(weight.gguf for weight in weights)
-    total = len(waiting)
-    for done, (weight, value) in enumerate(merged_weights(model), 1):
-        if not waiting or weight.gguf != waiting.popleft():
-            raise ExportError(f"{weight.gguf} came out of turn; this is a fault of the library.")
-        matrix = np.asarray(weight.to_matrix(value), np.float32)
-        if weight.gguf_offset:
-            matrix = matrix + weight.gguf_offset
-        put(writer, encode(weight.gguf, matrix, kinds))
-        progress(weight.gguf, done, total)
+    waiting = collections.deque(names)
+    groups = itertools.groupby(merged_weights(model), key=lambda pair: pair[0].gguf)
+    for done, (name, group) in enumerate(groups, 1):
+        if not waiting or name != waiting.popleft():
+            raise ExportError(f"{name} came out of turn; this is a fault of the library.")
+        put(writer, encode(name, _tensor(group), kinds))
+        progress(name, done, len(names))
     if waiting:
         raise ExportError("Weights are missing; this is a fault of the library.", waiting)
+
+
+def _tensor(group: Iterable[tuple[Weight, np.ndarray]]) -> np.ndarray:
+    """A tensor out of its pieces, or the one weight it holds."""
+    pieces: dict[Piece | None, np.ndarray] = {}
+    for weight, value in group:
+        matrix = np.asarray(weight.to_matrix(value), np.float32)
+        offset = weight.gguf_offset
+        pieces[weight.entry.gguf_piece] = matrix + offset if offset else matrix
+    if None in pieces:
+        return pieces[None]
+    return join({piece: value for piece, value in pieces.items() if piece is not None})
 
 
 def put(writer: gguf.GGUFWriter, tensor: np.ndarray) -> None:

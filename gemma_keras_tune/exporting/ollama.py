@@ -49,7 +49,7 @@ def write(
     """Write a GGUF file and its Modelfile. Then `ollama create my-model -f Modelfile` there.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2 or 3.
+        model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4.
         folder: An existing folder.
         dtype: As for `gguf_file.write`.
         shard_size: Not used.

@@ -21,7 +21,7 @@ from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
 from gemma_keras_tune.families import Family, Piece, Weight, family_of, is_instruct, join
-from gemma_keras_tune.hugging_face_folders import FIELDS, INDEX, matrix_shape, settings
+from gemma_keras_tune.hugging_face_folders import FIELDS, INDEX, settings
 from gemma_keras_tune.templates import Template, get_template, template_of
 
 FORMAT = "safetensors"
@@ -271,7 +271,7 @@ def _sizes(weights: tuple[Weight, ...], dtype: str) -> dict[str, int]:
     """Bytes of each tensor, in order."""
     sizes: dict[str, int] = {}
     for weight in weights:
-        size = math.prod(matrix_shape(weight)) * DTYPES[dtype].itemsize
+        size = math.prod(weight.matrix_shape) * DTYPES[dtype].itemsize
         sizes[_name(weight)] = sizes.get(_name(weight), 0) + size
     return sizes
 

@@ -108,7 +108,7 @@ def _tokenizer_json(pieces: Any, special: set[str]) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": vocabulary,
-            "merges": _merges(pieces),
+            "merges": merge_rules(pieces),
         },
     }
 
@@ -130,7 +130,7 @@ def _added_tokens(pieces: Any, special: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _merges(pieces: Any) -> list[list[str]]:
+def merge_rules(pieces: Any) -> list[list[str]]:
     """Every way to put a piece together from two others, the best piece first.
 
     SentencePiece merges the neighbours whose union scores highest. It takes user-defined pieces
