@@ -36,10 +36,7 @@ def tuned(family="gemma3", rank=2, **options):
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(family, marks=() if family == "gemma3" else pytest.mark.slow)
-        for family in testing.FAMILIES
-    ],
+    [pytest.param(family, marks=pytest.mark.slow) for family in testing.FAMILIES],
 )
 def test_an_adapter_comes_back_exactly(family, tmp_path):
     model = tuned(family, alpha=6, rank_stabilized=True)
@@ -105,6 +102,7 @@ def test_every_mismatch_is_listed_and_nothing_changes(tmp_path):
     assert message.count("q_proj.lora_B") == 2 and message.count("o_proj.lora_A") == 2
 
 
+@pytest.mark.slow
 def test_other_lora_on_the_model_is_refused(tmp_path):
     folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
     model = testing.tiny_model()

@@ -69,6 +69,7 @@ def report(model: Any, plan: TestPlan) -> Any:
     return evaluate(model, plan, pairs=tiny_pairs(8), few_shot=2, **QUICK)
 
 
+@pytest.mark.slow
 def test_base_and_tuned_answer_as_generate_does(model: Any, plan: TestPlan, report: Any) -> None:
     prompts = [list(case.messages) for case in plan if case.samples == 1]
     with gkt.lora_disabled(model):
@@ -80,6 +81,7 @@ def test_base_and_tuned_answer_as_generate_does(model: Any, plan: TestPlan, repo
     assert base != tuned
 
 
+@pytest.mark.slow
 def test_verdicts_count_what_passed(report: Any) -> None:
     assert report.variants == ("base", "tuned", "few_shot")
     found = {verdict.kind: verdict for verdict in report.verdicts}
@@ -95,6 +97,7 @@ def test_verdicts_count_what_passed(report: Any) -> None:
     assert "five: " in str(report) and "Is tuning needed?" in str(report)
 
 
+@pytest.mark.slow
 def test_report_survives_json(report: Any, tmp_path: pathlib.Path) -> None:
     loaded = gkt.Report.load(report.save(tmp_path / "report.json"))
     assert loaded.to_json() == report.to_json() and json.loads(report.to_json())["seed"] == 0
@@ -159,6 +162,7 @@ def test_policy_judges_failure_and_boundary_cases(model: Any, plan: TestPlan) ->
     assert simple.cases[3].variants["tuned"][0].outcomes[-1].passed
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on(
     model: Any, plan: TestPlan, report: Any, tmp_path: pathlib.Path
 ) -> None:

@@ -61,7 +61,8 @@ def test_no_target_takes_nan(format, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("gemma3n", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "gemma3n"])
 def test_int8_leaves_as_the_floats_it_stands_for(family):
     model = testing.tiny_model(family)
     before = {weight.path: value for weight, value in merged_weights(model)}
@@ -96,6 +97,7 @@ def test_an_int8_model_is_exported_in_floats(tmp_path):
             np.testing.assert_allclose(value, values[weight.path], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_other_quantizations_are_refused():
     model = testing.tiny_model("gemma3", num_layers=1)
     model.backbone.transformer_layers[0].gating_ffw.quantize("int4")

@@ -34,6 +34,7 @@ def weights(model: Any) -> tuple[Weight, ...]:
     return family_of(model).weights(model)
 
 
+@pytest.mark.slow
 def test_every_weight_of_the_text_tower_has_one_row(model: Any, weights: Any) -> None:
     listed = collections.Counter(weight.variable.path for weight in weights)
     expected = {

@@ -58,6 +58,7 @@ def model():
     return tiny_model("gemma3", num_layers=1)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_kerashub(monkeypatch):
     assert_like_stock(tiny_model("gemma3", num_layers=1), monkeypatch, (5, 23))
 
@@ -147,6 +148,7 @@ def test_writing_ends_when_all_rows_have_stopped(model):
     assert steps < NEW_TOKENS
 
 
+@pytest.mark.slow
 def test_text_in_text_out_order_kept(model):
     prompts = ["Paris", "What is the capital of Italy? Rome. What is the capital of France?", "box"]
     together = generate(model, prompts, max_new_tokens=5, batch_size=2, template="plain")
@@ -276,6 +278,7 @@ def lora_model():
     return model
 
 
+@pytest.mark.slow
 def test_lora_on_and_off_share_a_program(model):
     rows = rows_of_lengths(5, 12)
     tuned = lora_model()

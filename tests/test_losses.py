@@ -54,6 +54,7 @@ def test_equals_the_plain_computation(soft_cap, block_rows):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.slow
 def test_without_a_gradient_the_values_are_the_same():
     hidden, embedding, labels, _ = case()
     scores = token_cross_entropy(hidden, embedding, labels, block_rows=16)
@@ -62,6 +63,7 @@ def test_without_a_gradient_the_values_are_the_same():
     np.testing.assert_array_equal(scores.correct, correct)
 
 
+@pytest.mark.slow
 def test_a_frozen_embedding_gets_no_gradient_and_hidden_states_the_same_one():
     hidden, embedding, labels, weights = case()
 
@@ -83,6 +85,7 @@ def test_extreme_logits_stay_finite():
     assert np.isfinite(scores.losses).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_embedding", [False, True])
 def test_no_array_of_tokens_by_vocabulary_is_ever_made(train_embedding):
     positions, vocabulary, width, block = 24, 4096, 4, 64
@@ -104,6 +107,7 @@ def test_no_array_of_tokens_by_vocabulary_is_ever_made(train_embedding):
     assert f"[{positions},{block}]" in text
 
 
+@pytest.mark.slow
 def test_half_precision_labels_keep_their_ids():
     hidden, embedding, _, _ = case(vocabulary=600)
     labels = jnp.asarray([599] * 13, "int32")

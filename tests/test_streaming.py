@@ -24,6 +24,7 @@ def whole(model: Any, prompt: str, **options: Any) -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4, 50])
 def test_pieces_are_the_answer(model: Any, every: int) -> None:
     pieces = list(gkt.stream(model, "Hello there", max_new_tokens=13, every=every))
