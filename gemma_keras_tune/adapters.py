@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from gemma_keras_tune._files import new_folder
+from gemma_keras_tune.adapter_layouts import CONFIG, PEFT_WEIGHTS, check_finite, read_adapter
 from gemma_keras_tune.errors import AdapterError
-from gemma_keras_tune.families import Linear, family_of, fingerprint, is_instruct, origin_of
+from gemma_keras_tune.families import family_of, fingerprint, is_instruct, origin_of
 from gemma_keras_tune.lora import LoraConfig
 from gemma_keras_tune.receipts import record, write_receipt
 from gemma_keras_tune.switching import ACTIVE, DEFAULT, Active, adapter_factors, add_adapter
@@ -25,8 +25,6 @@ from gemma_keras_tune.templates import (
     write_sidecar,
 )
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
@@ -109,11 +107,11 @@ def save_adapter(
     for module, (a, b) in factors.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
-    _check_finite(tensors)
+    check_finite(tensors)
     with new_folder(path, overwrite=overwrite) as folder:
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_peft_config(model, config), indent=2)
-        (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         write_record(model, folder)
         recordings = record(model, prompts) if check else ()
         write_receipt(model, folder, format="adapter", dtype="float32", recordings=recordings)
@@ -121,17 +119,24 @@ def save_adapter(
 
 
 def load_adapter(
-    model: keras.Model, path: str | os.PathLike[str], *, name: str = DEFAULT
+    model: keras.Model,
+    path: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    name: str = DEFAULT,
 ) -> LoraConfig:
-    """Put an adapter in PEFT's layout on its base model, and switch to it.
+    """Put an adapter on its base model, and switch to it.
 
-    Adapters saved by this library, PEFT, TRL, Unsloth and Axolotl share the layout. Several may be
+    Adapters saved by this library, PEFT, TRL, Unsloth and Axolotl share a layout; those of mlx-lm,
+    of KerasHub's `save_lora_weights` (`.lora.h5`) and of the Gemma library for JAX are read too.
+    Where ranks differ from layer to layer, the smaller ones are filled up with zeros; where scales
+    do, they are multiplied into the factors: what the model computes is the same. Several may be
     on one base, each under a name; `set_adapter`, `use_adapter` and `generate(adapter=…)` switch
     between them. The template recorded with it is attached.
 
     Args:
         model: A KerasHub Gemma: the base the adapter was trained on.
-        path: The adapter's folder.
+        path: The adapter's folder or file; or the nested dictionary of parameters that the Gemma
+            library for JAX trains.
         name: What to call it. An adapter of that name is replaced.
 
     Returns:
@@ -141,28 +146,23 @@ def load_adapter(
         AdapterError: A file is missing or broken, the adapter needs something this library cannot
             do, or it does not fit the model; every mismatch is listed and the model is unchanged.
     """
-    folder = pathlib.Path(path)
-    config, tensors = _read(folder)
-    record = read_sidecar(folder)
-    linears = {linear.hugging_face: linear for linear in family_of(model).linears(model)}
-    factors, problems = _match(tensors, linears, int(config["r"]))
-    problems = _unsupported(config) + _wrong_base(model, record) + problems
-    targets = sorted({linears[name].target for name in factors})
-    adapted = {name for name, linear in linears.items() if linear.target in targets}
-    problems += [
-        f"{name}: the adapter has no factors for it" for name in sorted(adapted - set(factors))
-    ]
+    adapter = read_adapter(path, model)
+    folder = None if isinstance(path, Mapping) else pathlib.Path(path)
+    problems = [*_wrong_base(model, read_sidecar(folder) if folder else {}), *adapter.problems]
     if problems:
-        raise AdapterError(f"The adapter in {folder} does not fit this model.", problems)
+        raise AdapterError(
+            f"The adapter in {folder or 'memory'} does not fit this model.", problems
+        )
     own = LoraConfig(
-        rank=int(config["r"]),
-        alpha=float(config.get("lora_alpha", config["r"])),
-        targets=tuple(targets),
-        rank_stabilized=bool(config.get("use_rslora", False)),
-        parameters=sum(a.size + b.size for a, b in factors.values()),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=adapter.targets,
+        rank_stabilized=adapter.rank_stabilized,
+        parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
         total_parameters=0,
     )
-    add_adapter(model, name, own, factors, read_template(folder))
+    template = read_template(folder) if folder else None
+    add_adapter(model, name, own, dict(adapter.factors), template)
     return adapter_factors(model, name)[0]
 
 
@@ -199,49 +199,6 @@ def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise AdapterError(
-            f"{folder} does not hold an adapter in PEFT's layout.",
-            [f"{folder / name} is missing" for name in missing],
-            "Pass the folder that `save_adapter` or PEFT's `save_pretrained` wrote.",
-        )
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not isinstance(config.get("r"), int):
-            raise ValueError("it has no integer `r`")
-    except ValueError as error:
-        raise AdapterError(f"{folder / _CONFIG} cannot be read: {error}") from error
-    try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{folder / _WEIGHTS} cannot be read: {error}") from error
-    _check_finite(tensors)
-    return config, tensors
-
-
-def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
-    broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
-    if broken:
-        raise AdapterError("The adapter holds values that are not finite numbers.", broken)
-
-
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type must be 'LORA'. Received: {config.get('peft_type')!r}")
-    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if config.get(name):
-            problems.append(f"{name}={config[name]!r} is not supported")
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']!r} is not supported")
-    return problems
-
-
 def _wrong_base(model: keras.Model, record: Mapping[str, Any]) -> list[str]:
     problems = []
     name, base = family_of(model).name, fingerprint(model)
@@ -252,31 +209,3 @@ def _wrong_base(model: keras.Model, record: Mapping[str, Any]) -> list[str]:
             f"its base has the fingerprint {record['base_fingerprint']}, this model {base}"
         )
     return problems
-
-
-def _match(
-    tensors: Mapping[str, np.ndarray], linears: Mapping[str, Linear], rank: int
-) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
-    """Factors by Hugging Face module name, and everything that does not fit."""
-    by_place = {name.partition("layers.")[2]: name for name in linears}
-    found: dict[str, dict[str, np.ndarray]] = {}
-    problems = []
-    for key, value in tensors.items():
-        place, _, kind = key.partition("layers.")[2].removesuffix(".weight").rpartition(".lora_")
-        vision = "vision" in key or "audio" in key
-        if kind not in ("A", "B") or place not in by_place or vision:
-            problems.append(f"{key}: this model has no such layer")
-            continue
-        linear = linears[by_place[place]]
-        kernel = linear.layer.kernel.shape
-        outputs = int(np.prod([kernel[axis] for axis in linear.output_axes]))
-        inputs = int(np.prod([kernel[axis] for axis in linear.input_axes]))
-        expected = (rank, inputs) if kind == "A" else (outputs, rank)
-        if value.shape != expected:
-            problems.append(f"{key}: expected shape {expected}. Received: {value.shape}")
-        found.setdefault(by_place[place], {})[kind] = np.asarray(value, "float32")
-    for name, pair in found.items():
-        if len(pair) < 2:
-            problems.append(f"{name}: only one of its two factors is there")
-    whole = {name: (pair["A"], pair["B"]) for name, pair in found.items() if len(pair) == 2}
-    return whole, problems or ([] if whole else ["it holds no factors"])

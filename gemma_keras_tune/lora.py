@@ -355,7 +355,7 @@ def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
 
 def _matrix_shape(linear: Linear) -> tuple[int, int]:
     """`(outputs, inputs)` of the layer seen as one matrix."""
-    shape = _kernel_shape(linear.layer)
+    shape = kernel_shape(linear.layer)
     outputs, inputs = (
         math.prod(shape[axis] for axis in axes) for axes in (linear.output_axes, linear.input_axes)
     )
@@ -444,7 +444,7 @@ def _add_factors(linear: Linear, rank: int, alpha: float, random: np.random.Gene
     layer = linear.layer
     _, kernel, _ = _equation(layer)
     source = _equation(layer)[0]
-    shape = _kernel_shape(layer)
+    shape = kernel_shape(layer)
     sizes = dict(zip(kernel, shape, strict=True))
     a_shape = [sizes[axis] if axis in source else 1 for axis in kernel[:-1]] + [rank]
     b_shape = [1 if axis in source else sizes[axis] for axis in kernel[:-2]] + [rank, shape[-1]]
@@ -472,7 +472,8 @@ def _remove_factors(layer: Any) -> None:
     layer.lora_rank, layer.lora_alpha, layer.lora_enabled = None, None, False
 
 
-def _kernel_shape(layer: Any) -> tuple[int, ...]:
+def kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a kernel as the layer's equation sees it, packed or not."""
     shape = (
         layer.original_kernel_shape if layer.quantization_mode == "int4" else layer._kernel.shape
     )
