@@ -6,9 +6,9 @@
 The recipe. Every class gets one word that is a single token of Gemma's vocabulary, and the model
 learns to write it after the query; that is all there is to a pair. So a class is told by the logits
 of 77 tokens at one place, which takes one pass over the query, and no class is favoured because its
-name is short. LoRA is on all linear layers. Two models are tuned on the same rows with different
-seeds, and their probabilities multiplied. Settings were chosen on training rows that were not tuned
-on (`--validation`), never on the test split.
+name is short. LoRA is on all linear layers. `--models 2` tunes two, with different seeds, and
+multiplies their probabilities. `--validation` measures on training rows that were not tuned on:
+settings are for choosing there, never on the test split.
 
 The rows are drawn by the seed from the training split of `../shared/data/banking77` (PolyAI,
 Casanueva et al. 2020, CC-BY-4.0). `accuracy` is over all rows of the test split, or the first
@@ -36,7 +36,7 @@ DATA = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77
 TEMPLATE = "{input}\nTopic:{output}"
 SETTINGS = dict(rank=16, alpha=16, learning_rate=1e-3, batch_size=16)
 EPOCHS = 6
-MODELS = 2
+MODELS = 1
 
 # Each with the space that comes before it.
 WORDS = {
