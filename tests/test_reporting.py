@@ -84,7 +84,6 @@ def test_same_report_same_page(report: Report, page: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_thousand_cases_are_under_five_megabytes() -> None:
     long = _sample_report.sample_report(1000, words=300)
     text = page_writer.render(long)
