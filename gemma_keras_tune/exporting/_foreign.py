@@ -5,6 +5,7 @@ python -P _foreign.py RUNTIME REQUEST.json ANSWER.json
 torch beside TensorFlow in one process may crash, and KerasHub shall open a preset alone.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -90,7 +91,7 @@ def keras_hub(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A Hugging Face folder. Computed in float32: what is judged is the file."""
+    """A Hugging Face folder, or one with an adapter. In float32: what is judged is the file."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import torch
@@ -98,13 +99,23 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     except ModuleNotFoundError as error:
         raise MissingError("pip install transformers torch") from error
 
-    path = asked["path"]
+    path = asked.get("base", asked["path"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
     )
     ends = model.generation_config.eos_token_id
     stops = tuple(ends) if isinstance(ends, list) else (ends,)
+    opened = f"transformers {transformers.__version__}"
+    if "base" in asked:
+        try:
+            import peft
+        except ModuleNotFoundError as error:
+            raise MissingError("pip install peft") from error
+        model = peft.PeftModel.from_pretrained(model, asked["path"]).eval()
+        # The base knows nothing of the template the adapter was tuned with.
+        stops = tuple({*stops, *asked["stop_token_ids"]})
+        opened = f"PEFT {peft.__version__} on {opened}"
     found = []
     for prompt in asked["prompts"]:
         ids = torch.tensor([prompt["ids"]])
@@ -115,11 +126,89 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=asked["max_new_tokens"],
+                eos_token_id=list(stops),
             )
         answer = cut(written[0, ids.shape[1] :].tolist(), stops)
         seen = tokenizer.encode(prompt["text"])
         found.append({"ids": seen, "answer_ids": answer, "logits": logits})
-    return f"transformers {transformers.__version__}", found
+    return opened, found
+
+
+def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """A checkpoint, by the Gemma library's loader, tokenizer and model for JAX."""
+    try:
+        gemma: Any = importlib.import_module("gemma")
+        gm: Any = importlib.import_module("gemma.gm")
+        load, published = gm.ckpts.load_params, {"gemma2": "Gemma2_2B", "gemma3": "Gemma3_1B"}
+    except ImportError as error:
+        raise MissingError("pip install gemma, or name its Python in GEMMA_JAX_PYTHON") from error
+    import jax
+    import numpy as np
+
+    with open(os.path.join(asked["path"], "gemma_keras_tune.json"), encoding="utf-8") as file:
+        record = json.load(file)
+    generation = record["generation"]
+    params = load(os.path.join(asked["path"], "params"))
+    params = jax.tree.map(lambda leaf: leaf.astype("float32"), params)
+    kind = getattr(gm.nn, published[generation])
+    config = gemma_config(kind.config, generation, record["backbone"], params)
+    model = kind(config=config)
+    tokenizer = getattr(gm.text, f"G{generation[1:]}Tokenizer")(
+        os.path.join(asked["path"], "tokenizer.model")
+    )
+    step = jax.jit(lambda ids: model.apply({"params": params}, ids).logits)
+    new, stops = asked["max_new_tokens"], tuple(asked["stop_token_ids"])
+    length = max(len(prompt["ids"]) for prompt in asked["prompts"]) + new
+    found: list[dict[str, Any]] = []
+    for prompt in asked["prompts"]:
+        ids, count = np.zeros((1, length), "int32"), len(prompt["ids"])
+        ids[0, :count] = prompt["ids"]
+        logits = []
+        with jax.default_matmul_precision("highest"):
+            for place in range(count, count + new):
+                logits.append(np.asarray(step(ids), "float32")[0, place - 1])
+                ids[0, place] = logits[-1].argmax()
+                if ids[0, place] in stops:
+                    break
+        found.append(
+            {
+                "ids": tokenizer.encode(prompt["text"], add_bos=True),
+                "answer_ids": cut(ids[0, count : count + len(logits)].tolist(), stops),
+                "logits": logits[0][prompt["top_ids"]].tolist(),
+            }
+        )
+    return f"gemma {gemma.__version__}", found
+
+
+def gemma_config(published: Any, generation: str, given: dict[str, Any], params: Any) -> Any:
+    """The library's configuration of a model of any size, from that of a published one."""
+    import dataclasses
+
+    every = {"gemma2": 2, "gemma3": 6}[generation]
+    local, whole = published.attention_types[0], published.attention_types[every - 1]
+    wide = generation == "gemma2"
+    return dataclasses.replace(
+        published,
+        num_embed=len(params["embedder"]["input_embedding"]),
+        embed_dim=given["hidden_dim"],
+        # KerasHub gives Gemma 2 the width of both gates together.
+        hidden_dim=given["intermediate_dim"] // (2 if wide else 1),
+        num_heads=given["num_query_heads"],
+        head_dim=given["head_dim"],
+        num_kv_heads=given["num_key_value_heads"],
+        sliding_window_size=given["sliding_window_size"],
+        attention_types=tuple(
+            local if (layer + 1) % every else whole for layer in range(given["num_layers"])
+        ),
+        query_pre_attn_norm=type(published.query_pre_attn_norm)[
+            "BY_ONE_OVER_SQRT_HEAD_DIM"
+            if given["query_head_dim_normalize"]
+            else "BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS"
+        ],
+        transpose_gating_einsum=not (wide and given["hidden_dim"] == 2304),
+        global_scale_factor=given.get("global_rope_scaling_factor", 1.0),
+        vision_encoder=None,
+    )
 
 
 def cut(ids: list[int], stops: tuple[int, ...]) -> list[int]:
@@ -128,7 +217,7 @@ def cut(ids: list[int], stops: tuple[int, ...]) -> list[int]:
     return ids[: ends[0]] if ends else ids
 
 
-RUNTIMES = {"keras_hub": keras_hub, "transformers": transformers}
+RUNTIMES = {"keras_hub": keras_hub, "transformers": transformers, "gemma_jax": gemma_jax}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

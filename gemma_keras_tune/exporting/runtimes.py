@@ -1,5 +1,6 @@
 """What each format's own runtime answers to the prompts of a receipt."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -92,13 +93,15 @@ def ask(path: pathlib.Path, receipt: Receipt, *, base: Base = None) -> Asked:
 
 
 def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
+    # The Gemma library asks for other versions of what this library uses.
+    python = os.environ.get("GEMMA_JAX_PYTHON") if runtime == "gemma_jax" else None
+
     def run(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
-        del base
         with tempfile.TemporaryDirectory() as folder:
             request, answer = (pathlib.Path(folder, name) for name in ("asked", "answer"))
-            request.write_text(json.dumps(_request(path, receipt)), encoding="utf-8")
+            request.write_text(json.dumps(_request(path, receipt, base)), encoding="utf-8")
             done = subprocess.run(
-                [sys.executable, "-P", str(_WORKER), runtime, str(request), str(answer)],
+                [python or sys.executable, "-P", str(_WORKER), runtime, str(request), str(answer)],
                 # A device this process holds is not there for another.
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},
                 stdin=subprocess.DEVNULL,
@@ -126,8 +129,9 @@ def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
     return run
 
 
-def _request(path: pathlib.Path, receipt: Receipt) -> Mapping[str, Any]:
-    return {
+def _request(path: pathlib.Path, receipt: Receipt, base: Any) -> Mapping[str, Any]:
+    on = {"base": os.path.abspath(base)} if receipt.format == "adapter" else {}
+    return on | {
         "path": str(path.absolute()),
         "stop_token_ids": receipt.stop_token_ids,
         "max_new_tokens": MAX_NEW_TOKENS,
@@ -170,6 +174,21 @@ def _adapter_file(path: pathlib.Path) -> pathlib.Path:
     return path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))))
 
 
+def _adapter(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
+    """By PEFT where the base is a Hugging Face folder, and by this library on any other."""
+    if isinstance(base, (str, os.PathLike)) and is_hugging_face(pathlib.Path(base)):
+        with contextlib.suppress(NotRunError):
+            return _foreign("transformers")(path, receipt, base)
+    return _this_library(path, receipt, base)
+
+
+def is_hugging_face(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a model as transformers saves it."""
+    with contextlib.suppress(OSError, ValueError):
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return False
+
+
 def _this_library(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
     if base is None:
         raise NotRunError("pass the model it belongs on as `base`")
@@ -202,5 +221,6 @@ _RUNTIMES: Mapping[str, Callable[[pathlib.Path, Receipt, Base], Asked]] = {
     "gguf": _llama_cpp,
     "gguf_adapter": _llama_cpp,
     "ollama": _llama_cpp,
-    "adapter": _this_library,
+    "gemma_jax": _foreign("gemma_jax"),
+    "adapter": _adapter,
 }
