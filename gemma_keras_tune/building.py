@@ -47,7 +47,12 @@ def causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Mode
             {"has_vision_tokens": False, "has_video_tokens": False},
         ),
     }
-    old = (tokenizers.GemmaTokenizer, models.GemmaCausalLMPreprocessor, models.GemmaCausalLM, {})
+    old: tuple[Any, Any, Any, dict[str, bool]] = (
+        tokenizers.GemmaTokenizer,
+        models.GemmaCausalLMPreprocessor,
+        models.GemmaCausalLM,
+        {},
+    )
     tokenizer_class, preprocessor, model, options = parts.get(family.name, old)
     with quiet_stderr():
         tokenizer = tokenizer_class(proto=proto, **options)
