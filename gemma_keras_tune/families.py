@@ -774,5 +774,4 @@ def _resolve(owner: Any, path: str) -> Any:
 def _hugging_face_prefix(model: keras.Model) -> str:
     names = {tensor.name for tensor in keras.tree.flatten(_backbone(model).input)}
     multimodal = names & {"images", "pixel_values", "input_features", "audio_mel"}
-    wrapped = multimodal or isinstance(_backbone(model), keras_hub.models.Gemma3nBackbone)
-    return "model.language_model." if wrapped else "model."
+    return "model.language_model." if multimodal else "model."
