@@ -10,7 +10,12 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune.evaluation import Case, Contains, Length, Refuses, Safe, Stops, TestPlan
 from gemma_keras_tune.evaluation.checks import Function
-from gemma_keras_tune.evaluation.prompting import choose_examples, first_answer, with_examples
+from gemma_keras_tune.evaluation.prompting import (
+    choose_examples,
+    first_answer,
+    line_break_ids,
+    with_examples,
+)
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.running import evaluate, tuning_of
 from gemma_keras_tune.generation import Answer, compiled_programs
@@ -237,6 +242,10 @@ def test_few_shot_answer_ends_where_the_next_example_begins() -> None:
     answer = Answer(" three\nc\nfour", np.arange(5), stopped=False)
     assert first_answer(answer, pairs[:1]) == Answer("three", answer.ids, stopped=True)
     assert first_answer(answer, pairs) is answer
+    tokenizer = tiny_model("gemma3", num_layers=1).preprocessor.tokenizer
+    ids = line_break_ids(tokenizer, pairs[:1])
+    assert ids and all(set(tokenizer.id_to_token(i)) == {"\n"} for i in ids)
+    assert line_break_ids(tokenizer, pairs) == set()
     whole = Answer("three", np.arange(5), stopped=False)
     assert first_answer(whole, pairs[:1]) is whole
 

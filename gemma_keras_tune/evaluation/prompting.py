@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from gemma_keras_tune.evaluation.results import CaseResult, FewShot
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
@@ -79,6 +80,23 @@ def with_examples(examples: Sequence[Pair], messages: Sequence[Message]) -> tupl
     systems += [m for pair in examples for m in pair.messages if m.role == "system"]
     shown = [m for pair in examples for m in _turns(pair.messages)]
     return (*systems[:1], *shown, *_turns(messages))
+
+
+def line_break_ids(tokenizer: Any, examples: Sequence[Pair]) -> set[int]:
+    """Tokens at which an answer after examples can end, where no example's answer has a line break.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        examples: The pairs in the prompt.
+
+    Returns:
+        The ids of its tokens that are nothing but line breaks; none where an example has one.
+    """
+    if any("\n" in pair.output.strip() for pair in examples):
+        return set()
+    breaks = ["\n" * count for count in range(1, 32)]
+    ids = {text: tokenizer.token_to_id(text) for text in breaks}
+    return {int(i) for text, i in ids.items() if tokenizer.id_to_token(int(i)) == text}
 
 
 def first_answer(answer: Answer, examples: Sequence[Pair]) -> Answer:

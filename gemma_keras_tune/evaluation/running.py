@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -23,6 +23,7 @@ from gemma_keras_tune.evaluation.prompting import (
     choose_examples,
     first_answer,
     judge_few_shot,
+    line_break_ids,
     with_examples,
 )
 from gemma_keras_tune.evaluation.results import (
@@ -140,14 +141,18 @@ def evaluate(
     log = AnswerLog(resume, _identity(model, other, settings, seed))
     with _bar(len(questions) + 2 * len(items), verbose) as progress:
         answers = log.known(questions, progress)
-        for runs_on, used in (("base", other), ("tuned", model)):
-            left = [q for q in questions if q.runs_on == runs_on and q.key not in answers]
+        # The longest prompts first, so that what is compiled for them serves the others too.
+        for variant, used in (("few_shot", other), ("base", other), ("tuned", model)):
+            left = [q for q in questions if q.variant == variant and q.key not in answers]
             if not left:
                 continue
-            off = lora_disabled(model) if used is model and runs_on == "base" else None
+            stops = set(resolved.stop_token_ids(used.preprocessor.tokenizer))
+            if variant == "few_shot":
+                stops |= line_break_ids(used.preprocessor.tokenizer, examples)
+            off = lora_disabled(model) if used is model and variant != "tuned" else None
             with off or contextlib.nullcontext():
                 answers |= _ask(
-                    used, left, resolved, sampler, max_new_tokens, batch_size, log, progress
+                    used, left, stops, sampler, max_new_tokens, batch_size, log, progress
                 )
         remembered = None
         if items:
@@ -245,7 +250,7 @@ def _seeds(case: Case, seed: int) -> list[int | None]:
 def _ask(
     model: Any,
     questions: Sequence[Question],
-    template: Template,
+    stops: Collection[int],
     sampler: Any,
     max_new_tokens: int,
     batch_size: int,
@@ -273,7 +278,7 @@ def _ask(
         generate_ids(
             model,
             [q.ids for q in group],
-            stop_token_ids=template.stop_token_ids(tokenizer),
+            stop_token_ids=stops,
             max_new_tokens=max_new_tokens,
             sampler="greedy" if greedy else drawn,
             seed=None if greedy else [int(q.seed or 0) for q in group],
