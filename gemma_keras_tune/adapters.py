@@ -6,6 +6,7 @@ Whatever is saved holds weights derived from Gemma, and is under the Gemma terms
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,12 +14,21 @@ import keras
 
 from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.adapter_layouts import CONFIG, PEFT_WEIGHTS, check_finite, read_adapter
-from gemma_keras_tune.errors import AdapterError
+from gemma_keras_tune.errors import AdapterError, TemplateError
 from gemma_keras_tune.families import family_of, fingerprint, is_instruct, origin_of
 from gemma_keras_tune.lora import LoraConfig
 from gemma_keras_tune.receipts import record, write_receipt
-from gemma_keras_tune.switching import ACTIVE, DEFAULT, Active, adapter_factors, add_adapter
+from gemma_keras_tune.switching import (
+    ACTIVE,
+    DEFAULT,
+    Active,
+    adapter_factors,
+    add_adapter,
+    chosen_adapter,
+    use_adapter,
+)
 from gemma_keras_tune.templates import (
+    Template,
     read_sidecar,
     read_template,
     template_of,
@@ -102,13 +112,14 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    config, factors = adapter_factors(model, name)
+    chosen = chosen_adapter(model, name)
+    config, factors = adapter_factors(model, chosen)
     tensors = {}
     for module, (a, b) in factors.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
     check_finite(tensors)
-    with new_folder(path, overwrite=overwrite) as folder:
+    with use_adapter(model, chosen), new_folder(path, overwrite=overwrite) as folder:
         save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -131,7 +142,8 @@ def load_adapter(
     Where ranks differ from layer to layer, the smaller ones are filled up with zeros; where scales
     do, they are multiplied into the factors: what the model computes is the same. Several may be
     on one base, each under a name; `set_adapter`, `use_adapter` and `generate(adapter=…)` switch
-    between them. The template recorded with it is attached.
+    between them. The template recorded with it is attached; one that cannot be, such as a Python
+    function, is left out with a warning.
 
     Args:
         model: A KerasHub Gemma: the base the adapter was trained on.
@@ -148,7 +160,7 @@ def load_adapter(
     """
     adapter = read_adapter(path, model)
     folder = None if isinstance(path, Mapping) else pathlib.Path(path)
-    problems = [*_wrong_base(model, read_sidecar(folder) if folder else {}), *adapter.problems]
+    problems = [*_wrong_base(model, _record(folder) if folder else {}), *adapter.problems]
     if problems:
         raise AdapterError(
             f"The adapter in {folder or 'memory'} does not fit this model.", problems
@@ -161,7 +173,7 @@ def load_adapter(
         parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
         total_parameters=0,
     )
-    template = read_template(folder) if folder else None
+    template = _template(folder) if folder else None
     add_adapter(model, name, own, dict(adapter.factors), template)
     return adapter_factors(model, name)[0]
 
@@ -197,6 +209,21 @@ def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
         "inference_mode": True,
         "fan_in_fan_out": False,
     }
+
+
+def _record(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        return read_sidecar(folder)
+    except TemplateError as error:
+        raise AdapterError(error.headline, error.problems, error.next_step) from error
+
+
+def _template(folder: pathlib.Path) -> Template | None:
+    try:
+        return read_template(folder)
+    except TemplateError as error:
+        warnings.warn(f"{folder}: its template is left out. {error}", UserWarning, stacklevel=3)
+        return None
 
 
 def _wrong_base(model: keras.Model, record: Mapping[str, Any]) -> list[str]:

@@ -140,8 +140,7 @@ def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> 
     bank.assigned = _assign(model, adapter.values, scale)
     bank.active = name
     switch_lora(model, on=True)
-    if adapter.template is not None:
-        attach_template(model, adapter.template)
+    attach_template(model, adapter.template or bank.base_template)
 
 
 @contextlib.contextmanager
@@ -264,22 +263,18 @@ def add_adapter(
         lora, {n: everything[n] for n in order}, base_template, name, _assign(model, values, 1.0)
     )
     switch_lora(model, on=True)
-    if template is not None:
-        attach_template(model, template)
+    attach_template(model, template or base_template)
 
 
-def adapter_factors(
-    model: keras.Model, name: str | Active = ACTIVE
-) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """An adapter as it was trained: its own rank, alpha and targets, and its factors.
+def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
+    """The name of an adapter that is there.
 
     Args:
         model: A model with LoRA on.
         name: One of `list_adapters(model)`; by default the one that is on, or was last.
 
     Returns:
-        Its configuration, and `A [rank, inputs]` and `B [outputs, rank]` by Hugging Face module
-        name.
+        The name.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -293,8 +288,29 @@ def adapter_factors(
             else "There is no adapter to save: LoRA is not on this model.",
             next_step="Tune with `method='lora'`, or save the whole model with `save_preset`.",
         )
+    return str(chosen)
+
+
+def adapter_factors(
+    model: keras.Model, name: str | Active = ACTIVE
+) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """An adapter as it was trained: its own rank, alpha and targets, and its factors.
+
+    Args:
+        model: As for `chosen_adapter`.
+        name: As for `chosen_adapter`.
+
+    Returns:
+        Its configuration, and `A [rank, inputs]` and `B [outputs, rank]` by Hugging Face module
+        name.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    chosen, bank = chosen_adapter(model, name), _bank(model)
+    assert bank is not None
     _keep_trained(model, bank)
-    adapter = bank.adapters[str(chosen)]
+    adapter = bank.adapters[chosen]
     return adapter.config, _factors(model, adapter)
 
 
@@ -325,10 +341,11 @@ def _keep_trained(model: keras.Model, bank: _Bank) -> None:
     held = _held(model)
     same = all(a is c and b is d for (a, b), (c, d) in zip(held, bank.assigned, strict=True))
     adapter = bank.adapters.get(bank.active)
+    if adapter is not None and lora_active(model):
+        adapter.template = template_of(model) or adapter.template
     if same or adapter is None:
         return
     adapter.values = bank.assigned = held
-    adapter.template = template_of(model) or adapter.template
     if adapter.config != bank.lora:  # trained as wide as the shared LoRA is
         adapter.config = bank.lora
 

@@ -572,7 +572,7 @@ def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TemplateError(
             f"{path} is not valid JSON: {error}", next_step="Delete it, or restore it from a copy."
         ) from error
@@ -582,7 +582,7 @@ def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _from_config(config: Mapping[str, Any]) -> Template:
-    settings = dict(config)
+    settings = dict(config) if isinstance(config, Mapping) else {}
     kind = settings.pop("kind", None)
     if kind == FunctionTemplate.kind:
         raise TemplateError(
@@ -592,10 +592,12 @@ def _from_config(config: Mapping[str, Any]) -> Template:
         )
     classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
     try:
+        if not all(isinstance(value, str) for value in settings.values()):
+            raise TypeError("a setting is no text")
         return classes[kind](**settings)
     except (KeyError, TypeError) as error:
         raise TemplateError(
-            f"This is not the description of a template: {dict(config)!r}",
+            f"This is not the description of a template: {config!r}",
             next_step=f"`kind` must be one of {sorted(classes)}, with its own settings.",
         ) from error
 

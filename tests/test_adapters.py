@@ -144,6 +144,33 @@ def test_broken_files_are_refused(tmp_path):
     assert "adapter_config.json cannot be read" in refused(folder, model)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"base_fingerprint": {"a": 1}}', None])
+def test_a_broken_record_is_refused(tmp_path, text):
+    folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
+    record = folder / "gemma_keras_tune.json"
+    if text is None:
+        record.unlink()
+        record.mkdir()
+    else:
+        record.write_text(text)
+    model = testing.tiny_model()
+    refused(folder, model)
+    assert gkt.list_adapters(model) == ()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [3, {"kind": []}, {"kind": "text", "text": 3}, {"kind": "function", "function": "f"}],
+)
+def test_a_template_that_cannot_be_used_is_left_out(tmp_path, template):
+    folder = gkt.save_adapter(tuned(), tmp_path / "adapter")
+    (folder / "gemma_keras_tune.json").write_text(json.dumps({"template": template}))
+    model = testing.tiny_model()
+    with pytest.warns(UserWarning, match="its template is left out"):
+        gkt.load_adapter(model, folder)
+    assert template_of(model) is None
+
+
 def test_without_lora_there_is_nothing_to_save(tmp_path):
     with pytest.raises(gkt.AdapterError, match="LoRA is not on"):
         gkt.save_adapter(testing.tiny_model(), tmp_path / "adapter")

@@ -115,12 +115,36 @@ def test_saved_again_it_is_what_it_was(
 
     for name, folder in folders.items():
         again = gkt.save_adapter(model, tmp_path / name, name=name)
-        for file in ("adapter_config.json",):
+        for file in ("adapter_config.json", "gemma_keras_tune.json"):
             assert (again / file).read_text() == (folder / file).read_text()
         before, after = (load_file(f / "adapter_model.safetensors") for f in (folder, again))
         assert set(before) == set(after)
         for key, value in before.items():
             np.testing.assert_allclose(after[key], value, rtol=1e-6)
+
+
+def test_each_brings_its_template(model: Any, folders: dict[str, pathlib.Path]) -> None:
+    """One made elsewhere has none, and takes the base's, whatever was on before."""
+
+    def words() -> list[str]:
+        template = gkt.template_of(model)
+        return str(template.to_config()["text"]).split() if template else []
+
+    (folders["one"] / "gemma_keras_tune.json").rename(folders["one"] / "aside")
+    try:
+        gkt.load_adapter(model, folders["one"], name="bare")
+    finally:
+        (folders["one"] / "aside").rename(folders["one"] / "gemma_keras_tune.json")
+    assert words() == []
+    for name, expected in {"two": ["two"], "bare": [], "wide": ["wide"]}.items():
+        gkt.set_adapter(model, name)
+        assert words()[1:2] == expected
+        with gkt.use_adapter(model, None):
+            assert words() == []
+    gkt.attach_template(model, gkt.get_template("{input} mine\n{output}", model))
+    gkt.set_adapter(model, "two")
+    gkt.set_adapter(model, "wide")
+    assert words()[1:2] == ["mine"]
 
 
 @pytest.mark.slow
