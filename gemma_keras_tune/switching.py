@@ -1,9 +1,10 @@
 """Several adapters on one base: by name, one on at a time, switched without compiling again.
 
 All adapters of a model share one LoRA, as wide as the widest of them and on all layers any of them
-has: a narrower one is filled up with zeros, which adds nothing. To switch is to assign other
-factors to the same variables, so every compiled program goes on serving; only loading an adapter
-that needs a wider LoRA, or more layers, compiles anew. The base is in memory once.
+has: a narrower one is filled up with zeros, which add nothing and which no training moves, as the
+gradient of either factor is zero where the other one is. To switch is to assign other factors to
+the same variables, so every compiled program goes on serving; only loading an adapter that needs a
+wider LoRA, or more layers, compiles anew. The base is in memory once.
 """
 
 import contextlib
@@ -346,8 +347,6 @@ def _keep_trained(model: keras.Model, bank: _Bank) -> None:
     if same or adapter is None:
         return
     adapter.values = bank.assigned = held
-    if adapter.config != bank.lora:  # trained as wide as the shared LoRA is
-        adapter.config = bank.lora
 
 
 def _assign(

@@ -1,5 +1,6 @@
 """Several adapters on one base: each answers as it does alone, and nothing compiles again."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -197,6 +198,11 @@ def test_what_was_trained_on_is_kept(
     np.testing.assert_array_equal(ask(model, adapter="two"), trained)
     np.testing.assert_array_equal(ask(model, adapter=None), alone[None])
     gkt.save_adapter(model, tmp_path / "trained", name="two")
+    settings = json.loads((tmp_path / "trained/adapter_config.json").read_text())
+    assert settings["r"] == 2  # the width it shares with the others is not its own
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        assert np.any(b[:, :2]) and not np.any(a[2:]) and not np.any(b[:, 2:])
     again = fresh()
     gkt.load_adapter(again, tmp_path / "trained")
     np.testing.assert_array_equal(ask(again), trained)
