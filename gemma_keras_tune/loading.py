@@ -314,7 +314,7 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     try:
         if config.get("model_type") in TEXT_MODEL_TYPES:
             return load_text_model(path, config, tensors, dtype=dtype)
-        model = keras_hub.models.CausalLM.from_preset(str(path.resolve()), dtype=dtype)
+        model = _causal_lm(config).from_preset(str(path.resolve()), dtype=dtype)
     except LoadError:
         raise
     except Exception as error:
@@ -327,6 +327,18 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     if foreign:
         check_tensors(path, family_of(model).weights(model), tensors)
     return model
+
+
+def _causal_lm(config: Mapping[str, Any]) -> type[keras_hub.models.CausalLM]:
+    """The class that generates, for a config `_check_gemma` let through.
+
+    Named here, because `CausalLM.from_preset` takes any class of that backbone, and Gemma 4 has a
+    second one: the assistant of speculative decoding.
+    """
+    found = config.get("class_name") or config["model_type"]
+    family = re.match("gemma(3n|3|4)?", str(found).lower())
+    owner = "Gemma" + ((family and family[1]) or "") + "CausalLM"
+    return getattr(keras_hub.models, owner)
 
 
 def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
@@ -477,7 +489,7 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         if scheme == "hf" and config.get("model_type") in TEXT_MODEL_TYPES:
             model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
         else:
-            model = keras_hub.models.CausalLM.from_preset(source, dtype=dtype)
+            model = _causal_lm(config).from_preset(source, dtype=dtype)
     except LoadError:
         raise
     except Exception as error:

@@ -72,6 +72,7 @@ class _Bank:
         active: Which one the variables hold.
         assigned: The very arrays the variables were given: where they hold others, they have been
             trained since.
+        scale: The strength they were assigned at.
     """
 
     lora: LoraConfig
@@ -79,6 +80,7 @@ class _Bank:
     base_template: Template | None
     active: str
     assigned: list[tuple[Any, Any]]
+    scale: float = 1.0
 
 
 _banks: "weakref.WeakKeyDictionary[keras.Model, _Bank]" = weakref.WeakKeyDictionary()
@@ -139,7 +141,7 @@ def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> 
     _keep_trained(model, bank)
     adapter = bank.adapters[name]
     bank.assigned = _assign(model, adapter.values, scale)
-    bank.active = name
+    bank.active, bank.scale = name, scale
     switch_lora(model, on=True)
     attach_template(model, adapter.template or bank.base_template)
 
@@ -170,19 +172,30 @@ def use_adapter(
         return
     if bank is not None:
         _keep_trained(model, bank)
-    before, held = (bank.active, bank.assigned) if bank else ("", [])
+    before, held, strength = (bank.active, bank.assigned, bank.scale) if bank else ("", [], 1.0)
     on, template = lora_active(model), template_of(model)
     set_adapter(model, name, scale=scale)
     try:
         yield
     finally:
-        if bank is not None:
-            if before != bank.active or held is not bank.assigned:
-                _keep_trained(model, bank)
-                bank.assigned = _assign_as(model, held)
-                bank.active = before
+        _switch_back(model, before, held, strength)
+        if before in list_adapters(model):
             switch_lora(model, on=on)
             attach_template(model, template)
+
+
+def _switch_back(
+    model: keras.Model, before: str, held: list[tuple[Any, Any]], strength: float
+) -> None:
+    """Adapters may have been trained, loaded or removed in the meantime."""
+    bank = _bank(model)
+    if bank is None:
+        return
+    _keep_trained(model, bank)
+    if before not in bank.adapters:
+        set_adapter(model, None)
+    elif bank.active != before or bank.assigned is not held:
+        set_adapter(model, before, scale=strength)
 
 
 def remove_adapter(model: keras.Model, name: str) -> None:
@@ -210,7 +223,7 @@ def remove_adapter(model: keras.Model, name: str) -> None:
     elif bank.active == name:
         first = next(iter(bank.adapters))
         bank.assigned = _assign(model, bank.adapters[first].values, 1.0)
-        bank.active = first
+        bank.active, bank.scale = first, 1.0
         set_adapter(model, None)
 
 
@@ -347,6 +360,7 @@ def _keep_trained(model: keras.Model, bank: _Bank) -> None:
     if same or adapter is None:
         return
     adapter.values = bank.assigned = held
+    bank.scale = 1.0
 
 
 def _assign(

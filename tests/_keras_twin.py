@@ -3,6 +3,7 @@
 python _keras_twin.py INPUTS.npz ANSWERS.npz PRESET...
 """
 
+import pathlib
 import sys
 
 
@@ -12,7 +13,10 @@ def main(inputs: str, answers: str, *presets: str) -> None:
 
     given, found = np.load(inputs), {}
     for preset in presets:
-        model = keras_hub.models.CausalLM.from_preset(preset, dtype="float32")
+        # `CausalLM.from_preset` may take Gemma 4 for the assistant of speculative decoding.
+        gemma4 = '"Gemma4Backbone"' in (pathlib.Path(preset) / "config.json").read_text("utf-8")
+        owner = keras_hub.models.Gemma4CausalLM if gemma4 else keras_hub.models.CausalLM
+        model = owner.from_preset(preset, dtype="float32")
         names = [tensor.name for tensor in model.backbone.inputs]
         fed = {name: given[f"{preset}:{name}"] for name in names}
         found[f"{preset}:hidden"] = np.asarray(model.backbone(fed))

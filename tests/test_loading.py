@@ -678,13 +678,29 @@ def test_hub_handles_tell_instruct():
     assert loading._handle_instruct("hf://a/digit", "hf://a/digit") is None
 
 
+@pytest.mark.parametrize(
+    ("named", "owner"),
+    [
+        ({"class_name": "GemmaBackbone"}, "GemmaCausalLM"),
+        ({"class_name": "Gemma3Backbone"}, "Gemma3CausalLM"),
+        ({"class_name": "Gemma3nBackbone"}, "Gemma3nCausalLM"),
+        ({"class_name": "Gemma4Backbone"}, "Gemma4CausalLM"),
+        ({"model_type": "gemma2"}, "GemmaCausalLM"),
+        ({"model_type": "gemma3_text"}, "Gemma3CausalLM"),
+        ({"model_type": "gemma3n"}, "Gemma3nCausalLM"),
+        ({"model_type": "gemma4"}, "Gemma4CausalLM"),
+    ],
+)
+def test_the_class_that_generates_is_not_left_to_chance(named, owner):
+    assert loading._causal_lm(named).__name__ == owner
+
+
 def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
     config = str(preset / "config.json")
     monkeypatch.setattr(loading, "_download_config", lambda *_: config)
-    stock = keras_hub.models.CausalLM.from_preset
-    monkeypatch.setattr(
-        keras_hub.models.CausalLM, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs)
-    )
+    owner = keras_hub.models.Gemma3CausalLM
+    stock = owner.from_preset
+    monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
     loaded = load("hf://someone/tiny-it")
     assert origin_of(loaded).source == "hf://someone/tiny-it"
     assert is_instruct(loaded) is True

@@ -209,3 +209,43 @@ def test_what_was_trained_on_is_kept(
     gkt.set_adapter(model, None)
     with pytest.raises(gkt.LoraError, match="set_adapter"):
         gkt.tune(model, tiny_pairs(8), verbose=0)
+
+
+def nudge(model: Any) -> np.ndarray:
+    """Stands for training."""
+    factor = lora_linears(model)[0].layer.lora_kernel_b
+    factor.assign(factor.value + 1)
+    return np.asarray(factor)
+
+
+def test_trained_within_a_context_it_stays_on(model: Any) -> None:
+    gkt.set_adapter(model, "one")
+    with gkt.use_adapter(model, "one"):
+        trained = nudge(model)
+    factor = lora_linears(model)[0].layer.lora_kernel_b
+    np.testing.assert_array_equal(np.asarray(factor), trained)
+    gkt.set_adapter(model, "two")
+    gkt.set_adapter(model, "one")
+    np.testing.assert_array_equal(np.asarray(factor), trained)
+
+
+def test_strength_comes_back_after_a_context(model: Any) -> None:
+    gkt.set_adapter(model, "one", scale=0.5)
+    before = np.asarray(lora_linears(model)[0].layer.kernel)
+    with gkt.use_adapter(model, "two"):
+        pass
+    np.testing.assert_array_equal(np.asarray(lora_linears(model)[0].layer.kernel), before)
+
+
+def test_adapters_come_and_go_within_a_context(folders: dict[str, pathlib.Path]) -> None:
+    model = fresh()
+    gkt.load_adapter(model, folders["one"], name="one")
+    with gkt.use_adapter(model, "one"):
+        gkt.load_adapter(model, folders["wide"], name="wide")
+    assert gkt.active_adapter(model) == "one"
+    with gkt.use_adapter(model, "wide"):
+        gkt.remove_adapter(model, "one")
+    assert gkt.list_adapters(model) == ("wide",) and gkt.active_adapter(model) is None
+    with gkt.use_adapter(model, "wide"):
+        gkt.remove_adapter(model, "wide")
+    assert gkt.list_adapters(model) == () and gkt.lora_config(model) is None

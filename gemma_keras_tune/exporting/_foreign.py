@@ -8,6 +8,7 @@ torch beside TensorFlow in one process may crash, and KerasHub shall open a pres
 import importlib
 import json
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -62,7 +63,10 @@ def keras_hub(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
             return None
         return np.asarray(model({name: fed[name] for name in names}), "float32")
 
-    model = keras_hub.models.CausalLM.from_preset(asked["path"])
+    # By its own class: the base class may take Gemma 4 for the assistant of speculative decoding.
+    config = json.loads((pathlib.Path(asked["path"]) / "config.json").read_text("utf-8"))
+    owner = config["class_name"].removesuffix("Backbone") + "CausalLM"
+    model = getattr(keras_hub.models, owner).from_preset(asked["path"])
     model.compile(sampler="greedy")
     write = model.make_generate_function()
     new, stops = asked["max_new_tokens"], tuple(asked["stop_token_ids"])
