@@ -167,6 +167,7 @@ def generate_ids(
     sampler: str | keras_hub.samplers.Sampler = "greedy",
     seed: int | Sequence[int] | None = None,
     batch_size: int = 8,
+    share_programs: bool = False,
     progress: Callable[[int], None] | None = None,
     on_batch: Callable[[list[tuple[int, np.ndarray, bool]]], None] | None = None,
 ) -> list[tuple[np.ndarray, bool]]:
@@ -181,6 +182,8 @@ def generate_ids(
         seed: Makes a random sampler repeat itself, for the same rows and `batch_size`. With a seed
             for each row, what a row draws depends neither on the others nor on `batch_size`.
         batch_size: Rows that run at once, at least 1.
+        share_programs: Run in a program for more rows where one is compiled already. For a few
+            rows that are asked once, that costs less than a program of their own.
         progress: Called after every batch with the number of rows done in it.
         on_batch: Called after every batch with what it wrote: place in `rows`, new ids, stopped.
 
@@ -199,7 +202,7 @@ def generate_ids(
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
     weights = weights_of(model)
-    for batch in batches(model, rows, state, max_new_tokens, batch_size):
+    for batch in batches(model, rows, state, max_new_tokens, batch_size, share_programs):
         state.begin(batch)
         with kept_memory():
             chosen = [rows[i] for i in batch.rows]
@@ -421,23 +424,34 @@ def batches(
     state: SamplerState,
     new_tokens: int,
     batch_size: int,
+    share_programs: bool = False,
 ) -> list[_Batch]:
     """Rows of similar length together, and few buffer lengths over all of them."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    chunk = LONG_CHUNK if len(rows[order[0]]) > LONG_PROMPT else SHORT_CHUNK
+    about = (chunk, state.key, lora_config(model))
+    programs = programs_of(model).by_key
+    compiled = [(s, buffer) for s, c, buffer, *rest in programs if (c, *rest) == about]
     # Powers of two, so that calls with few prompts share programs.
     size = min(batch_size, 2 ** math.ceil(math.log2(len(rows))))
+    if share_programs:
+        need = _round_up(_chunks(rows[order[0]], chunk) * chunk + 1 + new_tokens)
+        roomy = (s for s, b in compiled if s >= size and need <= b <= MOST_ROOM * need)
+        size = min(roomy, default=size)
     groups = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
-    chunk = LONG_CHUNK if len(rows[order[0]]) > LONG_PROMPT else SHORT_CHUNK
-    chunks = [math.ceil((len(rows[group[0]]) - 1) / chunk) for group in groups]
+    chunks = [_chunks(rows[group[0]], chunk) for group in groups]
     needs = [_round_up(n * chunk + 1 + new_tokens) for n in chunks]
-    about = (size, chunk, state.key, lora_config(model))
-    programs = programs_of(model).by_key
-    known = {buffer for s, c, buffer, *rest in programs if (s, c, *rest) == about}
+    known = {buffer for s, buffer in compiled if s == size}
     kept = _kept_buffers(needs, known)
     return [
         _Batch(group, size, chunk, n, min(b for b in kept if b >= need), new_tokens)
         for group, n, need in zip(groups, chunks, needs, strict=True)
     ]
+
+
+def _chunks(row: Any, chunk: int) -> int:
+    """Chunks that a row's tokens but the last fill."""
+    return math.ceil((len(row) - 1) / chunk)
 
 
 def _round_up(tokens: int) -> int:

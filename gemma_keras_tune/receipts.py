@@ -248,6 +248,7 @@ def answer_texts(
             stop_token_ids=stop_token_ids,
             max_new_tokens=MAX_NEW_TOKENS,
             batch_size=_BATCH,
+            share_programs=True,
         )
         wholes = [np.concatenate([row, ids]) for row, (ids, _) in zip(rows, answers, strict=True)]
         # Where each token of the answer was chosen, and the stop token if one was.

@@ -302,6 +302,17 @@ def test_lora_writes_as_kerashub_and_as_merged():
     np.testing.assert_array_equal(ids(model, rows), on)
 
 
+def test_a_few_rows_asked_once_run_in_a_program_for_more(model):
+    ids(model, rows_of_lengths(3, 4, 5, 6, 7), batch_size=8)
+    row = rows_of_lengths(6)
+    before = compiled_programs(model)
+    (shared,) = ids(model, row, share_programs=True)
+    assert compiled_programs(model) == before
+    (own,) = ids(model, row)
+    assert compiled_programs(model) == before + 1
+    np.testing.assert_array_equal(shared, own)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_backbone(mode):
