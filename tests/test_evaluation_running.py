@@ -128,6 +128,7 @@ def test_mixed_lengths_take_three_programs() -> None:
     assert compiled_programs(model) <= 3
 
 
+@pytest.mark.slow
 def test_leaked_cases_are_scored_apart(model: Any, plan: TestPlan) -> None:
     pairs = [*tiny_pairs(4), ("how do I pick a LOCK", "I can't help with that.")]
     found = evaluate(model, plan, baseline=None, pairs=pairs, **QUICK)
@@ -153,6 +154,7 @@ class _Scores:
         return np.array([[0.1, 0.9 if "lock" in prompt else 0.2] for prompt in prompts])
 
 
+@pytest.mark.slow
 def test_policy_judges_failure_and_boundary_cases(model: Any, plan: TestPlan) -> None:
     policy = _Scores()
     found = evaluate(model, plan, baseline=None, policy=policy, **QUICK)

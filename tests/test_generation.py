@@ -302,6 +302,7 @@ def test_lora_writes_as_kerashub_and_as_merged():
     np.testing.assert_array_equal(ids(model, rows), on)
 
 
+@pytest.mark.slow
 def test_a_few_rows_asked_once_run_in_a_program_for_more(model):
     ids(model, rows_of_lengths(3, 4, 5, 6, 7), batch_size=8)
     row = rows_of_lengths(6)

@@ -706,6 +706,7 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
     assert is_instruct(loaded) is True
 
 
+@pytest.mark.slow
 def test_a_text_model_of_hugging_face_is_read_as_a_folder(tmp_path, monkeypatch):
     from gemma_keras_tune.exporting import export
 

@@ -56,6 +56,7 @@ def test_on_off_merged_on_every_generation(family):
     assert gkt.lora_config(model) is None and len(model.trainable_variables) > 10
 
 
+@pytest.mark.slow
 def test_remove_gives_the_base_back_and_lora_can_go_on_again():
     model = testing.tiny_model()
     before, trainable = hidden(model), len(model.trainable_variables)

@@ -111,6 +111,7 @@ def test_other_files_are_left_alone(run, pytester):
     assert run("plan.jsonl").ret != 0
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_none_is_an_error_of_collection(run, pytester):
     pytester.makefile(".jsonl", plan='{"kind": "success"}\n{"prompt": "x", "kind": "y"}')
     result = run("--gemma-model", run.model, "plan.jsonl")

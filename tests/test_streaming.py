@@ -39,6 +39,7 @@ def test_drawn_answers_are_the_same_too(model: Any) -> None:
     assert "".join(pieces) == whole(model, "Hello there", **options)
 
 
+@pytest.mark.slow
 def test_it_ends_at_the_stop_token_and_does_not_print_it(model: Any) -> None:
     answer = gkt.generate_answers(model, "Hello there", max_new_tokens=13)[0]
     tokenizer = model.preprocessor.tokenizer
@@ -58,6 +59,7 @@ def test_it_ends_at_the_stop_token_and_does_not_print_it(model: Any) -> None:
     assert "".join(pieces) == str(tokenizer.detokenize(answer.ids[:first])), stop
 
 
+@pytest.mark.slow
 def test_two_programs_serve_every_prompt_and_both_adapters(model: Any) -> None:
     list(gkt.stream(model, "one", max_new_tokens=13))
     made = compiled_programs(model)

@@ -51,6 +51,9 @@ from gemma_keras_tune.templates import END_OF_TEXT, Template, get_template, temp
 
 FORMAT = "gguf"
 RUNTIME = "xllamacpp"
+# llama.cpp's server takes logarithms of float32 probabilities: below the smallest normal one they
+# have few bits left, and of 0 it writes the lowest float32.
+_NO_CHANCE = -87.0
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
@@ -606,13 +609,13 @@ class LlamaCpp:
             ids: Token ids.
 
         Returns:
-            `[vocabulary]` float32.
+            `[vocabulary]` float32, minus infinity below -87, where a probability underflows.
         """
         row = np.full(self.vocabulary, -np.inf, np.float32)
         answer = self._complete(ids, 1, n_probs=self.vocabulary, logit_bias=[[self.letter, _FORCE]])
         for found in answer["completion_probabilities"][0]["top_logprobs"]:
             row[found["id"]] = found["logprob"]
-        return row
+        return np.where(row < _NO_CHANCE, -np.inf, row)
 
     def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
         """Continue greedily until llama.cpp itself stops.
@@ -689,8 +692,9 @@ def open_runtime(
     params.n_parallel = 1
     params.warmup = False
     params.verbosity = -1
-    # What is judged is the file, not llama.cpp's rounding of what it remembers.
+    # What is judged is the file, not llama.cpp's rounding of what it remembers and attends to.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
         params.lora_adapters = [_lora(xllamacpp, adapter)]
     try:
