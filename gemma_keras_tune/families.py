@@ -557,6 +557,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             "gemma4", "Gemma 4", _GEMMA4_BLOCK, _GEMMA4_MODEL,
             Turn("<|turn>", "<turn|>", system="system"), gguf_norm_offset=0.0,
+            gguf_complete=True,
         ),
     )
 }  # fmt: skip

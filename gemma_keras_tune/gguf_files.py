@@ -8,6 +8,7 @@ seconds. Dequantization is the `gguf` package's.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -24,7 +25,7 @@ import numpy as np
 
 from gemma_keras_tune.building import backbone_class, causal_lm, without_values
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin
+from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin, split
 from gemma_keras_tune.templates import Template, attach_template
 
 MAGIC = b"GGUF"
@@ -44,6 +45,9 @@ _BROKEN = "Download or convert it again: the file is damaged or was cut off."
 _SPACE = "▁"
 _UNKNOWN_TYPE, _CONTROL, _USER_DEFINED = 2, 3, 4
 _UNK_ID, _CONTROL_IDS = 3, (0, 1, 2)
+_TOKENIZERS = ("llama", "gemma4")
+# A factor beyond it slows a rotary frequency to a standstill; converters write 1e30.
+_STANDSTILL = 1e20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     """Turn a GGUF file into a KerasHub model with its tokenizer.
 
     Args:
-        path: A GGUF file of Gemma 1, 2 or 3, quantized or not.
+        path: A GGUF file of Gemma 1, 2, 3 or 4, quantized or not.
         dtype: Keras dtype of the weights.
 
     Returns:
@@ -393,14 +397,14 @@ def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
         LoadError: Something is missing or out of range; all of it is listed.
     """
     values = _Metadata(file, family.name)
-    layers, width = values.count("block_count"), values.count("embedding_length")
+    layers, width = _layers(values), values.count("embedding_length")
     heads = values.count("attention.head_count")
     config: dict[str, Any] = {
         "num_layers": layers,
         "num_query_heads": heads,
-        "num_key_value_heads": values.count("attention.head_count_kv", heads),
+        "num_key_value_heads": values.each("attention.head_count_kv", layers, heads)[0],
         "hidden_dim": width,
-        "intermediate_dim": values.count("feed_forward_length"),
+        "intermediate_dim": values.each("feed_forward_length", layers)[0],
         "head_dim": values.count("attention.key_length"),
         "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon", 1e-6),
     }
@@ -409,11 +413,6 @@ def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
         values.problems.append("the tensor token_embd.weight is missing or no matrix")
     else:
         config["vocabulary_size"] = embedding.shape[0]
-    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    if len(blocks) != layers:
-        values.problems.append(
-            f"{family.name}.block_count is {layers}, tensors of {len(blocks)} are there"
-        )
     _FAMILY_CONFIGS[family.name](values, config)
     if values.problems:
         raise LoadError(
@@ -428,6 +427,7 @@ class _Metadata:
     """Values under the architecture's prefix; what is wrong is collected in `problems`."""
 
     def __init__(self, file: GgufFile, prefix: str) -> None:
+        self.file = file
         self.metadata = file.metadata
         self.prefix = prefix
         self.problems: list[str] = []
@@ -449,12 +449,43 @@ class _Metadata:
             return 1
         return int(value)
 
+    def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """A count for each layer, where the file may say one for all."""
+        name = f"{self.prefix}.{key}"
+        found = self.metadata.get(name)
+        if not isinstance(found, np.ndarray):
+            return [self.count(key, default)] * layers
+        whole = np.issubdtype(found.dtype, np.integer) and len(found) == layers
+        if not whole or not np.all((found >= 0) & (found <= _MAX_SIZE)):
+            self.problems.append(f"{name} must be {layers} whole numbers, not {found[:8]!r}")
+            return [1] * layers
+        return [int(value) for value in found]
+
+    def flags(self, key: str, layers: int) -> list[bool]:
+        name = f"{self.prefix}.{key}"
+        found = self.metadata.get(name)
+        if not isinstance(found, np.ndarray) or found.dtype != bool or len(found) != layers:
+            self.problems.append(f"{name} must be {layers} flags, one for each layer")
+            return [True] * layers
+        return [bool(value) for value in found]
+
     def expect(self, key: str, value: float) -> None:
         found = self.number(key, value)
         if not math.isclose(found, value, rel_tol=1e-6):
             self.problems.append(
                 f"{self.prefix}.{key} is {found:g}, and KerasHub's model has {value:g}"
             )
+
+
+def _layers(values: _Metadata) -> int:
+    """As many layers as there are tensors for: nothing is laid out after a number alone."""
+    told = values.count("block_count")
+    blocks = {name.split(".")[1] for name in values.file.tensors if name.startswith("blk.")}
+    if len(blocks) != told:
+        values.problems.append(
+            f"{values.prefix}.block_count is {told}, tensors of {len(blocks)} are there"
+        )
+    return max(1, len(blocks))
 
 
 def _gemma(values: _Metadata, config: dict[str, Any]) -> None:
@@ -496,35 +527,135 @@ def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
     }
 
 
+def _gemma4(values: _Metadata, config: dict[str, Any]) -> None:
+    layers = config["num_layers"]
+    local = values.flags("attention.sliding_window_pattern", layers)
+    shared = int(values.number("attention.shared_kv_layers", 0))
+    widths = values.each("feed_forward_length", layers)
+    doubled = [widths[0] * (1 + (i >= layers - shared)) for i in range(layers)]
+    if widths not in ([widths[0]] * layers, doubled):
+        values.problems.append(
+            "gemma4.feed_forward_length must be one width, doubled at most in the "
+            f"{shared} layers that share keys and values, not {widths}"
+        )
+    heads = values.each("attention.head_count_kv", layers, config["num_query_heads"])
+    near = next((h for h, is_local in zip(heads, local, strict=True) if is_local), max(heads))
+    experts = int(values.number("expert_count", 0))
+    cap = values.number("final_logit_softcapping", 0)
+    config |= {
+        "image_size": None,
+        "layer_types": [
+            "sliding_attention" if is_local else "full_attention" for is_local in local
+        ],
+        "num_key_value_heads": near,
+        "num_global_key_value_heads": _heads_without_values(values, local, heads),
+        "head_dim": values.count("attention.key_length_swa", config["head_dim"]),
+        "global_head_dim": config["head_dim"],
+        "intermediate_dim": widths[0],
+        "use_double_wide_mlp": widths != [widths[0]] * layers,
+        "sliding_window_size": values.count("attention.sliding_window"),
+        "num_kv_shared_layers": shared,
+        "hidden_size_per_layer_input": int(values.number("embedding_length_per_layer_input", 0)),
+        "final_logit_soft_cap": float(cap) or None,
+        "global_rope_wavelength": float(values.number("rope.freq_base", 1_000_000.0)),
+        "local_rope_wavelength": float(values.number("rope.freq_base_swa", 10_000.0)),
+        "global_rope_partial_rotary_factor": _turned_part(values.file),
+        "enable_moe_block": experts > 0,
+    }
+    if experts:
+        config |= {
+            "num_experts": values.count("expert_count"),
+            "num_experts_per_token": values.count("expert_used_count"),
+            "expert_intermediate_dim": values.count("expert_feed_forward_length"),
+        }
+
+
+def _heads_without_values(
+    values: _Metadata, local: Sequence[bool], heads: Sequence[int]
+) -> int | None:
+    """Key heads of the layers that see everything, where they take their keys for values."""
+    names = values.file.tensors
+    for block, (is_local, count) in enumerate(zip(local, heads, strict=True)):
+        keys = f"blk.{block}.attn_k.weight" in names
+        if not is_local and keys and f"blk.{block}.attn_v.weight" not in names:
+            return count
+    return None
+
+
+def _turned_part(file: GgufFile) -> float:
+    """How much of each global head the rotary embedding turns; the rest stands still."""
+    info = file.tensors.get("rope_freqs.weight")
+    if info is None or info.kind != gguf.GGMLQuantizationType.F32:
+        return 1.0
+    factors = file.read("rope_freqs.weight")
+    return float((factors < _STANDSTILL).mean())
+
+
 _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
 }
 
 
 def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
-    _check_tensors(file, weights)
+    parts = parts_of_tensors(weights)
+    _check_tensors(file, parts)
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
         plain = not weight.gguf_offset and not weight.output_axes
         matrix = file.read(weight.gguf, weight.variable.dtype if plain else np.float32)
+        piece = weight.entry.gguf_piece
+        if piece is not None:
+            matrix = split(matrix, piece, len(parts[weight.gguf]))
         value = weight.from_matrix(matrix - weight.gguf_offset if weight.gguf_offset else matrix)
         weight.variable.assign(value)
 
 
-def _check_tensors(file: GgufFile, weights: Sequence[Weight]) -> None:
-    problems = []
+def parts_of_tensors(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
+    """The weights that each tensor of a file holds, one of most.
+
+    Args:
+        weights: Weights of a model.
+
+    Returns:
+        Weights by the name of their tensor.
+    """
+    parts = collections.defaultdict(list)
     for weight in weights:
-        info = file.tensors.get(weight.gguf)
-        expected = weight.matrix_shape
+        parts[weight.gguf].append(weight)
+    return dict(parts)
+
+
+def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
+    """The shape of the tensor that holds some weights.
+
+    Args:
+        parts: All weights in it.
+
+    Returns:
+        Its shape as numpy has it.
+    """
+    shape, piece = list(parts[0].matrix_shape), parts[0].entry.gguf_piece
+    if piece is None:
+        return tuple(shape)
+    if piece.stacked:
+        shape.insert(piece.axis, len(parts))
+    else:
+        shape[piece.axis] *= len(parts)
+    return tuple(shape)
+
+
+def _check_tensors(file: GgufFile, tensors: Mapping[str, Sequence[Weight]]) -> None:
+    problems = []
+    for name, parts in tensors.items():
+        info, expected = file.tensors.get(name), tensor_shape(parts)
         if info is None:
-            problems.append(f"{weight.gguf} is missing")
+            problems.append(f"{name} is missing")
         elif info.shape != expected:
-            problems.append(f"{weight.gguf} has shape {info.shape}, expected {expected}")
-    known = {weight.gguf for weight in weights}
-    # The frequencies of the rotary embedding are computed, not learnt.
-    unknown = [n for n in file.tensors if n not in known and not n.startswith("rope_freqs")]
+            problems.append(f"{name} has shape {info.shape}, expected {expected}")
+    unknown = [name for name in file.tensors if name not in tensors and not _idle(name, tensors)]
     problems += [f"{name} is no weight of this model" for name in unknown]
     kinds = {info.kind for info in file.tensors.values()}
     problems += [
@@ -540,6 +671,19 @@ def _check_tensors(file: GgufFile, weights: Sequence[Weight]) -> None:
         )
 
 
+def _idle(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a tensor is never computed with."""
+    # The frequencies of the rotary embedding are computed, not learnt.
+    if name.startswith("rope_freqs"):
+        return True
+    # Gemma 4's checkpoints hold keys and values for layers that take those of an earlier one.
+    block, _, rest = name.rpartition(".attn_")
+    shared = rest in ("k.weight", "v.weight", "k_norm.weight")
+    return (
+        shared and f"{block}.attn_q.weight" in tensors and f"{block}.attn_k.weight" not in tensors
+    )
+
+
 def _readable(kind: gguf.GGMLQuantizationType) -> bool:
     block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
     try:
@@ -552,10 +696,10 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
 def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
     prefix = "tokenizer.ggml."
     kind = file.metadata.get(prefix + "model")
-    if str(kind) != "llama":
+    if kind not in _TOKENIZERS:
         raise LoadError(
-            f"{file.path} must hold a SentencePiece tokenizer ({prefix}model='llama'). "
-            f"Received: {kind!r}",
+            f"{file.path} must hold a SentencePiece tokenizer: {prefix}model one of "
+            f"{_TOKENIZERS}. Received: {kind!r}",
             next_step="Convert the model again from the original with its tokenizer.model.",
         )
     names = ("tokens", "scores", "token_type")
@@ -567,7 +711,28 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
             [f"{prefix}{problem}" for problem in problems],
             next_step=_BROKEN,
         )
+    merges = file.metadata.get(prefix + "merges")
+    if kind == "gemma4" and merges is not None and len(np.unique(parts["scores"])) == 1:
+        parts["scores"] = _scores_of_merges(file, parts["tokens"], merges)
     return parts["tokens"], parts["scores"].tolist(), parts["token_type"].tolist()
+
+
+def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> np.ndarray:
+    """Scores that merge pieces in the order of the merges, for a file that has the merges alone.
+
+    llama.cpp's converter reads Gemma 4's tokenizer.json, which has no scores.
+    """
+    pairs = [merge.split(b" ") for merge in merges if isinstance(merge, bytes)]
+    if not isinstance(merges, list) or [len(pair) for pair in pairs] != [2] * len(merges):
+        raise LoadError(
+            f"{file.path}: tokenizer.ggml.merges must be pairs of pieces with a space between.",
+            next_step=_BROKEN,
+        )
+    ranks: dict[bytes, int] = {}
+    for left, right in pairs:
+        ranks.setdefault(left + right, len(ranks))
+    last = len(ranks)
+    return np.array([-float(ranks.get(token, last)) for token in tokens], np.float32)
 
 
 def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:

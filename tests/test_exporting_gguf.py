@@ -8,7 +8,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_keras_tune import loading
-from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.errors import ExportError, LoadError
 from gemma_keras_tune.exporting import gguf_adapter, gguf_file, ollama
 from gemma_keras_tune.families import backbone_inputs, family_of, is_instruct
 from gemma_keras_tune.generation import generate
@@ -97,6 +97,76 @@ def test_smaller_files(options, kinds, tolerance, model, tmp_path):
         value = weight.to_matrix(np.asarray(weight.variable)) + weight.gguf_offset
         largest = np.abs(value).max()
         np.testing.assert_allclose(file.read(weight.gguf), value, atol=tolerance * largest)
+
+
+GEMMA4 = [
+    {},
+    {"use_double_wide_mlp": True},
+    {"moe": True},
+    {"final_logit_soft_cap": None, "num_kv_shared_layers": 0, "global_head_dim": 8},
+]
+
+
+@pytest.mark.parametrize("options", [pytest.param(o, marks=pytest.mark.slow) for o in GEMMA4])
+def test_gemma4_comes_back_exactly(options, tmp_path):
+    original = tiny_model("gemma4", **options)
+    path = export(original, tmp_path, dtype="float32")
+    loaded = load(path)
+    for a, b in zip(loaded.backbone.weights, original.backbone.weights, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=a.path)
+    np.testing.assert_allclose(
+        log_probabilities(loaded, IDS), log_probabilities(original, IDS), atol=1e-5
+    )
+    for text in TEXTS:
+        ids = np.asarray(original.preprocessor.tokenizer(text))
+        np.testing.assert_array_equal(np.asarray(loaded.preprocessor.tokenizer(text)), ids)
+
+
+@pytest.fixture(scope="module")
+def gemma4_file(tmp_path_factory):
+    return export(tiny_model("gemma4", num_layers=2), tmp_path_factory.mktemp("gemma4"))
+
+
+def changed(path, folder, **metadata):
+    """The same file with other metadata, its tensors left where they are."""
+    file = read_header(path)
+    writer = gguf.GGUFWriter(folder / "changed.gguf", "gemma4")
+    for key, value in {**file.metadata, **metadata}.items():
+        if key != "general.architecture" and value is not None:
+            value = value.tolist() if isinstance(value, np.ndarray) else value
+            if isinstance(value, list):
+                value = [v.decode() if isinstance(v, bytes) else v for v in value]
+            gguf_file._add(writer, key, value)
+    for name in file.tensors:
+        writer.add_tensor(name, file.read(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "changed.gguf"
+
+
+def test_merges_stand_for_scores_where_there_are_none(gemma4_file, tmp_path):
+    scores = "tokenizer.ggml.scores"
+    count = len(read_header(gemma4_file).metadata[scores])
+    path = changed(gemma4_file, tmp_path, **{scores: [-1000.0] * count})
+    expected, found = load(gemma4_file).preprocessor.tokenizer, load(path).preprocessor.tokenizer
+    for text in TEXTS:
+        np.testing.assert_array_equal(np.asarray(found(text)), np.asarray(expected(text)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("attention.sliding_window_pattern", None, "must be 2 flags, one for each layer"),
+        ("attention.head_count_kv", [2, 2, 2], "head_count_kv must be 2 whole numbers"),
+        ("feed_forward_length", [24, 25], "must be one width, doubled at most in"),
+        ("attention.sliding_window", None, "attention.sliding_window is missing"),
+    ],
+)
+def test_gemma4_with_other_metadata_is_refused(key, value, told, gemma4_file, tmp_path):
+    with pytest.raises(LoadError, match=told):
+        load(changed(gemma4_file, tmp_path, **{f"gemma4.{key}": value}))
 
 
 def test_auto_keeps_bfloat16(model, tmp_path):

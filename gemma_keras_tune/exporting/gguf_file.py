@@ -45,7 +45,9 @@ from gemma_keras_tune.gguf_files import (
     GgufFile,
     TensorInfo,
     backbone_config,
+    parts_of_tensors,
     read_header,
+    tensor_shape,
 )
 from gemma_keras_tune.templates import END_OF_TEXT, Template, get_template, template_of
 
@@ -135,7 +137,7 @@ def write(
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
         extra = _rope_factors(model) if family.name == "gemma4" else {}
-        shapes = _shapes(weights)
+        shapes = {n: tensor_shape(held) for n, held in parts_of_tensors(weights).items()}
         for name, value in extra.items():
             _announce(writer, name, value.shape, _Kind.F32)
         for name, shape in shapes.items():
@@ -211,7 +213,7 @@ def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
     """The keys of the file; whole numbers become uint32, others float32."""
     given = _gemma4_sizes(model) if family.name == "gemma4" else _sizes(model, family)
     sizes = {f"{family.name}.{key}": value for key, value in given.items()}
-    if family.gguf_complete:
+    if family.name != "gemma4":  # what it cannot say is refused by name
         _check_sizes(model, family, sizes)
     origin = origin_of(model)
     name = pathlib.PurePath(origin.source).stem if origin else family.title
@@ -465,18 +467,6 @@ def _announce(
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     size = math.prod(shape) // block * block_bytes
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-
-
-def _shapes(weights: Iterable[Weight]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, in order; some hold several weights."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for weight in weights:
-        shape = list(weight.matrix_shape)
-        piece = weight.entry.gguf_piece
-        if piece is not None and weight.gguf in shapes:
-            shape[piece.axis] += shapes[weight.gguf][piece.axis]
-        shapes[weight.gguf] = tuple(shape)
-    return shapes
 
 
 def _write_tensors(
