@@ -414,7 +414,6 @@ class Family:
         model: Rows that stand once.
         turn: Turn format of the instruct models.
         gguf_norm_offset: What GGUF adds to norm scales.
-        gguf_complete: Whether GGUF files of this generation can be read: their metadata too.
         jax_complete: Whether the table carries the whole tree of the Gemma library for JAX.
     """
 
@@ -424,7 +423,6 @@ class Family:
     model: tuple[Entry, ...]
     turn: Turn
     gguf_norm_offset: float = 1.0
-    gguf_complete: bool = False
     jax_complete: bool = False
 
     def linears(self, model: keras.Model) -> tuple[Linear, ...]:
@@ -540,24 +538,21 @@ _OLD_TURN = Turn("<start_of_turn>", "<end_of_turn>")
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
-        Family(
-            "gemma", "Gemma 1", _LINEARS + _GEMMA_NORMS, _GEMMA_MODEL, _OLD_TURN, gguf_complete=True
-        ),
+        Family("gemma", "Gemma 1", _LINEARS + _GEMMA_NORMS, _GEMMA_MODEL, _OLD_TURN),
         Family(
             "gemma2", "Gemma 2", _LINEARS + _GEMMA2_NORMS, _GEMMA_MODEL, _OLD_TURN,
-            gguf_complete=True, jax_complete=True,
+            jax_complete=True,
         ),
         Family(
             "gemma3", "Gemma 3", _LINEARS + _GEMMA3_NORMS, _GEMMA_MODEL, _OLD_TURN,
-            gguf_complete=True, jax_complete=True,
+            jax_complete=True,
         ),
         Family(
-            "gemma3n", "Gemma 3n", _GEMMA3N_BLOCK, _GEMMA3N_MODEL, _OLD_TURN, gguf_norm_offset=0.0
+            "gemma3n", "Gemma 3n", _GEMMA3N_BLOCK, _GEMMA3N_MODEL, _OLD_TURN, gguf_norm_offset=0.0,
         ),
         Family(
             "gemma4", "Gemma 4", _GEMMA4_BLOCK, _GEMMA4_MODEL,
             Turn("<|turn>", "<turn|>", system="system"), gguf_norm_offset=0.0,
-            gguf_complete=True,
         ),
     )
 }  # fmt: skip

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import gguf
 import keras
 import numpy as np
+import scipy.special
 
 from gemma_keras_tune.building import backbone_class, causal_lm, without_values
 from gemma_keras_tune.errors import LoadError, TemplateError
@@ -134,7 +135,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     """Turn a GGUF file into a KerasHub model with its tokenizer.
 
     Args:
-        path: A GGUF file of Gemma 1, 2, 3 or 4, quantized or not.
+        path: A GGUF file of any generation, quantized or not.
         dtype: Keras dtype of the weights.
 
     Returns:
@@ -360,11 +361,6 @@ _NUMBERS = {
 
 def _family(file: GgufFile) -> Family:
     name = str(file.metadata.get("general.architecture", "none"))
-    readable = [family.title for family in FAMILIES.values() if family.gguf_complete]
-    next_step = (
-        f"GGUF files of {', '.join(readable)} can be read. Other Gemma generations load from "
-        "KerasHub presets and Hugging Face folders."
-    )
     if str(file.metadata.get("general.type", "model")) != "model":
         raise LoadError(
             f"{file.path} holds no model. Received: general.type={file.metadata['general.type']!r}",
@@ -374,11 +370,7 @@ def _family(file: GgufFile) -> Family:
     if family is None:
         raise LoadError(
             f"{file.path} is not a Gemma. Received: general.architecture={name!r}",
-            next_step=next_step,
-        )
-    if not family.gguf_complete:
-        raise LoadError(
-            f"{file.path}: {family.title} cannot be read from GGUF.", next_step=next_step
+            next_step=f"GGUF files of {', '.join(f.title for f in FAMILIES.values())} can be read.",
         )
     return family
 
@@ -527,6 +519,57 @@ def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
     }
 
 
+def _gemma3n(values: _Metadata, config: dict[str, Any]) -> None:
+    layers, tensors = config["num_layers"], values.file.tensors
+    found = [tensors.get(name) for name in ("per_layer_token_embd.weight", "blk.0.laurel_l.weight")]
+    rows, rank = (info.shape[0] if info else 1 for info in found)
+    values.expect("rope.freq_base_swa", 10_000.0)
+    local = [i % 5 != 4 for i in range(layers)]  # what llama.cpp computes with
+    if "gemma3n.attention.sliding_window_pattern" in values.metadata:
+        local = values.flags("attention.sliding_window_pattern", layers)
+    given = {
+        "text_vocab_size": config.get("vocabulary_size", 1),
+        "text_hidden_size": config["hidden_dim"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": config["num_query_heads"],
+        "num_key_value_heads": config["num_key_value_heads"],
+        "head_dim": config["head_dim"],
+        "intermediate_size": values.each("feed_forward_length", layers),
+        "rms_norm_eps": config["layer_norm_epsilon"],
+        "layer_types": [
+            "sliding_attention" if is_local else "full_attention" for is_local in local
+        ],
+        "sliding_window": values.count("attention.sliding_window"),
+        "max_position_embeddings": values.count("context_length"),
+        "vocab_size_per_layer_input": rows,
+        "hidden_size_per_layer_input": values.count("embedding_length_per_layer_input"),
+        "altup_num_inputs": values.count("altup.num_inputs"),
+        "altup_active_idx": int(values.number("altup.active_idx", 0)),
+        "altup_coef_clip": 120.0,
+        "laurel_rank": rank,
+        "num_kv_shared_layers": int(values.number("attention.shared_kv_layers", 0)),
+        "activation_sparsity_pattern": _sparse_parts(values, layers),
+        "final_logit_soft_cap": float(values.number("final_logit_softcapping", 30.0)),
+        "rope_theta": float(values.number("rope.freq_base", 1_000_000.0)),
+        "rope_local_base_freq": 10_000.0,
+        "hidden_activation": "gelu_approximate",
+        "pad_token_id": 0,
+    }
+    config.clear()
+    config.update(given)
+
+
+def _sparse_parts(values: _Metadata, layers: int) -> list[float]:
+    """How much of each layer's feed-forward is cut: the file has the normal quantiles of it."""
+    name = "gemma3n.activation_sparsity_scale"
+    found: Any = values.metadata.get(name)
+    numeric = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.floating)
+    if not numeric or len(found) != layers or np.isnan(found).any():
+        values.problems.append(f"{name} must be {layers} numbers, one for each layer")
+        return [0.0] * layers
+    return [round(float(part), 6) for part in scipy.special.ndtr(found.astype("float64"))]
+
+
 def _gemma4(values: _Metadata, config: dict[str, Any]) -> None:
     layers = config["num_layers"]
     local = values.flags("attention.sliding_window_pattern", layers)
@@ -595,6 +638,7 @@ _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma3n": _gemma3n,
     "gemma4": _gemma4,
 }
 

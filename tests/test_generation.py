@@ -303,7 +303,8 @@ def test_lora_writes_as_kerashub_and_as_merged():
 
 
 @pytest.mark.slow
-def test_a_few_rows_asked_once_run_in_a_program_for_more(model):
+def test_a_few_rows_asked_once_run_in_a_program_for_more():
+    model = tiny_model("gemma3", num_layers=1)
     ids(model, rows_of_lengths(3, 4, 5, 6, 7), batch_size=8)
     row = rows_of_lengths(6)
     before = compiled_programs(model)

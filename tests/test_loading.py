@@ -369,23 +369,16 @@ def test_gguf_without_tokenizer(model, tmp_path):
     assert "must hold a SentencePiece tokenizer" in message
 
 
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("llama", "is not a Gemma. Received: general.architecture='llama'"),
-        ("gemma3n", "Gemma 3n cannot be read from GGUF"),
-    ],
-)
-def test_gguf_of_another_model(name, part, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)
+def test_gguf_of_another_model(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x", np.zeros(4, "float32"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     message = error(tmp_path / "m.gguf")
-    assert part in message
-    assert "Gemma 1, Gemma 2, Gemma 3, Gemma 4" in message
+    assert "is not a Gemma. Received: general.architecture='llama'" in message
+    assert "Gemma 1, Gemma 2, Gemma 3, Gemma 3n, Gemma 4" in message
 
 
 def test_gguf_adapter_is_no_model(model, tmp_path):

@@ -20,8 +20,8 @@ from gemma_keras_tune.exporting.gguf_file import (
     encode,
     open_runtime,
     put,
-    supported_family,
 )
+from gemma_keras_tune.families import family_of
 from gemma_keras_tune.lora import get_factors, lora_linears
 
 FORMAT = "gguf_adapter"
@@ -44,7 +44,7 @@ def write(
     Open it with `open_runtime(base, adapter=file)`, where `base` is the base model's GGUF file.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4 with LoRA on.
+        model: A KerasHub `CausalLM` with LoRA on.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is float32, as the factors are.
         shard_size: Not used: an adapter is small.
@@ -52,10 +52,15 @@ def write(
         file_name: Name of the file.
 
     Raises:
-        ExportError: LoRA is not on, its values are not finite, or llama.cpp knows no such model.
+        ExportError: LoRA is not on, its values are not finite, or the model is a Gemma 3n.
     """
     del shard_size
-    family = supported_family(model)
+    family = family_of(model)
+    if family.name == "gemma3n":
+        raise ExportError(
+            "llama.cpp computes something else with an adapter of Gemma 3n than the model does.",
+            next_step="Export the merged model with `format='gguf'`.",
+        )
     kind = _kind(dtype)
     linears = lora_linears(model)
     if not linears:

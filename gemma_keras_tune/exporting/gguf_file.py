@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import re
+import statistics
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +31,6 @@ from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.exporting.tokenizer_files import merge_rules
 from gemma_keras_tune.families import (
-    FAMILIES,
     Family,
     Piece,
     Weight,
@@ -70,7 +70,9 @@ _FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-_CONTEXT_LENGTHS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma4": 131_072}
+_CONTEXT_LENGTHS = {
+    "gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma3n": 32_768, "gemma4": 131_072,
+}  # fmt: skip
 _LONG_CONTEXT = 131_072
 _TERMS = "https://ai.google.dev/gemma/terms"
 
@@ -91,6 +93,8 @@ _VISIBLE_TOKENS = (
     "<tool_response|>", '<|"|>',
 )  # fmt: skip
 _NO_SCORE = -1000.0
+# Small matrices that llama.cpp's own converter leaves in float32.
+_PRECISE = ("altup_correct_coef", "altup_predict_coef")
 _IDS = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
 # Where the backbone's settings say nothing that a text model's file must carry.
 _SILENT = ("name", "trainable", "dtype", "image_size", "vision_encoder", "dropout")
@@ -112,7 +116,7 @@ def write(
     lies in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4. Of a model that sees, the text tower.
+        model: A KerasHub `CausalLM`. Of a model that sees, the text tower.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: bfloat16 where the model's
             weights are, else float16.
@@ -126,7 +130,7 @@ def write(
         ExportError: GGUF cannot carry this model, or a weight is too large for the dtype.
     """
     del shard_size
-    family = supported_family(model)
+    family = family_of(model)
     kind = _file_kind(model, dtype, quantization)
     weights = family.weights(model)
     _warn_of_vision(model)
@@ -137,7 +141,13 @@ def write(
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
         extra = _rope_factors(model) if family.name == "gemma4" else {}
-        shapes = {n: tensor_shape(held) for n, held in parts_of_tensors(weights).items()}
+        rows = _rows(model)
+        shapes = {
+            name: (rows, held[0].matrix_shape[1])
+            if held[0].entry.kind == "embedding"
+            else tensor_shape(held)
+            for name, held in parts_of_tensors(weights).items()
+        }
         for name, value in extra.items():
             _announce(writer, name, value.shape, _Kind.F32)
         for name, shape in shapes.items():
@@ -147,32 +157,9 @@ def write(
         writer.write_ti_data_to_file()
         for value in extra.values():
             put(writer, value)
-        _write_tensors(writer, model, list(shapes), kinds, progress)
+        _write_tensors(writer, model, shapes, kinds, progress)
     finally:
         writer.close()
-
-
-def supported_family(model: keras.Model) -> Family:
-    """The generation of a model that can leave as GGUF.
-
-    Args:
-        model: A KerasHub Gemma.
-
-    Returns:
-        Its `Family`.
-
-    Raises:
-        ExportError: This library does not know how llama.cpp writes that generation.
-    """
-    family = family_of(model)
-    if family.name not in _CONTEXT_LENGTHS:
-        known = [FAMILIES[name].title for name in _CONTEXT_LENGTHS]
-        raise ExportError(
-            f"{family.title} cannot be written as GGUF.",
-            next_step=f"GGUF is written for {', '.join(known)}. Export a Hugging Face folder with "
-            "`format='safetensors'`, and convert that with llama.cpp's convert_hf_to_gguf.py.",
-        )
-    return family
 
 
 # What goes into the header.
@@ -211,9 +198,10 @@ def _warn_of_vision(model: Any) -> None:
 
 def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
     """The keys of the file; whole numbers become uint32, others float32."""
-    given = _gemma4_sizes(model) if family.name == "gemma4" else _sizes(model, family)
+    own = {"gemma3n": _gemma3n_sizes, "gemma4": _gemma4_sizes}.get(family.name)
+    given = own(model) if own else _sizes(model, family)
     sizes = {f"{family.name}.{key}": value for key, value in given.items()}
-    if family.name != "gemma4":  # what it cannot say is refused by name
+    if own is None:  # the others refuse by name what the file cannot say
         _check_sizes(model, family, sizes)
     origin = origin_of(model)
     name = pathlib.PurePath(origin.source).stem if origin else family.title
@@ -277,6 +265,68 @@ _GEMMA4_FIXED: Mapping[str, Any] = {
     "use_bidirectional_attention": False,
     "is_embedding_model": False,
 }
+
+
+# What llama.cpp's Gemma 3n has in numbers: layers with a sparse feed-forward, layers with keys of
+# their own, and every how many layers one sees everything.
+_GEMMA3N_SPARSE, _GEMMA3N_KEYED, _GEMMA3N_PERIOD = 10, 20, 5
+
+
+def _gemma3n_sizes(model: Any) -> dict[str, Any]:
+    config = model.backbone.get_config()
+    layers = config["num_hidden_layers"]
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    fixed = {
+        "altup_num_inputs": 4,
+        "altup_active_idx": 0,
+        "altup_correct_scale": True,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": layers - _GEMMA3N_KEYED,
+        "layer_types": [
+            "full_attention" if i % _GEMMA3N_PERIOD == _GEMMA3N_PERIOD - 1 else "sliding_attention"
+            for i in range(layers)
+        ],
+        "activation_sparsity_pattern": [
+            0.95 if i < _GEMMA3N_SPARSE else 0.0 for i in range(layers)
+        ],
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "final_logit_soft_cap": 30.0,
+    }
+    problems = [
+        f"{name} is {config[name]!r}; llama.cpp computes with {expected!r}"
+        for name, expected in fixed.items()
+        if config[name] != expected
+    ]
+    if problems:
+        raise _unsaid("Gemma 3n", problems)
+    sparsity = statistics.NormalDist()
+    return {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["text_hidden_size"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "block_count": layers,
+        "feed_forward_length": list(config["intermediate_size"]),
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": local,
+        "attention.shared_kv_layers": config["num_kv_shared_layers"],
+        "altup.num_inputs": config["altup_num_inputs"],
+        "altup.active_idx": config["altup_active_idx"],
+        "activation_sparsity_scale": [
+            sparsity.inv_cdf(part) if part else -math.inf
+            for part in config["activation_sparsity_pattern"]
+        ],
+        "rope.freq_base": float(config["rope_theta"]),
+        "rope.freq_base_swa": float(config["rope_local_base_freq"]),
+        "final_logit_softcapping": float(config["final_logit_soft_cap"]),
+    }
 
 
 def _gemma4_sizes(model: Any) -> dict[str, Any]:
@@ -374,7 +424,7 @@ def _tokenizer(model: Any) -> dict[str, Any]:
     from sentencepiece import sentencepiece_model_pb2 as sp
 
     proto = sp.ModelProto.FromString(model.preprocessor.tokenizer.proto)
-    rows = int(family_of(model).head(model).embedding.shape[0])
+    rows = _rows(model)
     if len(proto.pieces) > rows:
         raise ExportError(
             f"The tokenizer has {len(proto.pieces)} pieces and the embedding {rows} rows.",
@@ -450,9 +500,17 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 # The tensors.
 
 
+def _rows(model: Any) -> int:
+    """Tokens of the file. Gemma 3n's embedding has more, for images and sounds."""
+    rows = int(family_of(model).head(model).embedding.shape[0])
+    if family_of(model).name != "gemma3n":
+        return rows
+    return min(rows, int(model.backbone.get_config()["vocab_size_per_layer_input"]))
+
+
 def _tensor_kind(weight: Weight, kind: str) -> gguf.GGMLQuantizationType:
     shape = weight.matrix_shape
-    if len(shape) < 2:
+    if len(shape) < 2 or weight.entry.gguf in _PRECISE:
         return _Kind.F32
     if kind == "Q4_0" and weight.entry.kind == "embedding":
         kind = "Q8_0"
@@ -472,17 +530,18 @@ def _announce(
 def _write_tensors(
     writer: gguf.GGUFWriter,
     model: keras.Model,
-    names: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
     kinds: Mapping[str, gguf.GGMLQuantizationType],
     progress: Progress,
 ) -> None:
-    waiting = collections.deque(names)
+    waiting = collections.deque(shapes)
     groups = itertools.groupby(merged_weights(model), key=lambda pair: pair[0].gguf)
     for done, (name, group) in enumerate(groups, 1):
         if not waiting or name != waiting.popleft():
             raise ExportError(f"{name} came out of turn; this is a fault of the library.")
-        put(writer, encode(name, _tensor(group), kinds))
-        progress(name, done, len(names))
+        # Gemma 3n's embedding has rows for images and sounds, which come last.
+        put(writer, encode(name, _tensor(group)[: shapes[name][0]], kinds))
+        progress(name, done, len(shapes))
     if waiting:
         raise ExportError("Weights are missing; this is a fault of the library.", waiting)
 
