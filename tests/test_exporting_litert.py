@@ -12,6 +12,7 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.exporting import litert
+from gemma_keras_tune.receipts import read_receipt
 
 # The converter and the runtime may stand in an environment of their own: name its Python here.
 PYTHON = os.environ.get(litert.PYTHON_VARIABLE, sys.executable)
@@ -56,7 +57,8 @@ def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
     model = testing.tiny_model("gemma3", num_layers=7)
     pairs = testing.tiny_pairs(4)
     gkt.tune(model, pairs, epochs=60, learning_rate=1e-2, verbose=0)
-    folder = gkt.export(model, tmp_path / "out", format="litert", verbose=0, check=False)
+    asked = [question for question, _ in pairs]
+    folder = gkt.export(model, tmp_path / "out", format="litert", verbose=0, prompts=asked)
     template = gkt.template_of(model)
     prompts = [
         "".join(
@@ -76,3 +78,12 @@ def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
         assert [stop] in found["stops"]
     assert found["ids"] == [np.asarray(tokenizer(prompt)).tolist() for prompt in prompts]
     assert found["texts"] == gkt.generate(model, [question for question, _ in pairs])
+
+    assert read_receipt(folder).dtype == "float32"
+    verdict = gkt.verify(folder)
+    assert verdict.passed and "LiteRT-LM" in str(verdict), str(verdict)
+    receipt = json.loads((folder / "receipt.json").read_text())
+    recorded = receipt["recordings"][1]
+    recorded |= {"answer": "something else", "answer_ids": [7] * len(recorded["answer_ids"])}
+    (folder / "receipt.json").write_text(json.dumps(receipt))
+    assert not gkt.verify(folder).passed

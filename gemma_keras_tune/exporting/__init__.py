@@ -120,7 +120,7 @@ def _stored(model: keras.Model, format: str, dtype: str) -> str:
     """What `"auto"` comes to."""
     if dtype != "auto":
         return dtype
-    if format == "gguf_adapter":
+    if format in ("gguf_adapter", "litert"):
         return "float32"
     held = str(family_of(model).head(model).embedding.dtype)
     if format == "keras":

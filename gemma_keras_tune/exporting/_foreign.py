@@ -6,10 +6,12 @@ torch beside TensorFlow in one process may crash, and KerasHub shall open a pres
 """
 
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 BATCH = 4
@@ -25,7 +27,7 @@ def main(runtime: str, request: str, answer: str) -> None:
     Args:
         runtime: A key of `RUNTIMES`.
         request: File with `path`, `stop_token_ids`, `max_new_tokens` and `prompts`, each with
-            `text`, `ids` and `top_ids`.
+            `text`, `ids` and `top_ids`, and the recorded `answer` and `answer_ids`.
         answer: File to write: `runtime` and `answers`, each with `ids`, `answer_ids` and
             `logits`; or `missing`.
     """
@@ -221,7 +223,53 @@ def cut(ids: list[int], stops: tuple[int, ...]) -> list[int]:
     return ids[: ends[0]] if ends else ids
 
 
-RUNTIMES = {"keras_hub": keras_hub, "transformers": transformers, "gemma_jax": gemma_jax}
+def litert(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """A `.litertlm` file, by LiteRT-LM. It tells texts alone, and no logits."""
+    try:
+        lm: Any = importlib.import_module("litert_lm")
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            "pip install litert-lm-api, or name its Python in LITERT_PYTHON"
+        ) from error
+    with tempfile.TemporaryDirectory() as cache:  # else it leaves its cache beside the model
+        return f"LiteRT-LM {importlib.metadata.version('litert-lm-api')}", _litert(lm, asked, cache)
+
+
+def _litert(lm: Any, asked: dict[str, Any], cache: str) -> list[dict[str, Any]]:
+    engine = lm.Engine(
+        os.path.join(asked["path"], "model.litertlm"),
+        backend=lm.Backend.CPU(thread_count=1),
+        cache_dir=cache,
+        activation_data_type=lm.ActivationDataType.FLOAT32,
+    )
+    greedy = lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=1)
+    found: list[dict[str, Any]] = []
+    for prompt in asked["prompts"]:
+        session = engine.create_session(
+            apply_prompt_template=False,
+            sampler_config=greedy,
+            max_output_tokens=asked["max_new_tokens"],
+        )
+        session.run_prefill([prompt["text"]])
+        text = session.run_decode().texts[0]
+        same = text.strip() == prompt["answer"].strip()
+        found.append(
+            {
+                "ids": [engine.bos_token_id, *engine.tokenize(prompt["text"])],
+                # One text may be written in several ids.
+                "answer_ids": prompt["answer_ids"] if same else engine.tokenize(text),
+                "logits": None,
+            }
+        )
+    return found
+
+
+RUNTIMES = {
+    "keras_hub": keras_hub,
+    "transformers": transformers,
+    "gemma_jax": gemma_jax,
+    "litert": litert,
+}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -92,11 +92,14 @@ def ask(path: pathlib.Path, receipt: Receipt, *, base: Base = None) -> Asked:
     return _RUNTIMES[receipt.format](path, receipt, base)
 
 
-def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
-    # The Gemma library asks for other versions of what this library uses.
-    python = os.environ.get("GEMMA_JAX_PYTHON") if runtime == "gemma_jax" else None
+# Some runtimes ask for other versions of what this library uses: the variable that names the Python
+# of an environment of their own.
+_PYTHONS = {"gemma_jax": "GEMMA_JAX_PYTHON", "litert": "LITERT_PYTHON"}
 
+
+def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
     def run(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
+        python = os.environ.get(_PYTHONS.get(runtime, ""))
         with tempfile.TemporaryDirectory() as folder:
             request, answer = (pathlib.Path(folder, name) for name in ("asked", "answer"))
             request.write_text(json.dumps(_request(path, receipt, base)), encoding="utf-8")
@@ -136,7 +139,14 @@ def _request(path: pathlib.Path, receipt: Receipt, base: Any) -> Mapping[str, An
         "stop_token_ids": receipt.stop_token_ids,
         "max_new_tokens": MAX_NEW_TOKENS,
         "prompts": [
-            {"text": one.text, "ids": one.ids, "top_ids": one.top_ids} for one in receipt.recordings
+            {
+                "text": one.text,
+                "ids": one.ids,
+                "top_ids": one.top_ids,
+                "answer": one.answer,
+                "answer_ids": one.answer_ids,
+            }
+            for one in receipt.recordings
         ],
     }
 
@@ -222,5 +232,6 @@ _RUNTIMES: Mapping[str, Callable[[pathlib.Path, Receipt, Base], Asked]] = {
     "gguf_adapter": _llama_cpp,
     "ollama": _llama_cpp,
     "gemma_jax": _foreign("gemma_jax"),
+    "litert": _foreign("litert"),
     "adapter": _adapter,
 }

@@ -30,6 +30,8 @@ _OTHER = 0.5
 _LLAMA_CPP = ("gguf", "gguf_adapter", "ollama")
 # What people lay beside weights; no runtime reads it.
 _HARMLESS = (".md", ".txt", ".png", ".jpg", ".html", ".pdf", ".log")
+# What LiteRT-LM leaves beside a model it has opened, and makes anew where it is gone.
+_CACHES = (".xnnpack_cache",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ def _file_problems(target: pathlib.Path, receipt: Receipt) -> Iterator[str]:
         return
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        known = name in names or name == FILE_NAME or path.suffix.lower() in _HARMLESS
+        known = name in names or name == FILE_NAME or path.suffix.lower() in _HARMLESS + _CACHES
         hidden = any(part.startswith(".") for part in name.split("/"))
         if not known and not hidden and not path.is_dir():
             yield f"{name}: it was not there when the export was written"
