@@ -561,7 +561,8 @@ def _restore(folder: pathlib.Path) -> Mapping[str, Any]:
 def _from_jax_tree(tree: Mapping[str, Any], model: keras.Model) -> _Reading:
     reading = _Reading("gemma_jax")
     family = family_of(model)
-    if not family.jax_complete:
+    # Its LoRA does not know the layers of its own Gemma 3n.
+    if not family.jax_complete or family.name == "gemma3n":
         raise AdapterError(
             f"Adapters of the Gemma library for JAX are read for Gemma 2 and 3, this is "
             f"{family.title}.",

@@ -96,6 +96,10 @@ class Entry:
         piece: Its place in Hugging Face's tensor, where that holds several.
         gguf_piece: The same in GGUF.
         jax_piece: The same in the Gemma library for JAX.
+        jax_split: Where that library gives an axis of ours two: the attribute, from the block or
+            the text model, with the size of the inner one.
+        jax_axis: The axis of ours it splits.
+        jax_first: Whether the outer one stands before all others there.
     """
 
     keras: str
@@ -108,6 +112,9 @@ class Entry:
     piece: Piece | None = None
     gguf_piece: Piece | None = None
     jax_piece: Piece | None = None
+    jax_split: str | None = None
+    jax_axis: int = 1
+    jax_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +153,7 @@ class Weight:
         jax: Full path in the Gemma library's tree for JAX, or `None` where the table has none;
             `entry.jax_piece` likewise.
         jax_transposed: Whether that library holds it with its two axes exchanged.
+        jax_inner: Size of the inner one of the two axes it gives one of ours, or `None`.
         layer: The Keras layer that holds it; the variable itself where there is none.
         used: Whether the model reads it. Gemma 3n's checkpoints hold keys and values for layers
             that take those of an earlier layer.
@@ -161,6 +169,7 @@ class Weight:
     input_axes: tuple[int, ...] = ()
     jax: str | None = None
     jax_transposed: bool = False
+    jax_inner: int | None = None
     layer: Any = None
     used: bool = True
 
@@ -191,13 +200,36 @@ class Weight:
             return matrix.swapaxes(1, 2)
         return from_matrix(matrix, tuple(self.variable.shape), self.output_axes, self.input_axes)
 
+    @property
+    def jax_shape(self) -> tuple[int, ...]:
+        """The shape in which the Gemma library for JAX holds it, or its piece of a tensor."""
+        shape = self._jax_split_shape
+        if self.entry.jax_first:
+            axis = self.entry.jax_axis
+            shape = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+        return shape[::-1] if self.jax_transposed else shape
+
+    @property
+    def _jax_split_shape(self) -> tuple[int, ...]:
+        shape, axis = tuple(self.variable.shape), self.entry.jax_axis
+        if self.jax_inner is None:
+            return shape
+        return (*shape[:axis], shape[axis] // self.jax_inner, self.jax_inner, *shape[axis + 1 :])
+
     def to_jax(self, value: np.ndarray) -> np.ndarray:
         """The value as the Gemma library for JAX holds it (or its piece of a tensor)."""
+        if self.jax_inner is not None:
+            value = value.reshape(self._jax_split_shape)
+        if self.entry.jax_first:
+            value = np.moveaxis(value, self.entry.jax_axis, 0)
         return value.T if self.jax_transposed else value
 
     def from_jax(self, value: np.ndarray) -> np.ndarray:
         """The inverse of `to_jax`."""
-        return value.T if self.jax_transposed else value
+        value = value.T if self.jax_transposed else value
+        if self.entry.jax_first:
+            value = np.moveaxis(value, 0, self.entry.jax_axis)
+        return value.reshape(tuple(self.variable.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,50 +359,74 @@ _GEMMA_MODEL = (
 # What Gemma 3n and 4 feed into each layer beside the token's embedding.
 _PER_LAYER_MODEL = (
     Entry("per_layer_model_projection", "per_layer_model_projection", "per_layer_model_proj",
-          "matrix"),
-    Entry("per_layer_projection_norm", "per_layer_projection_norm", "per_layer_proj_norm"),
+          "matrix", jax="embedder/per_layer_input_projection/w",
+          jax_split="hidden_size_per_layer_input"),
+    Entry("per_layer_projection_norm", "per_layer_projection_norm", "per_layer_proj_norm",
+          jax="embedder/per_layer_projection_norm/scale"),
 )  # fmt: skip
 _PER_LAYER_BLOCK = (
-    Entry("per_layer_input_gate", "per_layer_input_gate", "inp_gate", "matrix"),
-    Entry("post_per_layer_input_norm", "post_per_layer_input_norm", "post_norm"),
-)
+    Entry("per_layer_input_gate", "per_layer_input_gate", "inp_gate", "matrix",
+          jax="per_layer_mapping/per_layer_input_gate/w"),
+    Entry("post_per_layer_input_norm", "post_per_layer_input_norm", "post_norm",
+          jax="per_layer_mapping/post_per_layer_input_norm/scale"),
+)  # fmt: skip
 
 _GEMMA3N_BLOCK = (
-    Entry("attention.q_proj", "self_attn.q_proj", "attn_q", "linear"),
-    Entry("attention.k_proj", "self_attn.k_proj", "attn_k", "linear"),
-    Entry("attention.v_proj", "self_attn.v_proj", "attn_v", "linear"),
-    Entry("attention.o_proj", "self_attn.o_proj", "attn_output", "linear"),
-    Entry("mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "linear"),
-    Entry("mlp.up_proj", "mlp.up_proj", "ffn_up", "linear"),
-    Entry("mlp.down_proj", "mlp.down_proj", "ffn_down", "linear"),
-    Entry("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
-    Entry("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
-    Entry("input_layernorm", "input_layernorm", "attn_norm"),
-    Entry("post_attention_layernorm", "post_attention_layernorm", "post_attention_norm"),
-    Entry("pre_feedforward_layernorm", "pre_feedforward_layernorm", "ffn_norm"),
-    Entry("post_feedforward_layernorm", "post_feedforward_layernorm", "post_ffw_norm"),
+    Entry("attention.q_proj", "self_attn.q_proj", "attn_q", "linear",
+          jax="attn/q_einsum/w", jax_split="attention.head_dim", jax_first=True),
+    Entry("attention.k_proj", "self_attn.k_proj", "attn_k", "linear", jax="attn/kv_einsum/w",
+          jax_piece=Piece(0), jax_split="attention.head_dim", jax_first=True),
+    Entry("attention.v_proj", "self_attn.v_proj", "attn_v", "linear", jax="attn/kv_einsum/w",
+          jax_piece=Piece(1), jax_split="attention.head_dim", jax_first=True),
+    Entry("attention.o_proj", "self_attn.o_proj", "attn_output", "linear",
+          jax="attn/attn_vec_einsum/w", jax_split="attention.head_dim", jax_axis=0),
+    Entry("mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "linear",
+          jax="mlp/gating_einsum", jax_piece=Piece(0)),
+    Entry("mlp.up_proj", "mlp.up_proj", "ffn_up", "linear",
+          jax="mlp/gating_einsum", jax_piece=Piece(1)),
+    Entry("mlp.down_proj", "mlp.down_proj", "ffn_down", "linear", jax="mlp/linear"),
+    Entry("attention.q_norm", "self_attn.q_norm", "attn_q_norm", jax="attn/query_norm/scale"),
+    Entry("attention.k_norm", "self_attn.k_norm", "attn_k_norm", jax="attn/key_norm/scale"),
+    Entry("input_layernorm", "input_layernorm", "attn_norm", jax="pre_attention_norm/scale"),
+    Entry("post_attention_layernorm", "post_attention_layernorm", "post_attention_norm",
+          jax="post_attention_norm/scale"),
+    Entry("pre_feedforward_layernorm", "pre_feedforward_layernorm", "ffn_norm",
+          jax="pre_ffw_norm/scale"),
+    Entry("post_feedforward_layernorm", "post_feedforward_layernorm", "post_ffw_norm",
+          jax="post_ffw_norm/scale"),
     Entry("altup.correct_output_scale", "altup.correct_output_scale", "altup_correct_scale",
-          "vector", suffixes=("", ".weight")),
-    Entry("altup.correction_coefs", "altup.correction_coefs", "altup_correct_coef", "matrix"),
-    Entry("altup.prediction_coefs", "altup.prediction_coefs", "altup_predict_coef", "matrix"),
-    Entry("altup.modality_router", "altup.modality_router", "altup_router", "matrix"),
-    Entry("altup.router_norm", "altup.router_norm", "altup_router_norm"),
-    Entry("laurel.linear_left", "laurel.linear_left", "laurel_l", "matrix"),
-    Entry("laurel.linear_right", "laurel.linear_right", "laurel_r", "matrix"),
-    Entry("laurel.post_laurel_norm", "laurel.post_laurel_norm", "laurel_post_norm"),
+          "vector", suffixes=("", ".weight"), jax="altup/correct_output_scale"),
+    Entry("altup.correction_coefs", "altup.correction_coefs", "altup_correct_coef", "matrix",
+          jax="altup/correction_coefs"),
+    Entry("altup.prediction_coefs", "altup.prediction_coefs", "altup_predict_coef", "matrix",
+          jax="altup/prediction_coefs", jax_split="altup.altup_num_inputs"),
+    Entry("altup.modality_router", "altup.modality_router", "altup_router", "matrix",
+          jax="altup/modality_router/w"),
+    Entry("altup.router_norm", "altup.router_norm", "altup_router_norm",
+          jax="altup/router_norm_layer/scale"),
+    Entry("laurel.linear_left", "laurel.linear_left", "laurel_l", "matrix",
+          jax="laurel/linear_left/w"),
+    Entry("laurel.linear_right", "laurel.linear_right", "laurel_r", "matrix",
+          jax="laurel/linear_right/w"),
+    Entry("laurel.post_laurel_norm", "laurel.post_laurel_norm", "laurel_post_norm",
+          jax="post_laurel_norm/scale"),
     *_PER_LAYER_BLOCK,
-    Entry("per_layer_projection", "per_layer_projection", "proj", "matrix"),
+    Entry("per_layer_projection", "per_layer_projection", "proj", "matrix",
+          jax="per_layer_mapping/per_layer_projection/w"),
 )  # fmt: skip
 _GEMMA3N_MODEL = (
-    Entry("embed_tokens.embedding", "embed_tokens", "token_embd", "embedding"),
+    Entry("embed_tokens.embedding", "embed_tokens", "token_embd", "embedding",
+          jax="embedder/input_embedding"),
     Entry("embed_tokens_per_layer.embedding", "embed_tokens_per_layer", "per_layer_token_embd",
-          "embedding"),
+          "embedding", jax="embedder/per_layer_input_embedding",
+          jax_split="hidden_size_per_layer_input"),
     *_PER_LAYER_MODEL,
     Entry("altup_projections.*", "altup_projections.{}", "altup_proj", "matrix",
-          gguf_piece=Piece(0)),
+          gguf_piece=Piece(0), jax="altup_projection_{0}/altup_projection_{0}"),
     Entry("altup_unembed_projections.*", "altup_unembed_projections.{}", "altup_unembd_proj",
-          "matrix", gguf_piece=Piece(0)),
-    Entry("final_normalization", "norm", "output_norm"),
+          "matrix", gguf_piece=Piece(0),
+          jax="altup_unembed_projection_{0}/altup_unembed_projection_{0}"),
+    Entry("final_normalization", "norm", "output_norm", jax="final_norm/scale"),
 )  # fmt: skip
 # Rows from `post_ffw_norm_dense` on stand where a mixture of experts does.
 _GEMMA4_BLOCK = (
@@ -501,6 +557,7 @@ class Family:
             input_axes=inputs,
             jax=f"{jax}{entry.jax}" if self.jax_complete and entry.jax else None,
             jax_transposed=self._jax_transposed(layer, entry),
+            jax_inner=self._jax_inner(owner, entry),
             layer=layer,
             used=not (_shares_keys(owner) and entry.hugging_face in _KEYS_AND_VALUES),
         )
@@ -510,6 +567,11 @@ class Family:
             return False
         # Gemma 2 2B alone was published the other way round.
         return not (self.name == "gemma2" and _kernel(layer).shape[0] == _GEMMA2_2B_WIDTH)
+
+    def _jax_inner(self, owner: Any, entry: Entry) -> int | None:
+        if not self.jax_complete or entry.jax_split is None:
+            return None
+        return int(_resolve(owner, entry.jax_split))
 
     def head(self, model: keras.Model) -> Head:
         """The output embedding and its soft cap.
@@ -549,6 +611,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         Family(
             "gemma3n", "Gemma 3n", _GEMMA3N_BLOCK, _GEMMA3N_MODEL, _OLD_TURN, gguf_norm_offset=0.0,
+            jax_complete=True,
         ),
         Family(
             "gemma4", "Gemma 4", _GEMMA4_BLOCK, _GEMMA4_MODEL,
@@ -753,6 +816,7 @@ def _expand(owner: Any, entry: Entry) -> list[Entry]:
             entry,
             keras=entry.keras.replace("*", str(index)),
             hugging_face=entry.hugging_face.format(index),
+            jax=entry.jax and entry.jax.format(index),
             gguf_piece=entry.gguf_piece and dataclasses.replace(entry.gguf_piece, index=index),
         )
         for index in range(len(layers))

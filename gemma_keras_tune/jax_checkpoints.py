@@ -21,10 +21,18 @@ from gemma_keras_tune.templates import SIDECAR, read_sidecar
 PARAMETERS = "params"
 TOKENIZER = "tokenizer.model"
 BACKBONE_KEY = "backbone"
-# The library's Gemma 2 has rows for tokens that do not exist.
-PADDED_VOCABULARY = {256_000: 256_128}
+# The rows the library's embeddings have. Its Gemma 2 has some for tokens that do not exist; its
+# Gemma 3 and 3n have none for the ids Hugging Face keeps for pictures and sounds.
+VOCABULARIES = {256_000: 256_128, 262_208: 262_144, 262_400: 262_144}
 
-_NOT_RECORDED = ("name", "trainable", "dtype", "vision_encoder")
+_NOT_RECORDED = (
+    "name",
+    "trainable",
+    "dtype",
+    "vision_encoder",
+    "vision_encoder_config",
+    "audio_encoder_config",
+)
 _AGAIN = "Export the model again, or copy the whole folder again."
 
 
@@ -32,13 +40,16 @@ def backbone_record(model: Any) -> dict[str, Any]:
     """The settings a backbone is built from again, as JSON data.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 2 or 3.
+        model: A KerasHub `CausalLM` of Gemma 2, 3 or 3n.
 
     Returns:
-        The backbone's arguments by name, those of its text tower.
+        The backbone's arguments by name, those of its text tower, with the rows its checkpoint has.
     """
     given = model.backbone.get_config()
-    return {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+    record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+    for name in {"vocabulary_size", "text_vocab_size"} & record.keys():
+        record[name] = min(record[name], VOCABULARIES.get(record[name], record[name]))
+    return record
 
 
 def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Model:
@@ -124,10 +135,10 @@ def _check_depth(
 ) -> None:
     """Before anything is built after the record: as many layers as it says."""
     layers = len({name.partition("/")[0] for name in found if name.startswith("layer_")})
-    if config.get("num_layers") != layers:
+    told = config.get("num_layers", config.get("num_hidden_layers"))
+    if told != layers:
         raise LoadError(
-            f"{folder}: the record tells of {config.get('num_layers')!r} layers, and the "
-            f"checkpoint holds {layers}.",
+            f"{folder}: the record tells of {told!r} layers, and the checkpoint holds {layers}.",
             next_step=_AGAIN,
         )
 
@@ -135,6 +146,7 @@ def _check_depth(
 def _check_shapes(
     folder: pathlib.Path, weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]]
 ) -> None:
+    weights = [weight for weight in weights if weight.used]
     counts = collections.Counter(str(weight.jax) for weight in weights)
     problems = []
     for weight in weights:
@@ -154,11 +166,9 @@ def _check_shapes(
 
 
 def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
-    shape = tuple(weight.variable.shape)
+    shape = weight.jax_shape
     if weight.entry.kind == "embedding":
-        shape = (PADDED_VOCABULARY.get(shape[0], shape[0]), *shape[1:])
-    if weight.jax_transposed:
-        shape = shape[::-1]
+        shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])
     # All that hold several stack them on an axis of their own.
     return shape if weight.entry.jax_piece is None else (count, *shape)
 
@@ -166,6 +176,9 @@ def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
 def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
     counts = collections.Counter(str(weight.jax) for weight in weights)
     for weight in weights:
+        if not weight.used:
+            weight.variable.assign(np.zeros(weight.variable.shape))
+            continue
         value = np.asarray(tree[str(weight.jax)])
         if weight.entry.jax_piece is not None:
             value = split(value, weight.entry.jax_piece, counts[str(weight.jax)])

@@ -13,15 +13,20 @@ def main(folder: str, request: str, answer: str) -> None:
     import jax
     import numpy as np
     from gemma import gm
-    from gemma.gm.nn import _modules
 
     asked = json.loads(pathlib.Path(request).read_text())
-    published = getattr(gm.nn, asked["model"]).config
-    kinds = [getattr(_modules.AttentionType, kind) for kind in asked.pop("kinds")]
+    published = getattr(gm.nn, asked["model"])
+    kinds = [type(published.config.attention_types[0])[kind] for kind in asked["kinds"]]
+    sizes = asked["sizes"]
+    shared = sizes.pop("shared", None)
+    if shared is not None:
+        sizes["kv_cache_sharing_config"] = dataclasses.replace(
+            published.config.kv_cache_sharing_config, frac_shared_layers=shared / len(kinds)
+        )
     config = dataclasses.replace(
-        published, attention_types=tuple(kinds), vision_encoder=None, **asked["sizes"]
+        published.config, attention_types=tuple(kinds), vision_encoder=None, **sizes
     )
-    model = gm.nn._transformer.Transformer(config=config)
+    model = published(config=config)
     ids = np.asarray(asked["ids"], "int32")
     expected = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     params = gm.ckpts.load_params(str(pathlib.Path(folder, "params").absolute()))

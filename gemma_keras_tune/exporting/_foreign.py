@@ -140,12 +140,16 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     return opened, found
 
 
+# A model of each generation in the Gemma library for JAX; the sizes come from the checkpoint.
+_PUBLISHED = {"gemma2": "Gemma2_2B", "gemma3": "Gemma3_1B", "gemma3n": "Gemma3n_E2B"}
+
+
 def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """A checkpoint, by the Gemma library's loader, tokenizer and model for JAX."""
     try:
         gemma: Any = importlib.import_module("gemma")
         gm: Any = importlib.import_module("gemma.gm")
-        load, published = gm.ckpts.load_params, {"gemma2": "Gemma2_2B", "gemma3": "Gemma3_1B"}
+        load = gm.ckpts.load_params
     except ImportError as error:
         raise MissingError("pip install gemma, or name its Python in GEMMA_JAX_PYTHON") from error
     import jax
@@ -156,8 +160,9 @@ def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     generation = record["generation"]
     params = load(os.path.join(asked["path"], "params"))
     params = jax.tree.map(lambda leaf: leaf.astype("float32"), params)
-    kind = getattr(gm.nn, published[generation])
-    config = gemma_config(kind.config, generation, record["backbone"], params)
+    kind = getattr(gm.nn, _PUBLISHED[generation])
+    configure = gemma3n_config if generation == "gemma3n" else gemma_config
+    config = configure(kind.config, generation, record["backbone"], params)
     model = kind(config=config)
     tokenizer = getattr(gm.text, f"G{generation[1:]}Tokenizer")(
         os.path.join(asked["path"], "tokenizer.model")
@@ -213,6 +218,40 @@ def gemma_config(published: Any, generation: str, given: dict[str, Any], params:
         ],
         transpose_gating_einsum=not (wide and given["hidden_dim"] == 2304),
         global_scale_factor=given.get("global_rope_scaling_factor", 1.0),
+        vision_encoder=None,
+    )
+
+
+def gemma3n_config(published: Any, generation: str, given: dict[str, Any], params: Any) -> Any:
+    """The same for Gemma 3n."""
+    import dataclasses
+
+    del generation
+    layers = given["num_hidden_layers"]
+    local, whole = published.attention_types[0], published.attention_types[4]
+    kinds = {"sliding_attention": local, "full_attention": whole}
+    return dataclasses.replace(
+        published,
+        num_embed=len(params["embedder"]["input_embedding"]),
+        embed_dim=given["text_hidden_size"],
+        hidden_dim=given["intermediate_size"][0],
+        num_heads=given["num_attention_heads"],
+        head_dim=given["head_dim"],
+        num_kv_heads=given["num_key_value_heads"],
+        sliding_window_size=given["sliding_window"],
+        attention_types=tuple(kinds[kind] for kind in given["layer_types"]),
+        local_base_frequency=given["rope_local_base_freq"],
+        global_base_frequency=given["rope_theta"],
+        activation_sparsity_pattern=tuple(given["activation_sparsity_pattern"] or [0.0] * layers),
+        altup_coef_clip=given["altup_coef_clip"],
+        per_layer_input_dim=given["hidden_size_per_layer_input"],
+        laurel_rank=given["laurel_rank"],
+        kv_cache_sharing_config=dataclasses.replace(
+            published.kv_cache_sharing_config,
+            frac_shared_layers=given["num_kv_shared_layers"] / layers,
+        ),
+        # Its published configuration leaves the cap out, which changes no greedy answer.
+        final_logit_softcap=given["final_logit_soft_cap"],
         vision_encoder=None,
     )
 

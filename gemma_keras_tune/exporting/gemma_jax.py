@@ -12,7 +12,7 @@ The names and layouts come from `families`.
 import importlib
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -23,9 +23,9 @@ from gemma_keras_tune.exporting._weights import merged_weights, rounded, stored_
 from gemma_keras_tune.families import FAMILIES, Family, Piece, family_of, join
 from gemma_keras_tune.jax_checkpoints import (
     BACKBONE_KEY,
-    PADDED_VOCABULARY,
     PARAMETERS,
     TOKENIZER,
+    VOCABULARIES,
     backbone_record,
 )
 from gemma_keras_tune.templates import write_sidecar
@@ -49,7 +49,8 @@ def write(
     the dtype it is written in.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 2 or 3. Of a model that sees, the text tower.
+        model: A KerasHub `CausalLM` of Gemma 2, 3 or 3n. Of a model that sees or hears, the text
+            tower.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
         shard_size: Not used: Orbax cuts its files itself.
@@ -80,7 +81,7 @@ def parameter_tree(
     """The parameters as the library's own model holds them.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 2 or 3.
+        model: A KerasHub `CausalLM` of Gemma 2, 3 or 3n.
         dtype: As in `write`.
         progress: As in `write`.
 
@@ -97,10 +98,12 @@ def parameter_tree(
     for done, (weight, value) in enumerate(merged_weights(model), 1):
         if weight.jax is None:
             raise ExportError(f"{weight.path} has no name in the Gemma library for JAX.")
-        if weight.entry.kind == "embedding":
-            value = _with_all_rows(value)
-        pieces = found.setdefault(weight.jax, {})
-        pieces[weight.entry.jax_piece] = rounded(weight.path, weight.to_jax(value), stored)
+        if weight.used:
+            value = weight.to_jax(value)
+            if weight.entry.kind == "embedding":
+                value = _with_its_rows(value)
+            pieces = found.setdefault(weight.jax, {})
+            pieces[weight.entry.jax_piece] = rounded(weight.path, value, stored)
         progress(weight.path, done, total)
     return _nested(found)
 
@@ -110,10 +113,10 @@ def _supported(model: Any) -> Family:
     instead = "Export a Hugging Face folder with `format='safetensors'`, or save the adapter with "
     instead += "`save_adapter`."
     if not family.jax_complete:
-        known = " and ".join(known.title for known in FAMILIES.values() if known.jax_complete)
+        *known, last = [known.title for known in FAMILIES.values() if known.jax_complete]
         raise ExportError(
             f"{family.title} cannot be written for the Gemma library for JAX.",
-            next_step=f"It is written for {known}. {instead}",
+            next_step=f"It is written for {', '.join(known)} and {last}. {instead}",
         )
     given = model.backbone.get_config()
     problems = [
@@ -121,7 +124,10 @@ def _supported(model: Any) -> Family:
         for name, expected in _fixed(family).items()
         if given.get(name, expected) != expected
     ]
-    if given["num_query_heads"] == given["num_key_value_heads"]:
+    if family.name == "gemma3n":
+        problems += _unlike_gemma3n(given)
+    heads = given.get("num_query_heads", given.get("num_attention_heads"))
+    if heads == given["num_key_value_heads"]:
         problems.append("every query head has its own key: no published Gemma 2 or 3 is built so")
     if problems:
         raise ExportError(
@@ -132,6 +138,15 @@ def _supported(model: Any) -> Family:
 
 def _fixed(family: Family) -> dict[str, Any]:
     """What the library's models of this generation compute with, whatever their size."""
+    if family.name == "gemma3n":
+        return {
+            "altup_num_inputs": 4,
+            "altup_active_idx": 0,
+            "altup_correct_scale": True,
+            "attention_bias": False,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+        }
     fixed: dict[str, Any] = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
     if family.name == "gemma2":
         return fixed | {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
@@ -144,11 +159,31 @@ def _fixed(family: Family) -> dict[str, Any]:
     }
 
 
-def _with_all_rows(embedding: np.ndarray) -> np.ndarray:
-    """The embedding with the rows the library expects: copies of `<pad>`'s, which never wins."""
+def _unlike_gemma3n(given: Mapping[str, Any]) -> Iterator[str]:
+    """What a Gemma 3n has that no size or setting of the library's model stands for."""
+    if len(set(given["intermediate_size"])) > 1:
+        yield f"the layers differ in width: intermediate_size is {given['intermediate_size']}"
+    tokens = given["text_vocab_size"]
+    rows, inputs = VOCABULARIES.get(tokens, tokens), given["vocab_size_per_layer_input"]
+    if rows != inputs:
+        yield f"its embeddings have {rows:,} and {inputs:,} rows; the library's have as many"
+    kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
+    own = kinds[: len(kinds) - shared]
+    # The library takes the keys and values of the last two layers that have some.
+    if shared and own[-2:] != ["sliding_attention", "full_attention"]:
+        yield (
+            "the last layers with keys of their own must be one with a sliding window and one "
+            f"without; they are {own[-2:]}"
+        )
+
+
+def _with_its_rows(embedding: np.ndarray) -> np.ndarray:
+    """The rows the library expects; those to add are copies of `<pad>`'s, which never wins."""
     rows = len(embedding)
-    missing = PADDED_VOCABULARY.get(rows, rows) - rows
-    return np.concatenate([embedding, np.repeat(embedding[:1], missing, axis=0)])
+    expected = VOCABULARIES.get(rows, rows)
+    if expected <= rows:
+        return embedding[:expected]
+    return np.concatenate([embedding, np.repeat(embedding[:1], expected - rows, axis=0)])
 
 
 def _nested(found: dict[str, dict[Piece | None, np.ndarray]]) -> dict[str, Any]:
