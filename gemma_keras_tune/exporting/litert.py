@@ -20,11 +20,12 @@ import keras
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting import safetensors_folder
+from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.families import family_of
+from gemma_keras_tune.litert_files import FILE_NAME, record_weights
 
 FORMAT = "litert"
 RUNTIME = "litert-lm-api"
-FILE_NAME = "model.litertlm"
 PYTHON_VARIABLE = "LITERT_PYTHON"
 # The longest conversation in tokens: LiteRT reserves the memory for it.
 CONTEXT_LENGTH = 2048
@@ -63,6 +64,8 @@ def write(
 ) -> None:
     """Write `model.litertlm`, with tokenizer, chat template and stop tokens in it.
 
+    Beside it stands what `load` needs to read the model back.
+
     Args:
         model: A KerasHub `CausalLM` of Gemma 3. Of a model that sees, the text tower.
         folder: An existing folder.
@@ -86,6 +89,7 @@ def write(
         if len(files) != 1:
             raise ExportError(f"The converter made {len(files)} .litertlm files; 1 was expected.")
         files[0].replace(folder / FILE_NAME)
+    record_weights(model, folder, merged_weights(model))
 
 
 def _check(model: keras.Model, dtype: str) -> None:
