@@ -112,6 +112,20 @@ def active_adapter(model: keras.Model) -> str | None:
     return bank.active if bank and lora_active(model) else None
 
 
+def adapter_config(model: keras.Model) -> LoraConfig | None:
+    """The configuration of the adapter that is on, or was last.
+
+    Args:
+        model: A model.
+
+    Returns:
+        Its own rank, alpha and targets: the LoRA that several adapters share is as wide as the
+        widest. `None` where LoRA is not on the model.
+    """
+    bank = _bank(model)
+    return bank.adapters[bank.active].config if bank else None
+
+
 def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> None:
     """Switch to an adapter, with the template it was tuned with.
 

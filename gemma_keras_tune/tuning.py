@@ -22,6 +22,7 @@ from gemma_keras_tune.pipeline import (
     tokenize_pairs,
 )
 from gemma_keras_tune.planning import Method, Plan, check_updates, plan_settings
+from gemma_keras_tune.switching import adapter_config
 from gemma_keras_tune.templates import Template, attach_template, get_template
 from gemma_keras_tune.training import TuningModel, TuningProgress, make_optimizer
 
@@ -153,6 +154,7 @@ def tune(
     if plan is not None:
         settings = plan.settings()
     model = load(model)
+    settings = _going_on(model, settings)
     chosen = get_template(template, model)
     columns = dict(
         input_column=input_column, output_column=output_column, system_column=system_column
@@ -252,6 +254,27 @@ def use_compilation_cache(folder: str | None = None) -> str:
     return folder
 
 
+def _going_on(model: keras.Model, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with rank and alpha of the adapter that is on the model already."""
+    there = adapter_config(model)
+    if there is None or settings["method"] != "lora":
+        return settings
+    own = {"rank": there.rank, "alpha": there.alpha}
+    wrong = [
+        f"`{name}`: the model has {value:g}. Received: {settings[name]!r}"
+        for name, value in own.items()
+        if settings[name] not in ("auto", None, value)
+    ]
+    if wrong:
+        raise LoraError(
+            f"Other LoRA is on this model already: {there}",
+            wrong,
+            "Leave these out to go on with it, or call `merge_lora(model)` or "
+            "`remove_lora(model)` first.",
+        )
+    return {**settings, **own}
+
+
 def _read(
     pairs: Any, validation_data: Any, split: float, seed: int, columns: dict[str, Any]
 ) -> tuple[PairSource, PairSource | None]:
@@ -343,8 +366,8 @@ def _prepare_weights(
             "The adapter of this model is switched off, so nothing would be trained.",
             next_step="Call `set_adapter(model, name)` to go on with one, or `remove_lora(model)`.",
         )
-    elif there.rank != plan.rank and verbose:
-        print(f"Going on with the LoRA that is on this model: {there}")
+    elif verbose:
+        print(f"Going on with the LoRA that is on this model: {adapter_config(model)}")
 
 
 def _optimizer(plan: Plan) -> keras.optimizers.Optimizer:

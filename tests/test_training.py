@@ -250,6 +250,26 @@ def test_bad_settings_are_reported_together():
     assert len(caught.value.problems) == 3
 
 
+def test_other_lora_than_the_one_that_is_on_is_refused():
+    model = tiny("gemma3")
+    gkt.enable_lora(model, 2, alpha=4, verbose=0)
+    with pytest.raises(gkt.LoraError, match=r"LoRA rank 2, alpha 4 ") as caught:
+        gkt.tune(model, testing.tiny_pairs(4), rank=4, alpha=8, verbose=0)
+    assert caught.value.problems == (
+        "`rank`: the model has 2. Received: 4",
+        "`alpha`: the model has 4. Received: 8",
+    )
+
+
+@pytest.mark.slow
+def test_tuning_further_goes_on_with_the_lora_that_is_on(capsys):
+    model = tiny("gemma3")
+    gkt.enable_lora(model, 2, alpha=4, targets="attention", verbose=0)
+    result = gkt.tune(model, testing.tiny_pairs(4), epochs=1, template=PLAIN)
+    assert (result.plan.rank, result.plan.alpha) == (2, 4)
+    assert "Going on with the LoRA that is on this model: LoRA rank 2" in capsys.readouterr().out
+
+
 def test_a_plan_that_is_all_warm_up_is_refused():
     with pytest.raises(gkt.PlanError, match="would train nothing"):
         gkt.tune(
