@@ -100,16 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--no-run", action="store_true", help="compare the files alone")
     verify.set_defaults(run=_verify)
 
-    test = commands.add_parser("test", help="put a test plan to a model; exit code 1 if it fails")
+    test = commands.add_parser(
+        "test", help="put a test plan to a model; exit code 1 if it fails or misses its target"
+    )
     test.add_argument("model", help=_MODEL)
     test.add_argument("plan", help="test plan: .jsonl, .csv, .yaml")
     test.add_argument("--adapter", metavar="DIR", help="the adapter to test, against its base")
+    test.add_argument("--baseline", metavar="MODEL", help="the base of a fully tuned model")
     test.add_argument("--pairs", metavar="PATH", help="the training pairs, to look for leaks")
     test.add_argument("--report", metavar="FILE", action="append", default=[],
                       help="write .html, .json, .md or .xml (JUnit); may be repeated")  # fmt: skip
     test.add_argument("--target", type=float, default=0.9, help="pass rate each kind must have")
     test.add_argument("--confidence", type=float, default=0.95)
-    test.add_argument("--strict", action="store_true", help="'cannot tell' is a failure too")
+    test.add_argument("--strict", action="store_true", help="what is not shown is a failure too")
     test.add_argument("--max-new-tokens", type=int, default=256)
     test.add_argument("--batch-size", type=int, default=16)
     test.add_argument("--shieldgemma", metavar="MODEL",
@@ -192,7 +195,10 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _test(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune.evaluation.results import check_report_path
 
+    for path in options.report:
+        check_report_path(path)
     plan = gkt.TestPlan.from_file(options.plan)
     model = gkt.load(options.model, dtype=options.dtype)
     if options.adapter:
@@ -204,6 +210,7 @@ def _test(options: argparse.Namespace) -> None:
     report = gkt.evaluate(
         model,
         plan,
+        baseline=gkt.load(options.baseline) if options.baseline else "auto",
         policy=policy,
         verbose=int(not options.quiet),
         **{name: getattr(options, name) for name in names},

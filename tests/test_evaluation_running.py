@@ -1,5 +1,6 @@
 """`evaluate`: base and tuned asked, judged, kept on disk, and told apart from prompting."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -8,14 +9,24 @@ import numpy as np
 import pytest
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune.evaluation import Case, Contains, Length, Refuses, Safe, Stops, TestPlan
-from gemma_keras_tune.evaluation.checks import Function
+from gemma_keras_tune.evaluation import (
+    Case,
+    Contains,
+    Length,
+    Refuses,
+    Safe,
+    Stops,
+    TestPlan,
+    running,
+)
+from gemma_keras_tune.evaluation.checks import Function, Outcome
 from gemma_keras_tune.evaluation.prompting import (
     choose_examples,
     first_answer,
     line_break_ids,
     with_examples,
 )
+from gemma_keras_tune.evaluation.results import CaseResult, SampleResult
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.running import evaluate, tuning_of
 from gemma_keras_tune.generation import Answer, compiled_programs
@@ -222,6 +233,31 @@ def test_another_model_can_be_the_base(model: Any, plan: TestPlan) -> None:
         other, "Say something.", max_new_tokens=6, strip=False
     )
     assert found.retention is None
+
+
+@pytest.mark.parametrize(
+    ("passed", "cases", "stops", "strict"),
+    [(0, 1, True, True), (1, 2, True, True), (9, 10, False, True), (8, 10, True, True),
+     (10, 10, False, True), (29, 29, False, False), (0, 3, True, True)],
+)  # fmt: skip
+def test_a_rate_under_the_target_stops_a_script(
+    passed: int, cases: int, stops: bool, strict: bool
+) -> None:
+    found = [
+        CaseResult(
+            Case(str(n), "Hello?", "success", Refuses()),
+            {"tuned": (SampleResult("text", True, 1, (Outcome(n < passed, "why"),)),)},
+        )
+        for n in range(cases)
+    ]
+    verdicts = running._verdicts(found, {"success": 0.9, "failure": 0.9, "boundary": 0.9}, 0.95)
+    report = gkt.Report("plan", tuple(found), verdicts)
+    for options, wanted in (({}, stops), ({"strict": True}, strict)):
+        with pytest.raises(gkt.EvaluationError) if wanted else contextlib.nullcontext() as caught:
+            report.raise_if_failed(**options)
+        if stops and report.verdict == "cannot tell":
+            assert "so few cases cannot tell" in str(caught.value)
+            assert "under the target of 90 % so far" in caught.value.problems[0]
 
 
 def test_examples_are_drawn_from_different_answers_and_fit() -> None:

@@ -6,18 +6,18 @@ import importlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.checks import Function, Outcome, check_from_config
 from gemma_keras_tune.evaluation.plans import Case, Kind
 from gemma_keras_tune.evaluation.retention import Retention
+from gemma_keras_tune.evaluation.statistics import Verdict
 from gemma_keras_tune.pairs import Message
 
 Variant = Literal["base", "tuned", "few_shot"]
 VARIANTS: tuple[Variant, ...] = ("base", "tuned", "few_shot")
-Verdict = Literal["pass", "fail", "cannot tell"]
 SCHEMA = "gemma_keras_tune.report/1"
 
 
@@ -118,6 +118,11 @@ class KindVerdict:
     base_passed: int | None = None
     p_value: float | None = None
     base_words: str = ""
+
+    @property
+    def missed(self) -> bool:
+        """Whether the rate seen is under the target, even where so few cases cannot tell."""
+        return self.rate < self.target - 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +225,21 @@ class Report:
     def raise_if_failed(self, *, strict: bool = False) -> None:
         """Stop a script or a CI job whose model is not good enough.
 
+        A kind is not good enough where it is shown to fail, and where the pass rate seen is under
+        its target, though there may be too few cases to tell whether the true rate is.
+
         Args:
-            strict: Whether "cannot tell" counts as a failure too. A small plan cannot show a high
-                rate, however well the model does.
+            strict: Whether "cannot tell" counts as a failure even where the rate seen meets the
+                target. A small plan cannot show a high rate, however well the model does.
 
         Raises:
-            EvaluationError: A kind failed; each is named with its verdict and failing cases.
+            EvaluationError: Each such kind is named with its verdict and failing cases.
         """
-        bad = [v for v in self.verdicts if v.verdict == "fail" or (strict and v.verdict != "pass")]
+        bad = [
+            v
+            for v in self.verdicts
+            if v.verdict == "fail" or v.missed or (strict and v.verdict != "pass")
+        ]
         if not bad and not (strict and not self.verdicts):
             return
         problems = [f"{v.kind}: {v.words}" for v in bad]
@@ -236,7 +248,7 @@ class Report:
                 if found.case.kind == verdict.kind and not found.leak and not found.passed():
                     problems.append(f"{verdict.kind} case {found.case.id}: {_first_reason(found)}")
         raise EvaluationError(
-            f"{self.plan_name}: {self.verdict}.",
+            f"{self.plan_name}: {_headline(bad)}.",
             problems or ["every case has been trained on, so there is nothing to judge by"],
             "The answers are in the report: `report.save('report.html')`.",
         )
@@ -255,11 +267,7 @@ class Report:
         Raises:
             EvaluationError: The name ends otherwise, or the file exists and `overwrite` is false.
         """
-        path = pathlib.Path(path)
-        if path.suffix not in _WRITERS:
-            raise EvaluationError(
-                f"A report's file ends in {', '.join(_WRITERS)}. Received: {path.name!r}"
-            )
+        path = check_report_path(path)
         if path.exists() and not overwrite:
             raise EvaluationError(f"{path} already exists.")
         text = self.to_json() if path.suffix == ".json" else _render(self, _WRITERS[path.suffix])
@@ -376,9 +384,38 @@ class Report:
 _WRITERS = {".html": "html", ".json": "json", ".md": "markdown", ".xml": "junit"}
 
 
+def check_report_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Whether a report can be written under a name, before there is one.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvaluationError: The name ends in none of the forms that a report can have.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in _WRITERS:
+        raise EvaluationError(
+            f"A report's file ends in {', '.join(_WRITERS)}. Received: {path.name!r}"
+        )
+    return path
+
+
 def _render(report: Report, writer: str) -> str:
     module = importlib.import_module(f"{__package__}.reporting.{writer}")
     return str(module.render(report))
+
+
+def _headline(bad: Sequence[KindVerdict]) -> str:
+    """What is wrong, in a few words."""
+    if any(verdict.verdict == "fail" for verdict in bad):
+        return "fail"
+    if any(verdict.missed for verdict in bad):
+        return "the pass rate is under its target, though so few cases cannot tell"
+    return "cannot tell"
 
 
 def _first_reason(found: CaseResult) -> str:

@@ -204,9 +204,10 @@ def _words(verdict: Verdict, passed: int, cases: int, target: float, confidence:
         if needed is None:
             return f"{start}; no number of cases can show that it is 100 %."
         return f"{start}; to show {_percent(target)} takes {needed} cases without a miss."
+    seen = f", under {goal} so far" if passed / cases < target - 1e-9 else ""
     start = (
-        f"{passed} of {cases}: the true rate may be anything from {_down(low)} to {_up(high)} "
-        f"({level} sure of each end)"
+        f"{passed} of {cases}{seen}: the true rate may be anything from {_down(low)} to "
+        f"{_up(high)} ({level} sure of each end)"
     )
     needed = cases_at_rate(passed / cases, target, confidence)
     if needed is None:
