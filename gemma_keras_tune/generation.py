@@ -168,6 +168,7 @@ def generate_ids(
     seed: int | Sequence[int] | None = None,
     batch_size: int = 8,
     share_programs: bool = False,
+    shapes: "ProgramShapes | None" = None,
     progress: Callable[[int], None] | None = None,
     on_batch: Callable[[list[tuple[int, np.ndarray, bool]]], None] | None = None,
 ) -> list[tuple[np.ndarray, bool]]:
@@ -184,6 +185,7 @@ def generate_ids(
         batch_size: Rows that run at once, at least 1.
         share_programs: Run in a program for more rows where one is compiled already. For a few
             rows that are asked once, that costs less than a program of their own.
+        shapes: The programs to run in, from `choose_programs`, which several calls then share.
         progress: Called after every batch with the number of rows done in it.
         on_batch: Called after every batch with what it wrote: place in `rows`, new ids, stopped.
 
@@ -202,7 +204,10 @@ def generate_ids(
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
     weights = weights_of(model)
-    for batch in batches(model, rows, state, max_new_tokens, batch_size, share_programs):
+    if shapes is None:
+        calls = [([len(row) for row in rows], max_new_tokens)]
+        shapes = choose_programs(model, calls, state.sampler, batch_size, share=share_programs)
+    for batch in batches(rows, shapes, max_new_tokens):
         state.begin(batch)
         with kept_memory():
             chosen = [rows[i] for i in batch.rows]
@@ -227,6 +232,20 @@ def compiled_programs(model: keras.Model) -> int:
         The number of compilations by `generate` and its kin.
     """
     return programs_of(model).traces
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramShapes:
+    """Shapes of generation programs.
+
+    Attributes:
+        size: Rows that run at once.
+        buffers: Of each program, the tokens read at once, and those of prompt and answer that it
+            has room for.
+    """
+
+    size: int
+    buffers: frozenset[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,62 +437,119 @@ def _check_numbers(rows: Sequence[Any], max_new_tokens: int, batch_size: int) ->
         raise ValueError(f"Every row needs at least one token. Empty rows: {empty[:20]}")
 
 
-def batches(
+Call = tuple[Sequence[int], int]
+
+
+def choose_programs(
     model: keras.Model,
-    rows: Sequence[Any],
-    state: SamplerState,
-    new_tokens: int,
+    calls: Sequence[Call],
+    sampler: Any,
     batch_size: int,
-    share_programs: bool = False,
-) -> list[_Batch]:
-    """Rows of similar length together, and few buffer lengths over all of them."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    chunk = LONG_CHUNK if len(rows[order[0]]) > LONG_PROMPT else SHORT_CHUNK
-    about = (chunk, state.key, lora_config(model))
-    programs = programs_of(model).by_key
-    compiled = [(s, buffer) for s, c, buffer, *rest in programs if (c, *rest) == about]
-    # Powers of two, so that calls with few prompts share programs.
-    size = min(batch_size, 2 ** math.ceil(math.log2(len(rows))))
-    if share_programs:
-        need = _round_up(_chunks(rows[order[0]], chunk) * chunk + 1 + new_tokens)
-        roomy = (s for s, b in compiled if s >= size and need <= b <= MOST_ROOM * need)
-        size = min(roomy, default=size)
-    groups = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
-    chunks = [_chunks(rows[group[0]], chunk) for group in groups]
-    needs = [_round_up(n * chunk + 1 + new_tokens) for n in chunks]
-    known = {buffer for s, buffer in compiled if s == size}
-    kept = _kept_buffers(needs, known)
-    return [
-        _Batch(group, size, chunk, n, min(b for b in kept if b >= need), new_tokens)
-        for group, n, need in zip(groups, chunks, needs, strict=True)
-    ]
-
-
-def _chunks(row: Any, chunk: int) -> int:
-    """Chunks that a row's tokens but the last fill."""
-    return math.ceil((len(row) - 1) / chunk)
-
-
-def _round_up(tokens: int) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, … tokens."""
-    power = max(SMALLEST_BUFFER, 2 ** math.ceil(math.log2(tokens)))
-    return power * 3 // 4 if power > SMALLEST_BUFFER and tokens <= power * 3 // 4 else power
-
-
-def _kept_buffers(needs: Sequence[int], known: set[int]) -> set[int]:
-    """Buffer lengths to use: those compiled before, and few more.
+    *,
+    most: int = MAX_BUFFERS,
+    share: bool = False,
+) -> ProgramShapes:
+    """Few programs that serve several calls of `generate_ids`: those compiled before, and new ones.
 
     A program with too much room costs less than another compilation, so a new one must serve some
-    batches, or the longest.
+    batches, or the longest of a call.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        calls: For each call the lengths of its rows, in tokens, and its `max_new_tokens`.
+        sampler: A KerasHub sampler.
+        batch_size: Rows that run at once, at most.
+        most: How many new programs may be compiled, at least 1.
+        share: Run in programs for more rows where there are some already.
+
+    Returns:
+        Their shapes.
     """
-    longest = max(needs)
+    about = (SamplerState(sampler, None, 0).key, lora_config(model))
+    compiled = [
+        (size, chunk, buffer)
+        for size, chunk, buffer, *rest in programs_of(model).by_key
+        if tuple(rest) == about and isinstance(size, int)
+    ]
+    # Powers of two, so that calls with few prompts share programs.
+    size = min(batch_size, 2 ** math.ceil(math.log2(max(len(lengths) for lengths, _ in calls))))
+    if share:
+        size = _shared_size(compiled, calls, size)
+    chunks = {_chunk_for(max(lengths)) for lengths, _ in calls}
+    known = {(chunk, buffer) for s, chunk, buffer in compiled if s == size and chunk in chunks}
+    return ProgramShapes(size, frozenset(_kept_buffers(calls, size, known, most)))
+
+
+def batches(rows: Sequence[Any], shapes: ProgramShapes, new_tokens: int) -> list[_Batch]:
+    """Rows of similar length together, each batch in the smallest program that has room for it."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    longest = len(rows[order[0]])
+    fitting = {c for c, buffer in shapes.buffers if _room(longest, c, new_tokens) <= buffer}
+    chunk = _chunk_for(longest) if _chunk_for(longest) in fitting else min(fitting)
+    found = []
+    for i in range(0, len(order), shapes.size):
+        group = tuple(order[i : i + shapes.size])
+        length = len(rows[group[0]])
+        need = _room(length, chunk, new_tokens)
+        buffer = min(b for c, b in shapes.buffers if c == chunk and b >= need)
+        found.append(_Batch(group, shapes.size, chunk, _chunks(length, chunk), buffer, new_tokens))
+    return found
+
+
+def _shared_size(compiled: Sequence[tuple[int, int, int]], calls: Sequence[Call], size: int) -> int:
+    """Rows of the smallest program compiled already that has room for all calls, and not too much.
+
+    Where there is none, it is `size`.
+    """
+    chunk, need = max(_needs(call, size)[0] for call in calls)
+    roomy = (
+        s for s, c, b in compiled if s >= size and c == chunk and need <= b <= MOST_ROOM * need
+    )
+    return min(roomy, default=size)
+
+
+def _needs(call: Call, size: int) -> list[tuple[int, int]]:
+    """Chunk and room of every batch of a call, the longest first."""
+    lengths, new_tokens = sorted(call[0], reverse=True), call[1]
+    chunk = _chunk_for(lengths[0])
+    return [(chunk, _room(length, chunk, new_tokens)) for length in lengths[::size]]
+
+
+def _kept_buffers(
+    calls: Sequence[Call], size: int, known: set[tuple[int, int]], most: int
+) -> set[tuple[int, int]]:
+    """Chunk and room of each program to use."""
     kept = set(known)
-    if not any(longest <= buffer <= MOST_ROOM * longest for buffer in kept):
-        kept.add(longest)
-    for need, count in Counter(needs).most_common():
-        if len(kept) < MAX_BUFFERS and count >= 4:
-            kept.add(need)
+    for call in sorted(calls, key=lambda call: max(call[0]), reverse=True):
+        longest, new_tokens = max(call[0]), call[1]
+        chunk, need = _needs(call, size)[0]
+        good = any(c == chunk and need <= room <= MOST_ROOM * need for c, room in kept)
+        fits = any(_room(longest, c, new_tokens) <= room for c, room in kept)
+        if not good and (len(kept - known) < most or not fits):
+            kept.add((chunk, need))
+    for batch, count in Counter(
+        need for call in calls for need in _needs(call, size)
+    ).most_common():
+        if len(kept) < most and count >= 4:
+            kept.add(batch)
     return kept
+
+
+def _chunk_for(longest: int) -> int:
+    """Tokens to read at once where the longest prompt has so many."""
+    return LONG_CHUNK if longest > LONG_PROMPT else SHORT_CHUNK
+
+
+def _chunks(length: int, chunk: int) -> int:
+    """Chunks that a row's tokens but the last fill."""
+    return math.ceil((length - 1) / chunk)
+
+
+def _room(length: int, chunk: int, new_tokens: int) -> int:
+    """Tokens that a program needs room for: the next of 64, 96, 128, 192, 256, 384, …."""
+    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens
+    power = max(SMALLEST_BUFFER, 2 ** math.ceil(math.log2(tokens)))
+    return power * 3 // 4 if power > SMALLEST_BUFFER and tokens <= power * 3 // 4 else power
 
 
 def cut(ids: np.ndarray, stops: tuple[int, ...]) -> tuple[np.ndarray, bool]:

@@ -87,7 +87,9 @@ def _written(
     """The answer so far, after each few tokens."""
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = generation.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
-    batch = generation.batches(model, [row], state, max_new_tokens, 1)[0]
+    calls = [([len(row)], max_new_tokens)]
+    shapes = generation.choose_programs(model, calls, state.sampler, 1)
+    batch = generation.batches([row], shapes, max_new_tokens)[0]
     read, write = _programs(model, batch, state)
     weights = generation.weights_of(model)
     tokens, starts = generation.padded_rows([row], batch)
