@@ -1,9 +1,11 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,55 +13,181 @@ from collections.abc import Iterator
 from gemma_keras_tune.errors import ExportError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of Linux's <fcntl.h> and <linux/fs.h>.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """A folder to write into that takes its real name only when all has gone well.
 
+    What an earlier process left behind when it was killed is tidied up first: an old folder that
+    had just been moved aside comes back, a half-written one goes.
+
     Args:
-        path: The name it shall have.
-        overwrite: Whether it may take the place of an existing folder, which is moved aside first
-            and deleted last.
+        path: The name it shall have. Of a symbolic link, the folder it points to is meant.
+        overwrite: Whether it may take the place of an existing folder, which is deleted last.
 
     Yields:
         A new, empty folder beside it.
 
     Raises:
-        ExportError: The name is taken, or the disk is full.
+        ExportError: The name is taken, the disk is full, or the place cannot be written to.
     """
-    target = pathlib.Path(path)
+    target = _real(path)
+    with explained(target):
+        _tidy(target)
+        check_free(target, overwrite=overwrite)
+        made = _make_parents(target)
+        try:
+            part, held = _new_part(target)
+            try:
+                os.chmod(part, 0o755)
+                yield part
+                _put(part, target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                if held is not None:
+                    os.close(held)
+        except BaseException:
+            for folder in reversed(made):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse a name that cannot be given to a new folder, before any work is done for it.
+
+    Args:
+        path: The name.
+        overwrite: Whether an existing folder may be replaced.
+
+    Raises:
+        ExportError: The name is taken, lies below a file, or is the folder the process works in.
+    """
+    target = _real(path)
+    file = next((folder for folder in target.parents if folder.exists()), None)
+    if file is not None and not file.is_dir():
+        raise ExportError(
+            f"{target} cannot be made: {file} is a file.", next_step="Choose another name."
+        )
     if target.exists() and not (overwrite and target.is_dir()):
         raise ExportError(
             f"{target} already exists.",
             next_step="Choose another name, or pass `overwrite=True` to replace a folder.",
         )
+    if pathlib.Path.cwd().is_relative_to(target.resolve()):
+        raise ExportError(
+            f"{target} is, or holds, the folder this process works in: all of it would be replaced.",
+            next_step="Name a folder inside it.",
+        )
+
+
+def _real(path: str | os.PathLike[str]) -> pathlib.Path:
+    target = pathlib.Path(path)
+    return target.resolve() if target.is_symlink() else target
+
+
+def _make_parents(target: pathlib.Path) -> list[pathlib.Path]:
+    """Make the folders above, and return those that were not there, the outermost first."""
+    missing = [folder for folder in reversed(target.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    )
+    return missing
+
+
+def _new_part(target: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """A folder beside the target, and a lock that says that it is being written."""
+    while True:
+        part = pathlib.Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        )
+        try:
+            held = _lock(part)
+        except BlockingIOError:  # another process, just tidying up, took it for a stale one
+            continue
+        if part.exists():
+            return part, held
+        if held is not None:
+            os.close(held)
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends.
+
+    Returns:
+        The descriptor, or `None` where the system has no such locks.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
     try:
-        os.chmod(part, 0o755)
-        with explained(target):
-            yield part
-        old = part.with_suffix(".old")
+        import fcntl
+    except ModuleNotFoundError:
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return held
+
+
+def _tidy(target: pathlib.Path) -> None:
+    """Remove what killed processes left half-written, and put back what they had moved aside."""
+    beside = re.compile(rf"\.{re.escape(target.name)}\.\w+\.(part|old)")
+    found = [p for p in _entries(target.parent) if beside.fullmatch(p.name)]
+    for part in (p for p in found if p.suffix == ".part"):
+        with contextlib.suppress(OSError):
+            held = _lock(part)
+            if held is not None:
+                shutil.rmtree(part, ignore_errors=True)
+                os.close(held)
+    for old in (p for p in found if p.suffix == ".old" and not p.with_suffix(".part").exists()):
         if target.exists():
-            target.rename(old)
-            try:
-                part.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
+            old.rename(target)
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _put(part: pathlib.Path, target: pathlib.Path) -> None:
+    """Give a complete folder its name; what had it before is deleted last."""
+    if not target.exists():
+        part.rename(target)
+    elif _exchange(part, target):
+        shutil.rmtree(part)
+    else:
+        old = part.with_suffix(".old")
+        target.rename(old)
+        try:
             part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(first: pathlib.Path, second: pathlib.Path) -> bool:
+    """Let two folders change names in one step, where the system can: Linux, most file systems."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, TypeError, AttributeError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
 @contextlib.contextmanager
 def explained(target: pathlib.Path) -> Iterator[None]:
-    """Say in plain words that the disk is full, whichever library ran into it.
+    """Say in plain words why something could not be written, whichever library ran into it.
 
     Args:
         target: What is being written.
@@ -68,17 +196,25 @@ def explained(target: pathlib.Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ExportError: The disk is full, or a file larger than is allowed.
+        ExportError: The disk is full, a file larger than is allowed, or the system refuses.
     """
     try:
         yield
+    except ExportError:
+        raise
     except Exception as error:
-        if not _is_full(error):
+        if _is_full(error):
+            raise ExportError(
+                f"{target} could not be written: the disk is full.",
+                [str(error)],
+                "Free some space, or choose a place with more. Nothing new was left behind.",
+            ) from error
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         raise ExportError(
-            f"{target} could not be written: the disk is full.",
+            f"{target} could not be written: {error.strerror}.",
             [str(error)],
-            "Free some space, or choose a place with more. Nothing new was left behind.",
+            "Choose another place, or mend this one. Nothing new was left behind.",
         ) from error
 
 

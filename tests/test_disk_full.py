@@ -108,6 +108,12 @@ def test_in_whatever_words_a_library_says_it(error, tmp_path):
         raise RuntimeError("writing failed") from error
 
 
-def test_other_errors_pass_as_they_are(tmp_path):
-    with pytest.raises(OSError, match="Permission"), new_folder(tmp_path / "preset"):
+def test_other_refusals_of_the_system_are_told_and_other_errors_pass(tmp_path):
+    with (
+        pytest.raises(ExportError, match="preset could not be written: Permission denied"),
+        new_folder(tmp_path / "preset"),
+    ):
         raise OSError(13, "Permission denied")
+    with pytest.raises(ValueError, match="anything"), new_folder(tmp_path / "preset"):
+        raise ValueError("anything")
+    assert list(tmp_path.iterdir()) == []
