@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, BinaryIO, NoReturn
 
-from gemma_keras_tune.errors import PairsError
+from gemma_keras_tune.errors import PairsError, warn_of_pairs
 
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
 _CHUNK_ROWS = 1024
@@ -262,21 +262,54 @@ def _open_folder(folder: pathlib.Path, split: str | None) -> Rows:
             next_step=f"The suffix must be one of {_known_suffixes()} (or these with .gz).",
         )
     name = folder.name or str(folder)
-    splits = list(dict.fromkeys(part for path in paths if (part := _split_of(path))))
-    if split is not None and not splits:
+    splits = {path: _split_of(path) for path in paths}
+    if split is not None and not any(splits.values()):
         _no_splits(f"the folder {name}", split)
-    if splits:
-        chosen = _choose_split(splits, split, f"the folder {name}")
-        paths = [path for path in paths if _split_of(path) == chosen]
+    if any(splits.values()):
+        chosen = _choose_folder_split(splits, split, name)
+        paths = [path for path in paths if splits[path] == chosen]
         name = f"{name} [{chosen}]"
-    files = [_open_file(path) for path in paths]
 
     def records(_: Keys) -> Iterator[Record]:
-        for path, rows in zip(paths, files, strict=True):
-            for _file, line, record in rows.records(rows.columns):
+        for path in paths:
+            for line, record in _folder_file(path):
                 yield path.name, line, record
 
     return Rows(name, records, stable=True)
+
+
+def _choose_folder_split(
+    splits: Mapping[pathlib.Path, str | None], wanted: str | None, folder: str
+) -> str:
+    """The split to read of a folder, in which every file must then be of one."""
+    named = [f"{path.name!r}: of the split {split!r}" for path, split in splits.items() if split]
+    other = [f"{path.name!r}: of no split" for path, split in splits.items() if not split]
+    found = list(dict.fromkeys(split for split in splits.values() if split))
+    if not other:
+        return _choose_split(found, wanted, f"the folder {folder}")
+    if wanted is None:
+        raise PairsError(
+            f"{len(named):,} of {len(splits):,} files in the folder {folder} are named like a "
+            "split.",
+            (*named, *other),
+            f"Rename the files that are no split, pass `split={found[0]!r}` to read it alone, or "
+            "pass one of the files.",
+        )
+    chosen = _choose_split(found, wanted, f"the folder {folder}")
+    warn_of_pairs(f"The folder {folder}: only the split {chosen!r} is read.", other, stacklevel=7)
+    return chosen
+
+
+def _folder_file(path: pathlib.Path) -> Iterator[tuple[int | None, Any]]:
+    """Line and record of one file's rows; a file that cannot be opened is one broken row."""
+    try:
+        rows = _open_file(path)
+    except PairsError as error:
+        text = " ".join((error.headline, *error.problems))
+        yield None, Broken(text, fatal=True)
+        return
+    for _file, line, record in rows.records(rows.columns):
+        yield line, record
 
 
 def _natural(path: pathlib.Path) -> list[Any]:
@@ -302,6 +335,11 @@ def _read_bytes(path: pathlib.Path) -> BinaryIO:
     if head != codecs.BOM_UTF8:
         file.seek(0)
     return file
+
+
+def _text(file: BinaryIO) -> io.TextIOWrapper:
+    """The file as text, in which bytes that are not UTF-8 are marked; it closes the file too."""
+    return io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def _whole(records: Iterator[Record]) -> Iterator[Record]:
@@ -403,24 +441,28 @@ def _open_json_object(path: pathlib.Path, split: str | None) -> Rows:
         value = json.loads(raw.decode()) if raw.strip() else []
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        byte = raw[error.start]
-        raise PairsError(
-            f"{path.name!r} is not UTF-8: byte 0x{byte:02x} in line {line}.",
-            next_step="Save it as UTF-8 and try again.",
-        ) from error
+        return _broken_file(path, f"is not UTF-8: byte 0x{raw[error.start]:02x} in line {line}")
     except (ValueError, RecursionError) as error:
-        raise PairsError(
-            f"{path.name!r} is not JSON: {error}.",
-            next_step="A .json file holds a list of records, one record, or a record a line.",
-        ) from error
+        return _broken_file(
+            path, f"is not JSON (a list of records, one record, or a record a line): {error}"
+        )
     if isinstance(value, dict):
         return dataclasses.replace(_open_mapping(value, split, path.name), stable=True)
     return Rows(path.name, lambda _: _plain_records(value), length=len(value), stable=True)
 
 
+def _broken_file(path: pathlib.Path, text: str) -> Rows:
+    broken = Broken(f"the file {text}")
+    return Rows(path.name, lambda _: _plain_records([broken]), length=1, stable=True)
+
+
 def _json_array(file: BinaryIO) -> Iterator[Record]:
     """The elements of one long JSON array, parsed one at a time."""
-    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    with _text(file) as text:
+        yield from _array_elements(text)
+
+
+def _array_elements(text: io.TextIOWrapper) -> Iterator[Record]:
     decode = json.JSONDecoder().raw_decode
     between = re.compile(r"[\s,]*")
     buffer = text.read(_CHUNK_CHARACTERS)
@@ -526,33 +568,38 @@ def _delimited(file: BinaryIO, delimiter: str) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            values = Broken(_csv_problem(str(error)))
+            values = _broken_csv(str(error))
         if undecodable:
             line, failure = undecodable[0]
-            values = Broken(_bad_byte(failure))
+            lost = isinstance(values, Broken) and values.fatal
+            values = Broken(_bad_byte(failure), fatal=lost)
             undecodable.clear()
         if values:
             yield None, line, values
 
 
-def _csv_problem(text: str) -> str:
-    if "unexpected end" in text:
-        return "the quote that opens here is never closed"
-    return f"broken CSV: {text}"
+def _broken_csv(text: str) -> Broken:
+    if "unexpected end" in text:  # It took in all rows behind it.
+        return Broken("the quote that opens here is never closed", fatal=True)
+    return Broken(f"broken CSV: {text}")
 
 
 def _text_lines(file: BinaryIO, undecodable: list[tuple[int, UnicodeDecodeError]]) -> Iterator[str]:
-    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    for number, line in enumerate(text, 1):
-        if not line.isascii():
-            try:
-                line.encode()
-            except UnicodeEncodeError:
-                try:
-                    line.encode(errors="surrogateescape").decode()
-                except UnicodeDecodeError as error:
-                    undecodable.append((number, error))
-        yield line
+    with _text(file) as text:
+        for number, line in enumerate(text, 1):
+            if failure := _undecodable(line):
+                undecodable.append((number, failure))
+            yield line
+
+
+def _undecodable(line: str) -> UnicodeDecodeError | None:
+    if line.isascii():
+        return None
+    try:
+        line.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        return error
+    return None
 
 
 # Tables.

@@ -18,7 +18,8 @@ GemmaTuneError
 `PairsWarning` is the warning category for rows that can be trained on but look wrong.
 """
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 
 
 class GemmaTuneError(Exception):
@@ -92,3 +93,22 @@ class EvaluationError(GemmaTuneError, ValueError):
 
 class PairsWarning(UserWarning):
     """Rows that can be trained on but look wrong."""
+
+
+def warn_of_pairs(
+    headline: str, findings: Sequence[str], everything: str | None = None, *, stacklevel: int = 3
+) -> None:
+    """Give one `PairsWarning` with a line for each finding, made like the message of an error.
+
+    Args:
+        headline: What was found, in one sentence.
+        findings: One line each. At most `PairsError.MAX_LISTED` are shown.
+        everything: Where the user finds all of them.
+        stacklevel: As `warnings.warn` takes it; 3 is the caller of the function that warns.
+    """
+    most = PairsError.MAX_LISTED
+    text = [headline, *(f"  - {finding}" for finding in findings[:most])]
+    if len(findings) > most:
+        where = f" (all of them in `{everything}`)" if everything else ""
+        text.append(f"  … and {len(findings) - most:,} more{where}")
+    warnings.warn("\n".join(text), PairsWarning, stacklevel=stacklevel)

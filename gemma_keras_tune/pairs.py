@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import itertools
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -23,7 +22,7 @@ from gemma_keras_tune._pair_rows import (
     known_schemas,
 )
 from gemma_keras_tune._pair_sources import Broken, Keys, Rows, at_start, open_source
-from gemma_keras_tune.errors import PairsError, PairsWarning
+from gemma_keras_tune.errors import PairsError, warn_of_pairs
 
 __all__ = [
     "SCHEMAS",
@@ -341,13 +340,13 @@ class PairSource:
         none_left = found.finished and bad >= len(self)
         if self.on_error == "skip" and not found.fatal and not none_left:
             headline = f"{at_start(self.name)}: {bad:,} of {found.rows:,} rows are left out."
-            _warn(headline, found.lines(), "PairSource.skipped")
+            warn_of_pairs(headline, found.lines(), "PairSource.skipped")
             return
         step = "Correct these rows, or leave them out with `read_pairs(…, on_error='skip')`."
         if found.schema:
             step = _schema_help()
         elif found.fatal:
-            step = "Correct the file: rows after the last one named here were not read."
+            step = "Correct the file: what comes after such a row in it was not read."
         what = "No row can" if none_left else f"{bad:,} row{'s' * (bad > 1)} cannot"
         raise PairsError(f"{at_start(self.name)}: {what} be trained on.", found.lines(), step)
 
@@ -466,16 +465,7 @@ class PairChecks:
     def warn(self) -> None:
         """Tell of everything found in one `PairsWarning`, if there is anything."""
         if lines := self.findings():
-            _warn("Some pairs look wrong.", lines, "PairChecks.findings()")
-
-
-def _warn(headline: str, lines: Sequence[str], everything: str) -> None:
-    """One warning with a line for each finding, made like the message of an error."""
-    most = PairsError.MAX_LISTED
-    text = [headline, *(f"  - {line}" for line in lines[:most])]
-    if len(lines) > most:
-        text.append(f"  … and {len(lines) - most:,} more (all of them in `{everything}`)")
-    warnings.warn("\n".join(text), PairsWarning, stacklevel=3)
+            warn_of_pairs("Some pairs look wrong.", lines, "PairChecks.findings()")
 
 
 # Splitting.

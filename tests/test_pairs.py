@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import gc
 import gzip
 import itertools
 import json
@@ -512,7 +513,7 @@ def test_json_array_problems_name_row_and_line(tmp_path):
         "row 3 (line 5): broken JSON in line 6: Expecting ',' delimiter; the rest cannot be read",
     ]
     # What is lost after row 3 cannot be counted, so leaving rows out does not help here.
-    assert "rows after the last one named here were not read" in error(path, on_error="skip")
+    assert "what comes after such a row in it was not read" in error(path, on_error="skip")
     path.write_text('[["a", "b"], ["c", "d"')
     assert problems(path) == [
         "row 2 (line 1): broken JSON in line 1: Expecting ',' delimiter; the rest cannot be read"
@@ -522,7 +523,8 @@ def test_json_array_problems_name_row_and_line(tmp_path):
     path.write_text('[["a", "b"]]\n[]')
     assert problems(path) == ["row 2 (line 1): there is text after the end of the array"]
     path.write_text('{"prompt": ')
-    assert "'rows.json' is not JSON: Expecting value: line 1 column 12" in error(path)
+    assert "the file is not JSON (a list of records, one record, or a record a line): " in error(path)
+    assert "Expecting value: line 1 column 12" in error(path)
 
 
 @given(data=st.data())
@@ -581,6 +583,27 @@ def test_csv_lines_are_counted_through_quoted_newlines(tmp_path):
     ]
 
 
+def test_rows_behind_an_open_quote_are_never_left_out_in_silence(tmp_path):
+    path = tmp_path / "rows.csv"
+    for broken in (b'"c,d', b'"c\xff,d'):
+        path.write_bytes(b"prompt,response\na,b\n" + broken + b"\ne,f\ng,h\n")
+        message = error(path, on_error="skip")
+        assert "row 2 (line 3): " in message and "was not read" in message
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_are_closed_when_reading_ends_early(tmp_path):
+    whole = {"a.csv": "prompt,response\na,b\nc,d\n", "a.json": '[["a", "b"],\n["c", "d"]]'}
+    cut = {"b.csv": 'prompt,response\na,b\n"c,d\n', "b.json": '[["a", "b"],\n["c", '}
+    for name, text in {**whole, **cut}.items():
+        (tmp_path / name).write_text(text)
+        source = read_pairs(tmp_path / name)
+        next(iter(source))
+        list(source)
+        gc.collect()
+    assert source.problems
+
+
 def test_csv_takes_very_long_fields(tmp_path):
     long = "word " * 100_000
     assert texts(write_csv(tmp_path / "rows.csv", [(long, "b")])) == [(long, "b")]
@@ -598,6 +621,25 @@ def test_undecodable_bytes_in_parquet(tmp_path):
 def test_folder_problems_name_the_file(tmp_path):
     write_folder(tmp_path / "records", dicts([("a", "b")] * 10 + [("", "c")]))
     assert problems(tmp_path / "records") == ["row 11 (record_11.json): `prompt` is empty"]
+
+
+def test_every_broken_file_of_a_folder_is_named(tmp_path):
+    folder = write_folder(tmp_path / "records", dicts([("a", "b"), ("", "c"), ("d", "e")]))
+    (folder / "record_4.json").write_text('{"prompt": ')
+    (folder / "record_5.json").write_bytes(b'{"prompt": "\xff"}')
+    found = problems(folder)
+    assert found[0] == "row 2 (record_2.json): `prompt` is empty"
+    assert found[1].startswith("row 4 (record_4.json): the file is not JSON")
+    assert found[2] == "row 5 (record_5.json): the file is not UTF-8: byte 0xff in line 1"
+    source = read_pairs(folder, on_error="skip")
+    assert [pair.input for pair in source] == ["a", "d"]
+    with pytest.warns(PairsWarning, match="3 of 5 rows are left out"):
+        source.raise_for_problems()
+    # How many rows such a file held, nobody knows.
+    (folder / "more.parquet").write_bytes(b"PAR1")
+    message = error(folder, on_error="skip")
+    assert "(more.parquet): 'more.parquet' is not a whole Parquet file" in message
+    assert "row 5 (record_4.json)" in message
 
 
 def test_files_that_cannot_be_opened(tmp_path):
@@ -635,6 +677,25 @@ def test_splits_of_a_folder(tmp_path):
     assert texts(tmp_path) == [("a", "b"), ("c", "d")]
     assert texts(tmp_path, split="test") == [("e", "f")]
     assert "has the splits 'test', 'train' and none is named 'dev'" in error(tmp_path, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("files", "split"),
+    [
+        (["dev_order.json", "order_2.json", "order_3.json"], "dev"),
+        (["train.jsonl", "more.jsonl"], "train"),
+    ],
+)
+def test_a_folder_where_only_some_files_are_named_like_a_split(files, split, tmp_path):
+    for name in files:
+        write_lines(tmp_path / name, dicts([(name, "b")]))
+    message = error(tmp_path)
+    assert f"1 of {len(files)} files in the folder {tmp_path.name} are named like a split" in message
+    assert all(repr(name) in message for name in files) and f"`split='{split}'`" in message
+    with pytest.warns(PairsWarning) as caught:
+        assert texts(tmp_path, split=split) == [(files[0], "b")]
+    assert all(repr(name) in str(caught[0].message) for name in files[1:])
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
