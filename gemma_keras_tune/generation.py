@@ -11,14 +11,13 @@ Why padding on the left changes nothing: positions enter a Gemma only through Ro
 distances; causal and sliding-window masks see distances too; and the padding itself is masked.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,7 +29,7 @@ from gemma_keras_tune._layouts import axes_of, pack, unpack
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.families import Head, family_of
-from gemma_keras_tune.lora import lora_config, lora_linears
+from gemma_keras_tune.lora import lora_config, lora_enabled, lora_linears
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.switching import ACTIVE, Active, use_adapter
@@ -343,26 +342,17 @@ def programs_of(model: keras.Model) -> _Programs:
 
 
 def weights_of(model: keras.Model) -> list[Any]:
-    """Values of all variables, packed. LoRA that is switched off counts as zero.
+    """Values of all variables, packed."""
+    return pack(values_of(model, model.variables), axes_of(model.variables, model))
+
+
+def values_of(model: keras.Model, variables: Iterable[keras.Variable]) -> list[Any]:
+    """Values of some of a model's variables. LoRA that is switched off counts as zero.
 
     So base and tuned answers come from one program; adding zeros changes no bit of the base's.
     """
     off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_enabled}
-    values = [ops.zeros_like(v.value) if id(v) in off else v.value for v in model.variables]
-    return pack(values, axes_of(model.variables, model))
-
-
-@contextlib.contextmanager
-def lora_traced(model: keras.Model) -> Iterator[None]:
-    """While a program is traced, LoRA is on, whether or not it is switched off just now."""
-    off = [n.layer for n in lora_linears(model) if not n.layer.lora_enabled]
-    for layer in off:
-        layer.lora_enabled = True
-    try:
-        yield
-    finally:
-        for layer in off:
-            layer.lora_enabled = False
+    return [ops.zeros_like(v.value) if id(v) in off else v.value for v in variables]
 
 
 def tokenizer_of(model: keras.Model) -> Any:
@@ -618,7 +608,7 @@ def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable
             programs.traces += 1
             traced = reference()
             assert traced is not None, "a program outlived its model"
-            with bound(traced, weights), lora_traced(traced):
+            with bound(traced, weights), lora_enabled(traced):
                 return _write(traced, weights, sampler, chunk, *arguments)
 
         programs.by_key[key] = jax.jit(program)

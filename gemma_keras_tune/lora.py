@@ -15,6 +15,7 @@ of the merged kernel, so no gradient of a full kernel is ever formed.
 import contextlib
 import dataclasses
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -105,21 +106,20 @@ def enable_lora(
 
     Raises:
         LoraError: The rank is not a positive integer or too large, a target matches no layer, LoRA
-            is already on, or a target layer is quantized to a form that cannot carry it.
+            is already on, of this library or Keras's own, or a target layer is quantized to a form
+            that cannot carry it.
     """
     if model in _states:
         raise LoraError(
             f"LoRA is already on this model: {_states[model].config}",
             next_step="First call `merge_lora(model)` to keep it, or `remove_lora(model)`.",
         )
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise LoraError(f"`rank` must be an integer of at least 1. Received: {rank!r}")
+    rank = _rank(rank)
+    alpha = _alpha(rank, alpha)
     family = family_of(model)
+    _check_bare(family.linears(model))
     linears = _select(family.linears(model), targets)
     _check_fit(family.name, linears, rank)
-    alpha = float(rank if alpha is None else alpha)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise LoraError(f"`alpha` must be a positive number. Received: {alpha!r}")
     state = _State(
         config=LoraConfig(
             rank=rank,
@@ -184,6 +184,28 @@ def lora_disabled(model: keras.Model) -> Iterator[None]:
         yield
     finally:
         switch_lora(model, on=was_on)
+
+
+@contextlib.contextmanager
+def lora_enabled(model: keras.Model) -> Iterator[None]:
+    """Within the context LoRA is on, also where it is switched off just now.
+
+    A program that is traced so serves both: whoever calls it gives zeros for `B` to have the base.
+
+    Args:
+        model: A model; without LoRA nothing happens.
+
+    Yields:
+        Nothing.
+    """
+    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
+    for layer in off:
+        layer.lora_enabled = True
+    try:
+        yield
+    finally:
+        for layer in off:
+            layer.lora_enabled = False
 
 
 def switch_lora(model: keras.Model, *, on: bool) -> None:
@@ -304,22 +326,49 @@ def _forget_compiled(model: keras.Model) -> None:
             setattr(model, name, None)
 
 
+def _rank(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise LoraError(f"`rank` must be an integer of at least 1. Received: {rank!r}")
+    return int(rank)
+
+
+def _alpha(rank: int, alpha: Any) -> float:
+    value = float(rank) if alpha is None else alpha
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
+        raise LoraError(f"`alpha` must be a positive number. Received: {alpha!r}")
+    return float(value)
+
+
+def _check_bare(linears: tuple[Linear, ...]) -> None:
+    stock = [linear.path for linear in linears if linear.layer.lora_enabled]
+    if stock:
+        raise LoraError(
+            "Keras's own LoRA is on this model, and would be lost.",
+            stock,
+            'Keep it with `model.backbone.save_lora_weights("x.lora.h5")`, load it anew, and '
+            'go on with `load_adapter(model, "x.lora.h5")`.',
+        )
+
+
+_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
+
+
 def _select(linears: tuple[Linear, ...], targets: Targets) -> tuple[Linear, ...]:
     known = {linear.target for linear in linears}
     alias = {linear.layer.name: linear.target for linear in linears}
-    if targets == "all":
-        wanted = set(ALL_TARGETS)
-    elif targets == "attention":
-        wanted = set(ATTENTION_TARGETS)
-    elif isinstance(targets, str):
-        wanted = {alias.get(targets, targets)}
-    else:
-        wanted = {alias.get(name, name) for name in targets}
-        if not wanted:
-            raise LoraError(
-                "`targets` is empty: nothing would be trained.", next_step=_known(known)
-            )
-    unknown = wanted - known if targets not in ("all", "attention") else set()
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise LoraError(
+            f"`targets` must be names of layers. Received: {targets!r}", next_step=_known(known)
+        )
+    names = set(names)
+    if not names:
+        raise LoraError("`targets` is empty: nothing would be trained.", next_step=_known(known))
+    # A group stands for those of its layers that the model has.
+    wanted = {target for name in names for target in _GROUPS.get(name, ())} & known
+    wanted |= {alias.get(name, name) for name in names - _GROUPS.keys()}
+    unknown = wanted - known
     if unknown:
         raise LoraError(
             "`targets` names layers this model does not have; they would train nothing.",
@@ -390,11 +439,8 @@ _LORA_CLASSES: dict[type, type] = {
 def _with_update(layer: Any, base: Callable[[Any], Any], inputs: Any) -> Any:
     if not layer.lora_enabled:
         return base(inputs)
-    layer.lora_enabled = False  # the stock call would merge the kernel
-    try:
+    with without_lora(layer):  # the stock call would merge the kernel
         outputs = base(inputs)
-    finally:
-        layer.lora_enabled = True
     return ops.add(outputs, ops.cast(_update_of(layer, inputs), outputs.dtype))
 
 
@@ -403,6 +449,16 @@ def _update_of(layer: Any, inputs: Any) -> Any:
     low = ops.einsum(into, inputs, _squeeze_ones(layer.lora_kernel_a, layer, first=True))
     high = ops.einsum(out, low, _squeeze_ones(layer.lora_kernel_b, layer, first=False))
     return ops.multiply(high, ops.cast(layer.lora_alpha / layer.lora_rank, high.dtype))
+
+
+@contextlib.contextmanager
+def without_lora(layer: Any) -> Iterator[None]:
+    """Within the context one layer computes with its base kernel alone."""
+    was_on, layer.lora_enabled = layer.lora_enabled, False
+    try:
+        yield
+    finally:
+        layer.lora_enabled = was_on
 
 
 def _equation(layer: Any) -> tuple[str, str, str]:
@@ -474,7 +530,10 @@ def _remove_factors(layer: Any) -> None:
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:
     """The shape of a kernel as the layer's equation sees it, packed or not."""
-    shape = (
-        layer.original_kernel_shape if layer.quantization_mode == "int4" else layer._kernel.shape
-    )
+    if layer.quantization_mode != "int4":
+        shape = layer._kernel.shape
+    elif isinstance(layer, keras.layers.Dense):
+        shape = (layer.input_spec.axes[-1], layer.units)
+    else:
+        shape = layer.original_kernel_shape
     return tuple(int(size) for size in shape)

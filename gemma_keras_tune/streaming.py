@@ -16,7 +16,7 @@ import numpy as np
 from gemma_keras_tune import generation
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.generation import Prompt
-from gemma_keras_tune.lora import lora_config
+from gemma_keras_tune.lora import lora_config, lora_enabled
 from gemma_keras_tune.templates import TemplateSpec, get_template
 
 
@@ -123,7 +123,7 @@ def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
             programs.traces += 1
             found = reference()
             assert found is not None, "a program outlived its model"
-            with generation.bound(found, weights), generation.lora_traced(found):
+            with generation.bound(found, weights), lora_enabled(found):
                 return function(found, weights, *arguments)
 
         return program

@@ -110,7 +110,10 @@ def test_the_start_is_seeded():
         (dict(rank=2, alpha=-1), "positive"),
         (dict(rank=9999), "at most 8"),
         (dict(rank=2, targets=["q_proj", "nothing"]), "'nothing'"),
+        (dict(rank=2, alpha="auto"), "positive"),
         (dict(rank=2, targets=[]), "empty"),
+        (dict(rank=2, targets=5), "names of layers"),
+        (dict(rank=2, targets=["q_proj", 5]), "names of layers"),
     ],
 )
 def test_settings_that_fit_nothing_are_refused(options, message):
@@ -119,6 +122,26 @@ def test_settings_that_fit_nothing_are_refused(options, message):
         gkt.enable_lora(model, verbose=0, **options)
     assert gkt.lora_config(model) is None
     assert all(v.trainable for v in family_of(model).linears(model)[0].layer.trainable_variables)
+
+
+def test_groups_may_stand_among_names_and_numbers_may_be_numpy_ones():
+    model = testing.tiny_model()
+    config = gkt.enable_lora(
+        model, np.int64(2), alpha=np.float32(4), targets=["attention", "gate_proj"], verbose=0
+    )
+    assert config.targets == ("gate_proj", "k_proj", "o_proj", "q_proj", "v_proj")
+    assert (config.rank, config.scale) == (2, 2.0)
+
+
+def test_the_lora_of_keras_is_not_replaced():
+    model = testing.tiny_model()
+    model.backbone.enable_lora(2)
+    factors = [v for v in model.trainable_variables if "lora" in v.name]
+    for variable in factors:
+        variable.assign(np.ones(variable.shape))
+    with pytest.raises(gkt.LoraError, match=r"(?s)Keras's own.*block_0/.*query.*block_1/.*anew"):
+        gkt.enable_lora(model, 2, targets=["o_proj"], verbose=0)
+    assert factors and all((np.asarray(variable) == 1).all() for variable in factors)
 
 
 def test_twice_is_refused_and_off_without_on_too():

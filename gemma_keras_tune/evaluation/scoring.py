@@ -4,9 +4,8 @@ One compiled program serves the base and the tuned model: weights are arguments 
 is switched off counts as zero, as in `generation`.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -14,7 +13,8 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune.families import backbone_inputs, family_of
-from gemma_keras_tune.lora import lora_linears
+from gemma_keras_tune.generation import values_of
+from gemma_keras_tune.lora import lora_enabled
 from gemma_keras_tune.losses import token_cross_entropy
 from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
 from gemma_keras_tune.templates import Segment
@@ -111,13 +111,10 @@ class Scorer:
 
     def _run(self, program: Any, x: dict[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
         backbone = self.model.backbone
-        off = {id(n.layer.lora_kernel_b) for n in lora_linears(self.model) if not _is_on(n)}
-        trainable, fixed = (
-            [ops.zeros_like(v.value) if id(v) in off else v.value for v in group]
-            for group in (backbone.trainable_variables, backbone.non_trainable_variables)
-        )
+        trainable = values_of(self.model, backbone.trainable_variables)
+        fixed = values_of(self.model, backbone.non_trainable_variables)
         embedding = family_of(self.model).head(self.model).embedding
-        with _lora_on(self.model):
+        with lora_enabled(self.model):
             return np.asarray(program(trainable, fixed, embedding.value, x, labels))
 
     def _hidden(self, trainable: Any, fixed: Any, x: Any) -> Any:
@@ -139,23 +136,6 @@ class Scorer:
         if self._soft_cap is None:
             return logits
         return ops.tanh(logits / self._soft_cap) * self._soft_cap
-
-
-def _is_on(linear: Any) -> bool:
-    return bool(linear.layer.lora_enabled)
-
-
-@contextlib.contextmanager
-def _lora_on(model: keras.Model) -> Iterator[None]:
-    """While a program is traced, LoRA is part of it, whether or not it is switched off just now."""
-    off = [linear.layer for linear in lora_linears(model) if not _is_on(linear)]
-    for layer in off:
-        layer.lora_enabled = True
-    try:
-        yield
-    finally:
-        for layer in off:
-            layer.lora_enabled = False
 
 
 def _round_up(tokens: int) -> int:
