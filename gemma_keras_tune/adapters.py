@@ -3,21 +3,28 @@
 Whatever is saved holds weights derived from Gemma, and is under the Gemma terms of use.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 
+from gemma_keras_tune._bases import base_record, wrong_base
 from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.adapter_layouts import CONFIG, PEFT_WEIGHTS, check_finite, read_adapter
-from gemma_keras_tune.errors import AdapterError, TemplateError
-from gemma_keras_tune.families import family_of, fingerprint, is_instruct, origin_of
-from gemma_keras_tune.lora import LoraConfig
-from gemma_keras_tune.receipts import record, write_receipt
+from gemma_keras_tune.errors import AdapterError, ExportError, TemplateError
+from gemma_keras_tune.families import (
+    family_of,
+    is_instruct,
+    origin_of,
+    quantizations,
+)
+from gemma_keras_tune.lora import LoraConfig, lora_active, lora_linears
+from gemma_keras_tune.receipts import Check, refuse_unknown_check, write_receipt
 from gemma_keras_tune.switching import (
     ACTIVE,
     DEFAULT,
@@ -25,6 +32,7 @@ from gemma_keras_tune.switching import (
     adapter_factors,
     add_adapter,
     chosen_adapter,
+    name_conflict,
     use_adapter,
 )
 from gemma_keras_tune.templates import (
@@ -44,40 +52,85 @@ def save_preset(
     *,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: bool = False,
+    check: Check = False,
 ) -> pathlib.Path:
-    """Save the model as a KerasHub preset, LoRA merged in.
+    """Save the model as a KerasHub preset, with the LoRA that is on merged in.
 
     `keras_hub.models.CausalLM.from_preset(path)` loads it in a process without this library. The
     template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`, and
-    the files' hashes in `receipt.json`. The model in memory keeps its LoRA. The preset is under
-    the Gemma terms of use.
+    the files' hashes in `receipt.json`. The model in memory keeps its LoRA; where it is switched
+    off, the base is saved. The preset is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
         overwrite: Whether to replace an existing folder.
         prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers, to which `verify` holds what was saved.
+        check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
+            once, before the preset takes its name.
 
     Returns:
         The folder.
 
     Raises:
-        ExportError: The folder exists.
+        ExportError: The folder exists, LoRA is on a quantized base, or the preset does not answer
+            as the model does.
     """
+    refuse_unknown_check(check)
     stored = str(family_of(model).head(model).embedding.dtype)
     with new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
-        recordings = record(model, prompts) if check else ()
-        write_receipt(model, folder, format="keras", dtype=stored, recordings=recordings)
+        write_receipt(model, folder, format="keras", dtype=stored, prompts=prompts, check=check)
     return pathlib.Path(path)
 
 
-def write_preset(model: keras.Model, folder: pathlib.Path) -> None:
-    """Write the files of `save_preset` into an existing folder."""
-    model.save_to_preset(str(folder))
+def write_preset(
+    model: keras.Model, folder: pathlib.Path, *, shard_size: int = 5_000_000_000
+) -> None:
+    """Write the files of `save_preset` into an existing folder.
+
+    Args:
+        model: A KerasHub Gemma.
+        folder: An existing, empty folder.
+        shard_size: Bytes of weights in one file at most.
+
+    Raises:
+        ExportError: LoRA is on a quantized base.
+    """
+    codes = quantizations(model) if lora_active(model) else {}
+    if codes:
+        raise ExportError(
+            "LoRA cannot be merged into quantized kernels: Keras would round it away.",
+            [f"{path}: {mode}" for path, mode in codes.items()],
+            "Save the adapter with `save_adapter`, and the base within `lora_disabled(model)`. Or "
+            "load the adapter onto the model before quantization, and save that.",
+        )
+    with _unmixed(model):
+        model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
     write_record(model, folder)
+
+
+@contextlib.contextmanager
+def _unmixed(model: keras.Model) -> Iterator[None]:
+    """Layers under a `mixed_*` policy have that of their weights for a while.
+
+    Keras rounds merged kernels to what a layer computes in, and KerasHub opens no preset that names
+    a mixed policy.
+    """
+    layers = [model, model.backbone, *model.backbone.layers]
+    layers += [linear.layer for linear in lora_linears(model)]
+    mixed = [
+        (layer, layer.dtype_policy)
+        for layer in layers
+        if layer.dtype_policy.name.startswith("mixed_")
+    ]
+    for layer, policy in mixed:
+        layer.dtype_policy = policy.variable_dtype
+    try:
+        yield
+    finally:
+        for layer, policy in mixed:
+            layer.dtype_policy = policy
 
 
 def save_adapter(
@@ -87,7 +140,7 @@ def save_adapter(
     name: str | Active = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: bool = False,
+    check: Check = False,
 ) -> pathlib.Path:
     """Save the LoRA of a model in PEFT's layout, at the rank it was trained with.
 
@@ -101,17 +154,19 @@ def save_adapter(
         name: One of `list_adapters(model)`; by default the one that is on.
         overwrite: Whether to replace an existing folder.
         prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers, to which `verify` holds what was saved.
+        check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
+            once: the files are loaded beside the adapters of this model.
 
     Returns:
         The folder.
 
     Raises:
         AdapterError: LoRA is not on, or its weights are not finite.
-        ExportError: The folder exists.
+        ExportError: The folder exists, or what was saved does not answer as the model does.
     """
     from safetensors.numpy import save_file
 
+    refuse_unknown_check(check)
     chosen = chosen_adapter(model, name)
     config, factors = adapter_factors(model, chosen)
     tensors = {}
@@ -124,8 +179,9 @@ def save_adapter(
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         write_record(model, folder)
-        recordings = record(model, prompts) if check else ()
-        write_receipt(model, folder, format="adapter", dtype="float32", recordings=recordings)
+        write_receipt(
+            model, folder, format="adapter", dtype="float32", prompts=prompts, check=check
+        )
     return pathlib.Path(path)
 
 
@@ -134,6 +190,7 @@ def load_adapter(
     path: str | os.PathLike[str] | Mapping[str, Any],
     *,
     name: str = DEFAULT,
+    check_base: bool = True,
 ) -> LoraConfig:
     """Put an adapter on its base model, and switch to it.
 
@@ -145,11 +202,18 @@ def load_adapter(
     between them. The template recorded with it is attached; one that cannot be, such as a Python
     function, is left out with a warning.
 
+    The base may be loaded in another dtype, or quantized, than it was trained in: a sample of its
+    weights, recorded with the adapter, is compared within what rounding explains. Adapters made
+    elsewhere bring none; where one names its base and that is not this model's name, a warning says
+    so.
+
     Args:
         model: A KerasHub Gemma: the base the adapter was trained on.
         path: The adapter's folder or file; or the nested dictionary of parameters that the Gemma
             library for JAX trains.
         name: What to call it. An adapter of that name is replaced.
+        check_base: Whether other weights than those of the adapter's base are refused. Without it
+            the generation and every shape must still fit.
 
     Returns:
         The adapter's `LoraConfig`.
@@ -159,12 +223,7 @@ def load_adapter(
             do, or it does not fit the model; every mismatch is listed and the model is unchanged.
     """
     adapter = read_adapter(path, model)
-    folder = None if isinstance(path, Mapping) else pathlib.Path(path)
-    problems = [*_wrong_base(model, _record(folder) if folder else {}), *adapter.problems]
-    if problems:
-        raise AdapterError(
-            f"The adapter in {folder or 'memory'} does not fit this model.", problems
-        )
+    folder = None if isinstance(path, Mapping) else pathlib.Path(path).expanduser()
     own = LoraConfig(
         rank=adapter.rank,
         alpha=adapter.alpha,
@@ -173,6 +232,17 @@ def load_adapter(
         parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
         total_parameters=0,
     )
+    record = _record(folder) if folder else {}
+    problems = [
+        *_wrong_generation(model, record),
+        *filter(None, [_other_base(model, record, adapter.base) if check_base else None]),
+        *adapter.problems,
+        *filter(None, [name_conflict(model, name, own)]),
+    ]
+    if problems:
+        raise AdapterError(
+            f"The adapter in {folder or 'memory'} does not fit this model.", problems
+        )
     template = _template(folder) if folder else None
     add_adapter(model, name, own, dict(adapter.factors), template)
     return adapter_factors(model, name)[0]
@@ -183,7 +253,7 @@ def write_record(model: keras.Model, folder: pathlib.Path) -> None:
     template = template_of(model)
     entries: dict[str, Any] = {
         "generation": family_of(model).name,
-        "base_fingerprint": fingerprint(model),
+        **base_record(model),
     }
     instruct = is_instruct(model)
     if instruct is not None:
@@ -195,11 +265,10 @@ def write_record(model: keras.Model, folder: pathlib.Path) -> None:
 
 
 def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
-    origin = origin_of(model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": origin.source if origin else None,
+        "base_model_name_or_path": _base_name(model),
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.rank_stabilized,
@@ -226,13 +295,40 @@ def _template(folder: pathlib.Path) -> Template | None:
         return None
 
 
-def _wrong_base(model: keras.Model, record: Mapping[str, Any]) -> list[str]:
-    problems = []
-    name, base = family_of(model).name, fingerprint(model)
-    if record.get("generation", name) != name:
-        problems.append(f"it was trained on {record['generation']}, this is {name}")
-    if record.get("base_fingerprint", base) != base:
-        problems.append(
-            f"its base has the fingerprint {record['base_fingerprint']}, this model {base}"
+def _wrong_generation(model: keras.Model, record: Mapping[str, Any]) -> list[str]:
+    name = family_of(model).name
+    there = record.get("generation", name)
+    return [] if there == name else [f"it was trained on {there}, this is {name}"]
+
+
+def _other_base(model: keras.Model, record: Mapping[str, Any], named: str | None) -> str | None:
+    """By the sample of weights in our record; of adapters made elsewhere, by names alone."""
+    different = wrong_base(model, record)
+    if different:
+        base = f": {named}" if named else ""
+        return (
+            f"{different}. Load the base it was trained on{base}; or pass `check_base=False`, if "
+            "this is that base in other weights, such as requantized ones"
         )
-    return problems
+    here = _base_name(model)
+    names = {pathlib.PurePath(name).name for name in (named, here) if name}
+    if not record and len(names) == 2:
+        warnings.warn(
+            f"The adapter names {named} as its base, and this model came from {here}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return None
+
+
+def _base_name(model: keras.Model) -> str | None:
+    """Where PEFT finds the base: its name on the Hugging Face Hub, or its folder."""
+    origin = origin_of(model)
+    if origin is None:
+        return None
+    if origin.source.startswith("hf://"):
+        return origin.source.removeprefix("hf://")
+    folder = pathlib.Path(origin.source)
+    # KerasHub's presets, other hubs and packages are nothing that PEFT opens.
+    is_theirs = (folder / "config.json").is_file() and not (folder / "task.json").is_file()
+    return origin.source if is_theirs else None

@@ -769,6 +769,15 @@ def broken_weights(model: keras.Model) -> list[str]:
     return [weight.path for weight in weights if not _finite(weight.variable)]
 
 
+def quantizations(model: keras.Model) -> dict[str, str]:
+    """How Keras quantized the text tower's weights: the mode, such as `"int8"`, by their paths."""
+    modes = {
+        weight.path: getattr(weight.layer, "quantization_mode", None)
+        for weight in family_of(model).weights(model)
+    }
+    return {path: str(mode) for path, mode in modes.items() if mode is not None}
+
+
 def _finite(variable: keras.Variable) -> bool:
     values = np.asarray(variable).reshape(-1)
     parts = range(0, values.size, _CHUNK_VALUES)

@@ -1,8 +1,8 @@
 """The receipt: a small JSON file beside the weights that says what was written.
 
-It holds each file's size and sha256, versions, template, stop tokens and adapter; and, where asked
-for, recordings: what the model in memory answered to a few prompts, to be compared with what the
-target's own runtime answers. `exporting.verifying` does that.
+It holds each file's size and sha256, versions, template, stop tokens and adapter; where asked for,
+recordings: what the model in memory answered to a few prompts; and the outcome of comparing these
+with what the target's own runtime answers. `exporting.verifying` does that.
 """
 
 import contextlib
@@ -11,22 +11,25 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.families import Linear, backbone_inputs, family_of, fingerprint
+from gemma_keras_tune.families import backbone_inputs, family_of, fingerprint, quantizations
 from gemma_keras_tune.generation import generate_ids
-from gemma_keras_tune.lora import lora_config, lora_linears
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
+from gemma_keras_tune.switching import active_adapter, adapter_config
 from gemma_keras_tune.templates import Segment, Template, get_template
 
-SCHEMA = "gemma_keras_tune.receipt/1"
+SCHEMA = "gemma_keras_tune.receipt/2"
+# Without an outcome.
+_OLD_SCHEMA = "gemma_keras_tune.receipt/1"
 FILE_NAME = "receipt.json"
 PROMPTS = (
     "Hello!",
@@ -85,6 +88,28 @@ class Recording:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the last check of an export came to.
+
+    Attributes:
+        verdict: `"passed"`, `"failed"` or `"not run"`: the export was not opened.
+        runtime: What opened it, with its version, or `None`.
+        checked: What was looked at and found right.
+        reasons: What is wrong, or why it was not opened.
+    """
+
+    verdict: str
+    runtime: str | None = None
+    checked: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+VERDICTS = ("passed", "failed", "not run")
+NOT_CHECKED = Outcome("not run", reasons=("it was not asked for; `verify` does it",))
+Check = bool | Literal["run"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Receipt:
     """What was written, and what it shall answer.
 
@@ -92,16 +117,18 @@ class Receipt:
         format: A format of `export`, or `"adapter"`.
         dtype: What the weights are stored in.
         quantization: Of a GGUF file, or `None`.
-        compute_dtype: What the model in memory computed the recordings in.
+        compute_dtype: What the model in memory computed the recordings in: a dtype, or the mode in
+            which Keras quantized it.
         generation: Such as `"gemma3"`.
         base_fingerprint: Of the base model.
         template: Name of the prompt template.
         stop_tokens: What ends an answer.
         stop_token_ids: Their ids.
-        adapter: Rank, alpha and targets of the LoRA that was merged or saved, or `None`.
+        adapter: Rank, alpha and targets of the LoRA that was on, or `None`.
         packages: Versions by package.
         files: All files, but for the receipt.
         recordings: Empty where the model was not run.
+        outcome: Of the check.
     """
 
     format: str
@@ -117,6 +144,7 @@ class Receipt:
     packages: Mapping[str, str]
     files: tuple[FileRecord, ...]
     recordings: tuple[Recording, ...]
+    outcome: Outcome = NOT_CHECKED
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -134,10 +162,11 @@ def write_receipt(
     format: str,
     dtype: str,
     quantization: str | None = None,
-    recordings: Sequence[Recording] = (),
+    prompts: Iterable[str] | None = None,
+    check: Check = False,
     file_name: str = FILE_NAME,
 ) -> Receipt:
-    """Describe all files of a folder, in a file beside them.
+    """Describe all files of a folder, in a file beside them, and check them where asked to.
 
     Args:
         model: The model that was written.
@@ -145,20 +174,24 @@ def write_receipt(
         format: What was written.
         dtype: What the weights are stored in.
         quantization: Of a GGUF file.
-        recordings: From `record`.
-        file_name: Name of the receipt.
+        prompts: As for `record`.
+        check: Whether to record answers; `"run"` also opens what was written in its own runtime.
+        file_name: Name of the receipt; that of a lone file is `x.gguf.receipt.json`.
 
     Returns:
         The receipt.
+
+    Raises:
+        ExportError: As from `record`; or what was written does not answer as the model does.
     """
     template = get_template("auto", model)
-    lora = lora_config(model)
+    lora = adapter_config(model) if active_adapter(model) is not None else None
     tokenizer: Any = getattr(model, "preprocessor", None) and model.preprocessor.tokenizer
     receipt = Receipt(
         format=format,
         dtype=dtype,
         quantization=quantization,
-        compute_dtype=str(model.compute_dtype),
+        compute_dtype=_computed_in(model),
         generation=family_of(model).name,
         base_fingerprint=fingerprint(model),
         template=template.name,
@@ -167,10 +200,48 @@ def write_receipt(
         adapter=dataclasses.asdict(lora) if lora else None,
         packages=_versions(),
         files=tuple(_describe(folder, file_name)),
-        recordings=tuple(recordings),
+        recordings=record(model, prompts) if check else (),
     )
     (folder / file_name).write_text(receipt.to_json(), encoding="utf-8")
-    return receipt
+    return _run(model, folder, file_name) if check == "run" else receipt
+
+
+def refuse_unknown_check(check: Any) -> None:
+    """Refuse what `check` cannot be, before any work is done.
+
+    Args:
+        check: What a caller passed.
+
+    Raises:
+        ExportError: It is not `True`, `False` or `"run"`.
+    """
+    if not (isinstance(check, bool) or check == "run"):
+        raise ExportError(f"`check` must be True, False or 'run'. Received: {check!r}")
+
+
+def _run(model: keras.Model, folder: pathlib.Path, file_name: str) -> Receipt:
+    """Open what was written in its own runtime. The outcome stands in the receipt."""
+    # `verify` opens files with rooms above this one.
+    from gemma_keras_tune.exporting.verifying import verify
+
+    lone = file_name.removesuffix(FILE_NAME).removesuffix(".")
+    written = folder / lone if lone else folder
+    receipt = read_receipt(written)
+    verdict = verify(written, base=model if receipt.format == "adapter" else None)
+    if not verdict.passed:
+        raise ExportError(
+            f"What was written as {receipt.format!r} does not answer as the model in memory does.",
+            verdict.problems,
+            "Nothing was kept. To keep it and look into it, pass `check=True` and run `verify`.",
+        )
+    for reason in verdict.skipped:
+        warnings.warn(f"{receipt.format}: {reason}", UserWarning, stacklevel=4)
+    return read_receipt(written)
+
+
+def _computed_in(model: Any) -> str:
+    modes = sorted({*quantizations(model).values()})
+    return modes[0] if modes else str(model.compute_dtype)
 
 
 def _versions() -> dict[str, str]:
@@ -195,7 +266,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Recording, ...]:
-    """Let the model in memory answer a few prompts, its LoRA on.
+    """Let the model in memory answer a few prompts, with the LoRA that is on.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
@@ -227,7 +298,7 @@ def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Re
 def answer_texts(
     model: Any, texts: Sequence[str], stop_token_ids: Iterable[int], *, top: int = TOP
 ) -> tuple[Recording, ...]:
-    """Let the model in memory continue texts, its LoRA on.
+    """Let the model in memory continue texts, with the LoRA that is on.
 
     Args:
         model: A KerasHub Gemma `CausalLM` with its preprocessor.
@@ -241,22 +312,21 @@ def answer_texts(
     tokenizer = model.preprocessor.tokenizer
     encoder = Encoder(tokenizer)
     rows = [encoder.encode([Segment(text, False)])[0] for text in texts]
-    with _lora_on(model):
-        answers = generate_ids(
-            model,
-            rows,
-            stop_token_ids=stop_token_ids,
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=_BATCH,
-            share_programs=True,
-        )
-        wholes = [np.concatenate([row, ids]) for row, (ids, _) in zip(rows, answers, strict=True)]
-        # Where each token of the answer was chosen, and the stop token if one was.
-        places = [
-            np.arange(len(row) - 1, len(whole) - (not stopped))
-            for row, whole, (_, stopped) in zip(rows, wholes, answers, strict=True)
-        ]
-        best = _best_logits(model, wholes, places, top)
+    answers = generate_ids(
+        model,
+        rows,
+        stop_token_ids=stop_token_ids,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=_BATCH,
+        share_programs=True,
+    )
+    wholes = [np.concatenate([row, ids]) for row, (ids, _) in zip(rows, answers, strict=True)]
+    # Where each token of the answer was chosen, and the stop token if one was.
+    places = [
+        np.arange(len(row) - 1, len(whole) - (not stopped))
+        for row, whole, (_, stopped) in zip(rows, wholes, answers, strict=True)
+    ]
+    best = _best_logits(model, wholes, places, top)
     return tuple(
         Recording(
             text=text,
@@ -332,19 +402,6 @@ def _reversed(model: Any, hidden: Any) -> Any:
         embedding = family_of(model).head(model).embedding
         return ops.matmul(hidden, ops.transpose(ops.cast(embedding, hidden.dtype)))
     return model.backbone.token_embedding(hidden, reverse=True)
-
-
-@contextlib.contextmanager
-def _lora_on(model: keras.Model) -> Iterator[None]:
-    """What is written has its LoRA merged in, whether or not it is switched off just now."""
-    off: list[Linear] = [n for n in lora_linears(model) if not n.layer.lora_enabled]
-    for linear in off:
-        linear.layer.lora_enabled = True
-    try:
-        yield
-    finally:
-        for linear in off:
-            linear.layer.lora_enabled = False
 
 
 # Reading. A receipt may come from anywhere: whatever it holds, it is read as data or refused.
@@ -448,7 +505,7 @@ class _Reader:
 def _receipt(reader: _Reader, data: Any) -> Receipt:
     values = reader.mapping(data, "the receipt", Receipt)
     schema = values.get("schema")
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, _OLD_SCHEMA):
         reader.say("schema", repr(SCHEMA), schema)
         values = {}
     if not values:
@@ -472,6 +529,7 @@ def _receipt(reader: _Reader, data: Any) -> Receipt:
         recordings=reader.many(
             lambda v, w: _recording(reader, v, w), get("recordings"), "recordings"
         ),
+        outcome=NOT_CHECKED if schema == _OLD_SCHEMA else _outcome(reader, get("outcome")),
     )
     names = [file.path for file in receipt.files]
     if not names:
@@ -480,6 +538,20 @@ def _receipt(reader: _Reader, data: Any) -> Receipt:
         f"files: {name!r} comes twice" for name in {*names} if names.count(name) > 1
     ]
     return receipt
+
+
+def _outcome(reader: _Reader, data: Any) -> Outcome:
+    values = reader.mapping(data, "outcome", Outcome)
+    verdict, runtime = values.get("verdict"), values.get("runtime")
+    if verdict not in VERDICTS:
+        reader.say("outcome.verdict", f"one of {VERDICTS}", verdict)
+        verdict = NOT_CHECKED.verdict
+    return Outcome(
+        verdict,
+        None if runtime is None else reader.text(runtime, "outcome.runtime"),
+        reader.many(reader.text, values.get("checked"), "outcome.checked"),
+        reader.many(reader.text, values.get("reasons"), "outcome.reasons"),
+    )
 
 
 def _file(reader: _Reader, data: Any, where: str) -> FileRecord:

@@ -1,7 +1,10 @@
 """What leaves is the merged weight, whole numbers only, and never a code."""
 
+import importlib.util
 import json
 
+import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -10,26 +13,77 @@ from gemma_keras_tune import testing
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights
 from gemma_keras_tune.families import family_of
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.receipts import read_receipt, record
+from gemma_keras_tune.switching import use_adapter
 
 
-def test_lora_is_added_on_or_off_and_merged_alike():
-    model = testing.tiny_model("gemma3")
-    gkt.enable_lora(model, rank=2)
+def tuned(**sizes):
+    model = testing.tiny_model("gemma3", **sizes)
+    gkt.enable_lora(model, rank=2, verbose=0)
     draw = np.random.default_rng(0)
     for linear in lora_linears(model):
         a, b, _ = get_factors(linear)
         set_factors(linear, a, draw.normal(size=b.shape).astype("float32"))
-    on = {weight.path: value for weight, value in merged_weights(model)}
+    return model
+
+
+def values_of(model):
+    return {weight.path: value for weight, value in merged_weights(model)}
+
+
+def assert_same(left, right, tolerance=0.0):
+    assert left.keys() == right.keys()
+    for path, value in left.items():
+        np.testing.assert_allclose(right[path], value, rtol=0, atol=tolerance, err_msg=path)
+
+
+def test_lora_that_is_on_is_added():
+    model = tuned()
+    on = values_of(model)
     with gkt.lora_disabled(model):
-        off = {weight.path: value for weight, value in merged_weights(model)}
+        off = values_of(model)
     gkt.merge_lora(model)
-    merged = {weight.path: value for weight, value in merged_weights(model)}
-    plain = {w.path: v for w, v in merged_weights(testing.tiny_model("gemma3"))}
+    plain = values_of(testing.tiny_model("gemma3"))
     changed = [path for path in plain if np.abs(on[path] - plain[path]).max() > 0]
     assert len(changed) == 7 * len(model.backbone.transformer_layers)
-    for path, value in merged.items():
-        np.testing.assert_array_equal(on[path], value)
-        np.testing.assert_array_equal(off[path], value)
+    assert_same(off, plain)
+    assert_same(values_of(model), on)
+
+
+def switched_off(model, way):
+    if way == "lora_disabled":
+        return gkt.lora_disabled(model)
+    return use_adapter(model, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["lora_disabled", "set_adapter"])
+@pytest.mark.parametrize("format", ["keras", "save_preset", "safetensors", "gguf", "gemma_jax"])
+def test_what_is_off_stays(format, way, tmp_path):
+    if format == "gemma_jax":
+        pytest.importorskip("orbax.checkpoint")
+    model, base = tuned(num_layers=1), testing.tiny_model("gemma3", num_layers=1)
+    with switched_off(model, way):
+        if format == "save_preset":
+            path = gkt.save_preset(model, tmp_path / "out", check=True, prompts=["Hello!"])
+        else:
+            options = {"dtype": "float32"} if format == "gguf" else {}
+            path = gkt.export(
+                model, tmp_path / "out", format=format, prompts=["Hello!"], verbose=0, **options
+            )
+    receipt = read_receipt(path)
+    assert receipt.adapter is None and receipt.recordings == record(base, ["Hello!"])
+    # GGUF holds norms plus 1.
+    assert_same(values_of(gkt.load(str(path))), values_of(base), 1e-6 if format == "gguf" else 0)
+    if (format, way) == ("keras", "lora_disabled"):
+        assert gkt.verify(path).passed
+    assert gkt.active_adapter(model) == "default"
+
+
+def test_an_adapter_that_is_off_is_no_file(tmp_path):
+    model = tuned(num_layers=1)
+    with gkt.lora_disabled(model), pytest.raises(gkt.ExportError, match="switched off"):
+        gkt.export(model, tmp_path / "x.gguf", format="gguf_adapter", verbose=0)
 
 
 def test_broken_weights_are_all_named():
@@ -85,48 +139,90 @@ def test_int8_leaves_as_the_floats_it_stands_for(family):
     assert changed >= {"gemma3": 7, "gemma3n": 14}[family]
 
 
-@pytest.mark.slow
-def test_an_int8_model_is_exported_in_floats(tmp_path):
+@pytest.fixture(scope="module")
+def int8():
     model = testing.tiny_model("gemma3", num_layers=1)
-    block = model.backbone.transformer_layers[0]
-    block.gating_ffw.quantize("int8")
-    model.backbone.token_embedding.quantize("int8")
-    values = {weight.path: value for weight, value in merged_weights(model)}
-    for name in ("hf", "x.gguf", "jax"):
-        options = {"format": "gemma_jax"} if name == "jax" else {}
-        gkt.export(model, tmp_path / name, dtype="float32", check=False, verbose=0, **options)
-        for weight, value in merged_weights(gkt.load(str(tmp_path / name))):
-            np.testing.assert_allclose(value, values[weight.path], atol=1e-6)
+    model.backbone.quantize("int8")
+    return model
 
 
 @pytest.mark.slow
-def test_other_quantizations_are_refused():
+@pytest.mark.parametrize("format", ["safetensors", "gguf", "gemma_jax"])
+def test_an_int8_model_is_exported_in_floats(int8, format, tmp_path):
+    if format == "gemma_jax":
+        pytest.importorskip("orbax.checkpoint")
+    path = gkt.export(
+        int8, tmp_path / "out", format=format, dtype="float32", prompts=["Hello!"], verbose=0
+    )
+    verdict = gkt.verify(path)
+    assert verdict.passed, verdict
+    assert read_receipt(path).compute_dtype == "int8"
+    found = values_of(gkt.load(str(path)))
+    for name, value in values_of(int8).items():
+        np.testing.assert_allclose(found[name], value, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_preset_answers_alike(mode, int8, tmp_path):
+    model = int8
+    if mode == "int4":
+        model = testing.tiny_model("gemma3", num_layers=1)
+        model.backbone.quantize("int4")
+    path = gkt.export(model, tmp_path / "out", format="keras", prompts=["Hello!"], verbose=0)
+    verdict = gkt.verify(path)
+    assert verdict.passed and not verdict.skipped
+    gkt.enable_lora(model, rank=2, verbose=0)
+    try:
+        for save in (gkt.save_preset, lambda m, p: gkt.export(m, p, format="keras", verbose=0)):
+            with pytest.raises(gkt.ExportError, match=f"quantized kernels.*\n.*: {mode}"):
+                save(model, tmp_path / "tuned")
+    finally:
+        gkt.remove_lora(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int4", "float8"])
+def test_other_quantizations_are_refused(mode, tmp_path):
     model = testing.tiny_model("gemma3", num_layers=1)
-    model.backbone.transformer_layers[0].gating_ffw.quantize("int4")
-    with pytest.raises(gkt.ExportError, match="decoder_block_0/gating_ffw: int4"):
-        next(merged_weights(model))
+    if mode == "int4":
+        model.backbone.quantize(mode)
+    else:
+        model.backbone.transformer_layers[0].gating_ffw.quantize(mode)
+    for format in ("safetensors", "gguf", "ollama", "gemma_jax", "litert"):
+        with pytest.raises(gkt.ExportError, match=f"decoder_block_0/gating_ffw: {mode}"):
+            gkt.export(model, tmp_path / "out", format=format, verbose=0)
+
+
+HELD = {
+    "mixed_bfloat16": "float32",
+    "mixed_float16": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("policy", HELD)
 def test_half_precision_policies_export_what_they_hold(policy, tmp_path):
-    import keras
-
     keras.config.set_dtype_policy(policy)
     try:
-        model = testing.tiny_model("gemma3", num_layers=1)
+        model = tuned(num_layers=1)
     finally:
         keras.config.set_dtype_policy("float32")
-    gkt.enable_lora(model, rank=2, targets="attention")
-    for linear in lora_linears(model):
-        a, b, _ = get_factors(linear)
-        set_factors(linear, a, np.full(b.shape, 0.1, "float32"))
-    held = {"mixed_bfloat16": "float32", "bfloat16": "bfloat16"}[policy]
-    values = {weight.path: value for weight, value in merged_weights(model)}
-    for name, tolerance in {"hf": 0, "x.gguf": 1e-2}.items():
-        gkt.export(model, tmp_path / name, check=False, verbose=0)
-        for weight, value in merged_weights(gkt.load(str(tmp_path / name), dtype="float32")):
-            expected = np.asarray(values[weight.path]).astype(DTYPES[held]).astype("float32")
-            np.testing.assert_allclose(value, expected, atol=tolerance, err_msg=weight.path)
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["dtype"] == held
+    held, values = HELD[policy], values_of(model)
+    tolerances = {"hf": 0, "keras": 0, "jax": 0, "x.gguf": 1e-2}
+    if importlib.util.find_spec("orbax") is None:
+        del tolerances["jax"]
+    for name, tolerance in tolerances.items():
+        format = {"jax": "gemma_jax", "keras": "keras"}.get(name, "auto")
+        gkt.export(model, tmp_path / name, format=format, check=False, verbose=0)
+        found = values_of(gkt.load(str(tmp_path / name), dtype="float32"))
+        for path, value in values.items():
+            expected = np.asarray(value).astype(DTYPES[held]).astype("float32")
+            np.testing.assert_allclose(found[path], expected, atol=tolerance, err_msg=path)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == held
+    again = keras_hub.models.CausalLM.from_preset(str(tmp_path / "keras"))
+    assert again.backbone.dtype_policy.name == held
+    assert str(again.backbone.token_embedding.embeddings.dtype) == held
+    assert model.backbone.dtype_policy.name == policy

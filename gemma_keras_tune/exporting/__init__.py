@@ -1,7 +1,7 @@
 """Handing a tuned model over, in one file for each format.
 
-Each target is a module with `write(model, folder, *, dtype, shard_size, progress, **options)`. The
-table below names them all; a target is imported when it is asked for.
+Each target is a module with `write(model, folder, *, dtype, progress, **options)`. The table below
+names them all; a target is imported when it is asked for.
 """
 
 import importlib
@@ -18,9 +18,9 @@ import keras
 from gemma_keras_tune._files import explained, new_folder
 from gemma_keras_tune.adapters import write_record
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.exporting._weights import stored_dtype
+from gemma_keras_tune.exporting._weights import refuse_quantized, stored_dtype
 from gemma_keras_tune.families import family_of
-from gemma_keras_tune.receipts import FILE_NAME, record, write_receipt
+from gemma_keras_tune.receipts import FILE_NAME, Check, refuse_unknown_check, write_receipt
 
 __all__ = ["FORMATS", "export"]
 
@@ -33,6 +33,18 @@ FORMATS: dict[str, str] = {
     "gemma_jax": "gemma_jax",
     "litert": "litert",
 }
+# Arguments that only some formats take.
+_TAKEN_BY = {"quantization": ("gguf", "ollama"), "shard_size": ("keras", "safetensors")}
+_SHARD_SIZE = "5GB"
+# What a file of that name would be.
+_FILES = {
+    ".gguf": "gguf",
+    ".safetensors": "safetensors",
+    ".keras": "keras",
+    ".h5": "keras",
+    ".tflite": "litert",
+    ".litertlm": "litert",
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -43,17 +55,19 @@ def export(
     format: str = "auto",
     dtype: str = "auto",
     quantization: str | None = None,
-    shard_size: int | str = "5GB",
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: bool = True,
+    check: Check = True,
     verbose: int = 1,
 ) -> pathlib.Path:
-    """Write a model for another runtime, LoRA merged in.
+    """Write a model for another runtime, with the LoRA that is on merged in.
 
     What is written appears under its name only when it is whole, with a receipt: sizes and hashes
     of all files, and what the model in memory answers to a few prompts. `verify` holds the export
-    against it. The model in memory keeps its LoRA. The files are under the Gemma terms of use.
+    against it. The model in memory keeps its LoRA. What is on is what leaves: within
+    `lora_disabled(model)`, or after `set_adapter(model, None)`, the base is written. The files are
+    under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
@@ -66,33 +80,42 @@ def export(
             in `.gguf`, else `"safetensors"`.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
-        quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`.
-        shard_size: Bytes of weights in one safetensors file at most: a number, or such as `"5GB"`.
+        quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's own quantizer is
+            installed, also its K-quants, such as `"Q4_K_M"`.
+        shard_size: For `"keras"` and `"safetensors"`, bytes of weights in one file at most: a
+            number, or such as `"5GB"`, which `None` stands for.
         overwrite: Whether to replace what is there.
         prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers at all.
+        check: Whether to record answers; `"run"` also opens what was written in its own runtime,
+            before it takes its name, and keeps it only where it answers as the model does. Where
+            the runtime is not installed, the export is kept, with a warning.
         verbose: 1 shows a progress bar, 0 nothing.
 
     Returns:
         The folder or file.
 
     Raises:
-        ExportError: The name is taken, an argument is unknown, or the target cannot carry this
-            model. Nothing stays on disk.
+        ExportError: The name is taken, an argument is unknown, the target cannot carry this model,
+            or what was written does not answer as the model does. Nothing stays on disk.
     """
     target = pathlib.Path(path)
-    single = target.suffix == ".gguf"
-    if format == "auto":
-        format = "gguf" if single else "safetensors"
+    format = _format(target, format)
     module = _module(format)
-    options: dict[str, Any] = {"dtype": dtype, "shard_size": _bytes(shard_size)}
-    if quantization is not None:
-        if format not in ("gguf", "ollama"):
+    refuse_unknown_check(check)
+    options: dict[str, Any] = {"dtype": dtype}
+    for name, value in (("quantization", quantization), ("shard_size", shard_size)):
+        if value is not None and format not in _TAKEN_BY[name]:
+            *known, last = map(repr, _TAKEN_BY[name])
             raise ExportError(
-                f"`quantization` is for 'gguf' and 'ollama'. Received: {quantization!r} with "
-                f"format {format!r}"
+                f"`{name}` is for {', '.join(known)} and {last}. Received: {value!r} with format "
+                f"{format!r}"
             )
+    if quantization is not None:
         options["quantization"] = quantization
+    if format in _TAKEN_BY["shard_size"]:
+        options["shard_size"] = _bytes(_SHARD_SIZE if shard_size is None else shard_size)
+    if format not in ("keras", "gguf_adapter"):
+        refuse_quantized(model)
 
     def finish(folder: pathlib.Path, file_name: str = FILE_NAME) -> None:
         write_receipt(
@@ -101,11 +124,12 @@ def export(
             format=format,
             dtype=_stored(model, format, dtype),
             quantization=quantization,
-            recordings=record(model, prompts) if check else (),
+            prompts=prompts,
+            check=check,
             file_name=file_name,
         )
 
-    if single and format in ("gguf", "gguf_adapter"):
+    if target.suffix.lower() == ".gguf":
         _write_file(module, model, target, overwrite, verbose, options, finish)
         return target
     with new_folder(target, overwrite=overwrite) as folder, _Progress(target, verbose) as progress:
@@ -114,6 +138,20 @@ def export(
             write_record(model, folder)
         finish(folder)
     return target
+
+
+def _format(target: pathlib.Path, format: str) -> str:
+    """What `"auto"` comes to; a folder shall not have the name of a file."""
+    suffix = target.suffix.lower()
+    chosen = _FILES.get(suffix, "safetensors") if format == "auto" else format
+    single = suffix == ".gguf" and chosen in ("gguf", "gguf_adapter")
+    if suffix in _FILES and not single and chosen in FORMATS:
+        raise ExportError(
+            f"The format {chosen!r} is a folder, and {target} has the name of a file.",
+            next_step=f"Pass the name of a folder, such as {target.stem!r}, and "
+            f"`format={chosen!r}`.",
+        )
+    return chosen
 
 
 def _stored(model: keras.Model, format: str, dtype: str) -> str:

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.families import Weight, broken_weights, family_of, to_matrix
+from gemma_keras_tune.families import Weight, broken_weights, family_of, quantizations, to_matrix
 from gemma_keras_tune.lora import get_factors, kernel_update, lora_linears
 
 DTYPES = {
@@ -64,7 +64,7 @@ def rounded(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
-    """The text tower's weights with LoRA added, whether it is switched on at the moment or not.
+    """The text tower's weights, with the LoRA that is on added.
 
     Weights that Keras quantized to int8 are given as the floats they stand for.
 
@@ -78,11 +78,14 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
         ExportError: Layers are quantized otherwise, or weights hold NaN or infinite values. All of
             them are named, before the first weight is given out.
     """
-    weights = family_of(model).weights(model)
-    _refuse_quantized(weights)
+    refuse_quantized(model)
     refuse_broken(model)
-    linears = {f"{linear.hugging_face}.weight": linear for linear in lora_linears(model)}
-    for weight in weights:
+    linears = {
+        f"{linear.hugging_face}.weight": linear
+        for linear in lora_linears(model)
+        if linear.layer.lora_enabled
+    }
+    for weight in family_of(model).weights(model):
         value = _float32(weight)
         linear = linears.get(weight.hugging_face)
         yield weight, value if linear is None else value + kernel_update(linear)
@@ -104,12 +107,16 @@ def _has_codes(weight: Weight) -> bool:
     return not keras.backend.is_float_dtype(weight.variable.dtype)
 
 
-def _refuse_quantized(weights: tuple[Weight, ...]) -> None:
-    modes = {
-        weight.path: getattr(weight.layer, "quantization_mode", None)
-        for weight in weights
-        if _has_codes(weight)
-    }
+def refuse_quantized(model: keras.Model) -> None:
+    """Refuse a quantized model whose floats cannot be told.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+
+    Raises:
+        ExportError: Layers are quantized to something else than Keras's int8; all are named.
+    """
+    modes = quantizations(model)
     unknown = [f"{path}: {mode}" for path, mode in modes.items() if mode != "int8"]
     if unknown:
         raise ExportError(

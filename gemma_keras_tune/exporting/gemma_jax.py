@@ -40,7 +40,6 @@ def write(
     folder: pathlib.Path,
     *,
     dtype: str = "auto",
-    shard_size: int = 0,
     progress: Progress = lambda name, done, total: None,
 ) -> None:
     """Write `params`, an Orbax checkpoint, `tokenizer.model`, and what `load` needs to know.
@@ -53,14 +52,12 @@ def write(
             tower.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
-        shard_size: Not used: Orbax cuts its files itself.
         progress: Called with each weight's name, how many are done, and how many there are.
 
     Raises:
         ExportError: The library cannot compute this model, a weight is beyond the dtype, or
             `orbax-checkpoint` is not installed.
     """
-    del shard_size
     orbax = _orbax()
     tree = parameter_tree(model, dtype=dtype, progress=progress)
     _warn_of_vision(model)

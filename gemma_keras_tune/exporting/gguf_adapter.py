@@ -22,7 +22,7 @@ from gemma_keras_tune.exporting.gguf_file import (
     put,
 )
 from gemma_keras_tune.families import family_of
-from gemma_keras_tune.lora import get_factors, lora_linears
+from gemma_keras_tune.lora import get_factors, lora_active, lora_linears
 
 FORMAT = "gguf_adapter"
 FILE_NAME = "adapter.gguf"
@@ -35,7 +35,6 @@ def write(
     folder: pathlib.Path,
     *,
     dtype: str = "auto",
-    shard_size: int = 0,
     progress: Progress = lambda name, done, total: None,
     file_name: str = FILE_NAME,
 ) -> None:
@@ -47,14 +46,13 @@ def write(
         model: A KerasHub `CausalLM` with LoRA on.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is float32, as the factors are.
-        shard_size: Not used: an adapter is small.
         progress: Called with the layer's name, how many are written, and how many there are.
         file_name: Name of the file.
 
     Raises:
-        ExportError: LoRA is not on, its values are not finite, or the model is a Gemma 3n.
+        ExportError: LoRA is not on, or is switched off; its values are not finite; or the model
+            is a Gemma 3n.
     """
-    del shard_size
     family = family_of(model)
     if family.name == "gemma3n":
         raise ExportError(
@@ -62,11 +60,12 @@ def write(
             next_step="Export the merged model with `format='gguf'`.",
         )
     kind = _kind(dtype)
-    linears = lora_linears(model)
+    linears = lora_linears(model) if lora_active(model) else ()
     if not linears:
         raise ExportError(
-            "There is no adapter to write: LoRA is not on this model.",
-            next_step="Tune with `method='lora'`, or write the whole model with `format='gguf'`.",
+            "There is no adapter to write: LoRA is not on this model, or is switched off.",
+            next_step="Tune with `method='lora'`, switch to an adapter with `set_adapter`, or "
+            "write the whole model with `format='gguf'`.",
         )
     refuse_broken(model)
     writer = gguf.GGUFWriter(folder / file_name, family.name)

@@ -105,7 +105,6 @@ def write(
     folder: pathlib.Path,
     *,
     dtype: str = "auto",
-    shard_size: int = 0,
     progress: Progress = lambda name, done, total: None,
     quantization: str | None = None,
     file_name: str = FILE_NAME,
@@ -120,7 +119,6 @@ def write(
         folder: An existing folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: bfloat16 where the model's
             weights are, else float16.
-        shard_size: Not used: llama.cpp takes a file of any size.
         progress: Called with the tensor's name, how many are written, and how many there are.
         quantization: `"Q8_0"` or `"Q4_0"`, instead of `dtype`. Matrices whose rows are no multiple
             of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`.
@@ -129,7 +127,6 @@ def write(
     Raises:
         ExportError: GGUF cannot carry this model, or a weight is too large for the dtype.
     """
-    del shard_size
     family = family_of(model)
     kind = _file_kind(model, dtype, quantization)
     weights = family.weights(model)

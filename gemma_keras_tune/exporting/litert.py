@@ -59,7 +59,6 @@ def write(
     folder: pathlib.Path,
     *,
     dtype: str = "auto",
-    shard_size: int = 5_000_000_000,
     progress: Progress = lambda name, done, total: None,
 ) -> None:
     """Write `model.litertlm`, with tokenizer, chat template and stop tokens in it.
@@ -70,7 +69,6 @@ def write(
         model: A KerasHub `CausalLM` of Gemma 3. Of a model that sees, the text tower.
         folder: An existing folder.
         dtype: `"float32"` or `"auto"`, which is float32 too.
-        shard_size: Of the Hugging Face folder in between.
         progress: Called for each weight of the folder in between; the conversion follows, and
             takes minutes.
 
@@ -81,9 +79,7 @@ def write(
     with tempfile.TemporaryDirectory(dir=folder) as space:
         source, made = pathlib.Path(space, "source"), pathlib.Path(space, "made")
         source.mkdir()
-        safetensors_folder.write(
-            model, source, dtype="float32", shard_size=shard_size, progress=progress
-        )
+        safetensors_folder.write(model, source, dtype="float32", progress=progress)
         _convert(source, made)
         files = sorted(made.glob("*.litertlm"))
         if len(files) != 1:

@@ -42,7 +42,6 @@ def write(
     folder: pathlib.Path,
     *,
     dtype: str = "auto",
-    shard_size: int = 0,
     progress: Progress = lambda name, done, total: None,
     **options: Any,
 ) -> None:
@@ -52,7 +51,6 @@ def write(
         model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4.
         folder: An existing folder.
         dtype: As for `gguf_file.write`.
-        shard_size: Not used.
         progress: As for `gguf_file.write`.
         **options: `quantization`, as for `gguf_file.write`.
 
@@ -60,7 +58,7 @@ def write(
         ExportError: The template is a Python function, or GGUF cannot carry the model.
     """
     text = modelfile(get_template("auto", model))
-    gguf_file.write(model, folder, dtype=dtype, shard_size=shard_size, progress=progress, **options)
+    gguf_file.write(model, folder, dtype=dtype, progress=progress, **options)
     (folder / MODELFILE).write_text(text, encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import keras
@@ -19,9 +19,13 @@ from gemma_keras_tune.adapters import load_adapter
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting import gguf_file
 from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import lora_config, remove_lora
 from gemma_keras_tune.receipts import MAX_NEW_TOKENS, Receipt, answer_texts
-from gemma_keras_tune.templates import attach_template, template_of
+from gemma_keras_tune.switching import (
+    active_adapter,
+    list_adapters,
+    remove_adapter,
+    use_adapter,
+)
 
 _WORKER = pathlib.Path(__file__).with_name("_foreign.py")
 _TIMEOUT = 3600
@@ -103,20 +107,7 @@ def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
         with tempfile.TemporaryDirectory() as folder:
             request, answer = (pathlib.Path(folder, name) for name in ("asked", "answer"))
             request.write_text(json.dumps(_request(path, receipt, base)), encoding="utf-8")
-            done = subprocess.run(
-                [python or sys.executable, "-P", str(_WORKER), runtime, str(request), str(answer)],
-                # A device this process holds is not there for another.
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=_TIMEOUT,
-                check=False,
-            )
-            if done.returncode:
-                words = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
-                code = f"it ended with exit code {done.returncode}"
-                raise ExportError(f"{runtime} cannot open {path}.", words or [code])
+            _ask_process(python or sys.executable, runtime, [request, answer], path)
             found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         if "missing" in found:
             raise NotRunError(f"{runtime} is not installed: {found['missing']}")
@@ -130,6 +121,32 @@ def _foreign(runtime: str) -> Callable[[pathlib.Path, Receipt, Base], Asked]:
         ]
 
     return run
+
+
+def _ask_process(
+    python: str, runtime: str, files: Sequence[pathlib.Path], path: pathlib.Path
+) -> None:
+    try:
+        done = subprocess.run(
+            [python, "-P", str(_WORKER), runtime, *files],
+            # A device this process holds is not there for another.
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(
+            f"{runtime} did not answer the prompts of {path} within {_TIMEOUT:,} seconds."
+        ) from error
+    except OSError as error:
+        raise ExportError(f"{runtime} cannot be asked: {python} cannot be run: {error}") from error
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
+        code = f"it ended with exit code {done.returncode}"
+        raise ExportError(f"{runtime} cannot open {path}.", last or [code])
 
 
 def _request(path: pathlib.Path, receipt: Receipt, base: Any) -> Mapping[str, Any]:
@@ -203,19 +220,16 @@ def _this_library(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
     if base is None:
         raise NotRunError("pass the model it belongs on as `base`")
     model = base if isinstance(base, keras.Model) else load(base)
-    if lora_config(model) is not None:
-        raise ExportError(
-            "The base has LoRA on it.", next_step="Pass another, or take it off: `remove_lora`."
-        )
-    template = template_of(model)
-    try:
-        load_adapter(model, path)
-        texts = [one.text for one in receipt.recordings]
-        found = answer_texts(model, texts, receipt.stop_token_ids, top=_LOOKED_AT)
-    finally:
-        if lora_config(model) is not None:
-            remove_lora(model)
-        attach_template(model, template)
+    name = "adapter to check"
+    while name in list_adapters(model):
+        name += "'"
+    with use_adapter(model, active_adapter(model)):
+        load_adapter(model, path, name=name)
+        try:
+            texts = [one.text for one in receipt.recordings]
+            found = answer_texts(model, texts, receipt.stop_token_ids, top=_LOOKED_AT)
+        finally:
+            remove_adapter(model, name)
     answers = []
     for one, other in zip(receipt.recordings, found, strict=True):
         by_id = dict(zip(other.top_ids, other.top_logits, strict=True))

@@ -21,7 +21,8 @@ from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
 from gemma_keras_tune.families import Family, Piece, Weight, family_of, is_instruct, join
-from gemma_keras_tune.hugging_face_folders import FIELDS, INDEX, settings
+from gemma_keras_tune.hugging_face_folders import INDEX
+from gemma_keras_tune.hugging_face_settings import FIELDS, settings
 from gemma_keras_tune.templates import Template, get_template, template_of
 
 FORMAT = "safetensors"

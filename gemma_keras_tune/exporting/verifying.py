@@ -1,9 +1,11 @@
 """Whether an export still is what was written, and answers as the model in memory did."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
@@ -11,9 +13,11 @@ from gemma_keras_tune.exporting.runtimes import Answered, Base, NotRunError, ask
 from gemma_keras_tune.receipts import (
     FILE_NAME,
     FileRecord,
+    Outcome,
     Receipt,
     Recording,
     read_receipt,
+    receipt_path,
     sha256,
 )
 
@@ -22,6 +26,9 @@ TOLERANCES = {
     "float32": 1e-3,
     "float16": 0.05,
     "bfloat16": 0.5,
+    # Keras's: the activations are rounded too.
+    "int8": 0.5,
+    "int4": 5.0,
     "Q8_0": 0.5,
     "Q4_0": 5.0,
 }
@@ -44,6 +51,7 @@ class Verdict:
         problems: What is wrong, one line each.
         checks: What was looked at and found right.
         skipped: What was not looked at, and why.
+        runtime: What opened it, with its version; `None` where nothing did.
     """
 
     path: pathlib.Path
@@ -51,11 +59,18 @@ class Verdict:
     problems: tuple[str, ...]
     checks: tuple[str, ...]
     skipped: tuple[str, ...]
+    runtime: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether nothing is wrong. What was not looked at stands in `skipped`."""
         return not self.problems
+
+    @property
+    def outcome(self) -> Outcome:
+        """What a receipt says of it."""
+        verdict = "failed" if self.problems else "passed" if self.runtime else "not run"
+        return Outcome(verdict, self.runtime, self.checks, self.problems + self.skipped)
 
     def raise_if_failed(self) -> None:
         """Raise `ExportError` with all problems, if there are any."""
@@ -74,20 +89,25 @@ class Verdict:
         return "\n".join(lines)
 
 
-def verify(path: str | os.PathLike[str], *, base: Base = None, run: bool = True) -> Verdict:
+def verify(
+    path: str | os.PathLike[str], *, base: Base = None, run: bool = True, update: bool = True
+) -> Verdict:
     """Hold an export against its receipt.
 
     Every file's size and hash are compared. Then the export is opened in its own runtime, which
     answers the recorded prompts: the token ids must be the same, the logits of the most probable
     tokens within the tolerance of the dtype, and the greedy answers the same, but where two tokens
     were as near to each other as the tolerance. A runtime that is not installed is named in
-    `skipped`. Files that changed are not opened.
+    `skipped`. Files that changed are not opened. The outcome is written into the receipt; one
+    that says more is not replaced by "not run".
 
     Args:
         path: What `export`, `save_preset` or `save_adapter` wrote.
         base: For an adapter, the model it belongs on, or what `load` takes; for a GGUF adapter,
             the base's GGUF file. Without it an adapter's files are compared alone.
         run: Whether to open the export in its runtime.
+        update: Whether to write the outcome into the receipt. Where that is not allowed, `skipped`
+            says so.
 
     Returns:
         The verdict.
@@ -97,8 +117,21 @@ def verify(path: str | os.PathLike[str], *, base: Base = None, run: bool = True)
     """
     target = pathlib.Path(path)
     receipt = read_receipt(target)
+    verdict = _verdict(target, receipt, base, run)
+    outcome = verdict.outcome
+    told = outcome.verdict != "not run" or receipt.outcome.verdict == "not run"
+    if update and told and outcome != receipt.outcome:
+        try:
+            _replace(receipt_path(target), dataclasses.replace(receipt, outcome=outcome).to_json())
+        except OSError as error:
+            note = f"the outcome was not written into the receipt: {error}"
+            return dataclasses.replace(verdict, skipped=(*verdict.skipped, note))
+    return verdict
+
+
+def _verdict(target: pathlib.Path, receipt: Receipt, base: Base, run: bool) -> Verdict:
     problems = list(_file_problems(target, receipt))
-    checks, skipped = [], []
+    checks, skipped, runtime = [], [], None
     if not problems:
         size = sum(file.bytes for file in receipt.files)
         checks.append(f"{len(receipt.files)} files, {size:,} bytes: as they were written")
@@ -110,15 +143,29 @@ def verify(path: str | os.PathLike[str], *, base: Base = None, run: bool = True)
         skipped.append("the export was not opened: no answers were recorded (`check=False`)")
     else:
         try:
-            name, answers = ask(target, receipt, base=base)
-            wrong, right = _compare(receipt, name, answers)
+            runtime, answers = ask(target, receipt, base=base)
+            wrong, right = _compare(receipt, runtime, answers)
             problems += wrong
             checks += right
         except NotRunError as reason:
             skipped.append(f"the export was not opened: {reason}")
         except GemmaTuneError as error:
             problems += [error.headline, *error.problems]
-    return Verdict(target, receipt.format, tuple(problems), tuple(checks), tuple(skipped))
+    found = (tuple(problems), tuple(checks), tuple(skipped))
+    return Verdict(target, receipt.format, *found, runtime)
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    """Give a file other content, all at once."""
+    descriptor, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as opened:
+            opened.write(text)
+        os.chmod(part, file.stat().st_mode)
+        os.replace(part, file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
 
 
 # The files.
