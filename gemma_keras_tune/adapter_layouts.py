@@ -80,6 +80,7 @@ class Adapter:
         targets: Hugging Face module names of the adapted layers, sorted.
         factors: `A [rank, inputs]` and `B [outputs, rank]` by full Hugging Face module name, of
             every layer of the targets.
+        base: What the file says it was trained on, or `None`.
         problems: What does not fit the model, or cannot be done; empty where it can be used.
     """
 
@@ -89,6 +90,7 @@ class Adapter:
     rank_stabilized: bool
     targets: tuple[str, ...]
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    base: str | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -102,6 +104,7 @@ class _Reading:
     rank: int | None = None
     alpha: float | None = None
     rank_stabilized: bool = False
+    base: str | None = None
 
 
 def read_adapter(source: str | os.PathLike[str] | Mapping[str, Any], model: keras.Model) -> Adapter:
@@ -120,7 +123,7 @@ def read_adapter(source: str | os.PathLike[str] | Mapping[str, Any], model: kera
     """
     if isinstance(source, Mapping):
         return _uniform(_from_jax_tree(source, model), model)
-    path = pathlib.Path(source)
+    path = pathlib.Path(source).expanduser()
     if path.name.endswith(KERAS_HUB_ENDING) and path.is_file():
         reading = _read_keras_hub(path, model)
     elif (path / MLX_WEIGHTS).is_file():
@@ -128,7 +131,7 @@ def read_adapter(source: str | os.PathLike[str] | Mapping[str, Any], model: kera
     elif (path / PEFT_WEIGHTS).is_file() and (path / CONFIG).is_file():
         reading = _read_peft(path, model)
     elif orbax := _orbax_folder(path):
-        reading = _from_jax_tree(_restore(orbax), model)
+        reading = _from_jax_tree(_restore(orbax, model), model)
     else:
         raise _unknown(path)
     return _uniform(reading, model)
@@ -149,6 +152,12 @@ def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _unknown(path: pathlib.Path) -> AdapterError:
+    if not path.exists():
+        return AdapterError(f"There is no adapter at {path}: it is missing.")
+    if path.name in (PEFT_WEIGHTS, MLX_WEIGHTS, CONFIG) and path.is_file():
+        return AdapterError(
+            f"{path} is one file of an adapter.", next_step=f"Pass its folder: {path.parent}"
+        )
     problems = [f"{path / name} is missing" for name in (CONFIG, PEFT_WEIGHTS)
                 if not (path / name).is_file()]  # fmt: skip
     if (path / _PICKLE).is_file():
@@ -254,13 +263,20 @@ def _add_matrices(
 ) -> None:
     """Take factors `A [rank, inputs]`, `B [outputs, rank]` that stand under module names."""
     linears, unused = _places(family_of(model), model)
+    rows = family_of(model).weights(model)
+    others = {_place(row.hugging_face).removesuffix(".weight") for row in rows}
     for module, pair in modules.items():
         linear = linears.get(_place(module))
         idle = any(not value.any() for value in pair.values())
         if linear is None:
             # Factors no training moved, such as those of a tower that saw no picture.
             if _place(module) not in unused and not (idle and len(pair) == 2):
-                reading.problems.append(f"{module}: this model has no such layer")
+                reading.problems.append(
+                    f"{module}: LoRA of this library cannot stand there. Train with "
+                    f"`target_modules={sorted({one.target for one in linears.values()})}`"
+                    if _place(module) in others
+                    else f"{module}: this model has no such layer"
+                )
             continue
         name = linear.hugging_face
         if name in reading.factors:
@@ -298,6 +314,8 @@ def _read_peft(folder: pathlib.Path, model: keras.Model) -> _Reading:
     reading = _Reading("peft", problems=_unsupported(config))
     reading.rank, reading.rank_stabilized = config["r"], bool(config.get("use_rslora"))
     reading.alpha = _alpha(config)
+    base = config.get("base_model_name_or_path")
+    reading.base = base if isinstance(base, str) and base else None
     modules = _pair_up(_read_tensors(folder / PEFT_WEIGHTS), _PEFT_KEY, reading.problems)
     ranks = {module: _peft_rank(config, module) for module in modules}
     _add_matrices(reading, modules, ranks, model)
@@ -472,7 +490,7 @@ def _read_keras_hub(path: pathlib.Path, model: keras.Model) -> _Reading:
     try:
         with h5py.File(path, "r") as file:
             store = file["lora"]
-            rank = int(store["vars/rank"][()])
+            rank = _stored_rank(store["vars/rank"])
             for number in (name for name in store if name != "vars"):
                 place = int(number)
                 layer = layers[place] if 0 <= place < len(layers) else None
@@ -495,14 +513,27 @@ def _read_keras_hub(path: pathlib.Path, model: keras.Model) -> _Reading:
                     continue
                 both = _as_float32({f"{where}: a": a[()], f"{where}: b": b[()]})
                 reading.factors[linear.hugging_face] = _from_keras(linear, *both.values())
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        if isinstance(error, AdapterError):
-            raise
+    except AdapterError:
+        raise
+    except _H5_ERRORS as error:
         raise AdapterError(f"{path} cannot be read as KerasHub's LoRA weights: {error}") from error
     return reading
 
 
+# What h5py raises on damaged files, and numpy on values that are no numbers.
+_H5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, MemoryError,
+              OverflowError)  # fmt: skip
 _MAX_IDLE = 1 << 24
+
+
+def _stored_rank(stored: Any) -> int:
+    """The rank; its size is looked at first, as a small file may claim to hold anything."""
+    if stored.shape != () or stored.dtype.kind not in "iu":
+        raise ValueError(f"its rank is no integer: {stored.dtype} of shape {stored.shape}")
+    rank = int(stored[()])
+    if not _is_rank(rank):
+        raise ValueError(f"its rank is {rank}")
+    return rank
 
 
 def _layers_with_weights(model: keras.Model) -> list[Any]:
@@ -540,7 +571,7 @@ def _orbax_folder(path: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def _restore(folder: pathlib.Path) -> Mapping[str, Any]:
+def _restore(folder: pathlib.Path, model: keras.Model) -> Mapping[str, Any]:
     try:
         orbax = importlib.import_module("orbax.checkpoint")
     except ModuleNotFoundError as error:
@@ -550,12 +581,27 @@ def _restore(folder: pathlib.Path) -> Mapping[str, Any]:
         ) from error
     try:
         with orbax.StandardCheckpointer() as checkpointer:
+            _check_sizes(checkpointer.metadata(folder.absolute()).item_metadata.tree, model)
             tree = checkpointer.restore(folder.absolute())
         if not isinstance(tree, Mapping):
             raise ValueError("it holds no tree of parameters")
+    except AdapterError:
+        raise
     except Exception as error:  # Orbax fails in many ways on damaged files.
         raise AdapterError(f"{folder} cannot be read as an Orbax checkpoint: {error}") from error
     return tree
+
+
+def _check_sizes(tree: Any, model: keras.Model) -> None:
+    """Before anything is read: a small checkpoint may claim to hold arrays of any size."""
+    most = max(math.prod(weight.variable.shape) for weight in family_of(model).weights(model))
+    problems = [
+        f"{'/'.join(map(str, path))}: shape {tuple(leaf.shape)} is larger than any weight here"
+        for path, leaf in keras.tree.flatten_with_path(tree)
+        if math.prod(leaf.shape) > most
+    ]
+    if problems:
+        raise AdapterError("The checkpoint does not fit this model.", problems)
 
 
 def _from_jax_tree(tree: Mapping[str, Any], model: keras.Model) -> _Reading:
@@ -638,6 +684,7 @@ def _uniform(reading: _Reading, model: keras.Model) -> Adapter:
         layout=reading.layout,
         rank=rank,
         alpha=alpha,
+        base=reading.base,
         rank_stabilized=stabilized,
         targets=tuple(sorted(targets)),
         factors={

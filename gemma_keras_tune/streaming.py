@@ -17,6 +17,7 @@ from gemma_keras_tune import generation
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.generation import Prompt
 from gemma_keras_tune.lora import lora_config, lora_enabled
+from gemma_keras_tune.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.templates import TemplateSpec, get_template
 
 
@@ -28,6 +29,7 @@ def stream(
     sampler: str | keras_hub.samplers.Sampler = "greedy",
     seed: int | None = None,
     every: int = 4,
+    adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
 ) -> Iterator[str]:
     """Answer one prompt, and give the answer while it is written.
@@ -42,6 +44,7 @@ def stream(
         sampler: As for `generate`.
         seed: As for `generate`.
         every: Tokens in a piece, at least 1. Fewer come sooner, more cost less.
+        adapter: As for `generate`. Others may be switched on while the answer is written.
         template: As for `generate`.
 
     Yields:
@@ -50,15 +53,18 @@ def stream(
 
     Raises:
         TemplateError: The prompt is no conversation, or the template does not fit the model.
+        AdapterError: There is no such adapter.
         ValueError: A number is out of range.
     """
-    resolved = get_template(template, model)
+    with use_adapter(model, adapter):
+        resolved = get_template(template, model)
     tokenizer: Any = generation.tokenizer_of(model)
     row = generation.encode_prompts([prompt], resolved, tokenizer)[0]
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
     stops = resolved.stop_token_ids(tokenizer)
-    return _pieces(_written(model, row, stops, max_new_tokens, sampler, seed, every), tokenizer)
+    written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
+    return _pieces(written, tokenizer)
 
 
 def _pieces(answers: Iterator[np.ndarray], tokenizer: Any) -> Iterator[str]:
@@ -83,6 +89,7 @@ def _written(
     sampler: Any,
     seed: int | None,
     every: int,
+    adapter: str | Active | None,
 ) -> Iterator[np.ndarray]:
     """The answer so far, after each few tokens."""
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
@@ -91,7 +98,8 @@ def _written(
     shapes = generation.choose_programs(model, calls, state.sampler, 1)
     batch = generation.batches([row], shapes, max_new_tokens)[0]
     read, write = _programs(model, batch, state)
-    weights = generation.weights_of(model)
+    with use_adapter(model, adapter):
+        weights = generation.weights_of(model)
     tokens, starts = generation.padded_rows([row], batch)
     first = batch.chunks * batch.chunk
     padded = generation.padded_stops(stops)

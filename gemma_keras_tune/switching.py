@@ -10,6 +10,8 @@ wider LoRA, or more layers, compiles anew. The base is in memory once.
 import contextlib
 import dataclasses
 import enum
+import math
+import numbers
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -144,13 +146,13 @@ def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> 
             switch_lora(model, on=False)
             attach_template(model, bank.base_template)
         return
-    if bank is None or name not in bank.adapters:
+    if bank is None or not isinstance(name, str) or name not in bank.adapters:
         raise AdapterError(
             f"There is no adapter {name!r} on this model.",
             next_step=f"There are: {', '.join(list_adapters(model)) or 'none'}. Load one with "
             "`load_adapter(model, path, name=…)`.",
         )
-    if isinstance(scale, bool) or not np.isfinite(scale):
+    if not _is_finite(scale):
         raise AdapterError(f"`scale` must be a finite number. Received: {scale!r}")
     _keep_trained(model, bank)
     adapter = bank.adapters[name]
@@ -224,7 +226,7 @@ def remove_adapter(model: keras.Model, name: str) -> None:
         AdapterError: There is no such adapter.
     """
     bank = _bank(model)
-    if bank is None or name not in bank.adapters:
+    if bank is None or not isinstance(name, str) or name not in bank.adapters:
         raise AdapterError(
             f"There is no adapter {name!r} on this model.",
             next_step=f"There are: {', '.join(list_adapters(model)) or 'none'}.",
@@ -257,15 +259,10 @@ def add_adapter(
         AdapterError: The name is empty, or is that of other LoRA, which was tuned in memory and
             would be lost.
     """
-    if not isinstance(name, str) or not name:
-        raise AdapterError(f"`name` must be a text that is not empty. Received: {name!r}")
+    problem = name_conflict(model, name, config)
+    if problem:
+        raise AdapterError(f"The adapter cannot be put on this model: {problem}")
     bank = _bank(model)
-    there = bank.adapters.get(name) if bank else None
-    if there and not there.loaded and not _alike(there.config, config):
-        raise AdapterError(
-            f"Other LoRA is on the model under the name {name!r}: {there.config}",
-            next_step="Load the adapter under another `name`, or call `remove_lora(model)` first.",
-        )
     base_template = bank.base_template if bank else template_of(model)
     if bank is not None:
         _keep_trained(model, bank)
@@ -292,6 +289,29 @@ def add_adapter(
     )
     switch_lora(model, on=True)
     attach_template(model, template or base_template)
+
+
+def name_conflict(model: keras.Model, name: Any, config: LoraConfig) -> str | None:
+    """Why a name cannot be given to an adapter, or `None` where it can.
+
+    Args:
+        model: The base, with or without other adapters.
+        name: The name.
+        config: The adapter's rank, alpha and targets.
+
+    Returns:
+        A line that says what is wrong with it.
+    """
+    if not isinstance(name, str) or not name:
+        return f"`name` must be a text that is not empty. Received: {name!r}"
+    bank = _bank(model)
+    there = bank.adapters.get(name) if bank else None
+    if there is None or there.loaded or _alike(there.config, config):
+        return None
+    return (
+        f"other LoRA is on the model under the name {name!r} ({there.config}): load the adapter "
+        "under another `name`, or call `remove_lora(model)` first"
+    )
 
 
 def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
@@ -340,6 +360,11 @@ def adapter_factors(
     _keep_trained(model, bank)
     adapter = bank.adapters[chosen]
     return adapter.config, _factors(model, adapter)
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 # The bank of a model.
