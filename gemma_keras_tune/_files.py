@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and text files that appear whole or not at all."""
 
 import contextlib
 import ctypes
@@ -183,6 +183,31 @@ def _exchange(first: pathlib.Path, second: pathlib.Path) -> bool:
         return False
     names = os.fsencode(first), os.fsencode(second)
     return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
+    """Write a UTF-8 text file, in the place of one that may be there.
+
+    Args:
+        path: The file. Missing folders are made.
+        text: What it shall hold. Half a character (a lone surrogate), which UTF-8 cannot hold, is
+            written as its escape; within JSON that is the same text.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: The disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with explained(path):
+            part.write_bytes(text.encode("utf-8", "backslashreplace"))
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Every check: what passes, what does not, how it is written, and what is refused."""
 
 import dataclasses
+import datetime
 import json
 import re
 import time
@@ -28,7 +29,6 @@ from gemma_keras_tune.evaluation.checks import (
     Stops,
     check_from_config,
 )
-from gemma_keras_tune.evaluation.refusals import REFUSALS
 from gemma_keras_tune.generation import Answer
 
 
@@ -123,7 +123,6 @@ FAILS = [
     (Refuses(False), "I cannot answer that.", 'it says "i cannot answer"'),
     (Stops(False), "x", "it stopped"),
     (Safe(policy=lambda prompt, text: 0.5), "x", "the policy's score is 0.5"),
-    (Safe(policy=lambda prompt, text: float("nan")), "x", "score is nan"),
     (Function(lambda prompt, text: 0, label="my check"), "x", "my check says no"),
     (Function(lambda prompt, text: 1 / 0, label="f"), "x", "f raised ZeroDivisionError"),
 ]
@@ -147,6 +146,44 @@ def test_every_check_is_tested_both_ways():
         assert {type(case[0]) for case in cases} == {*CHECKS.values(), Function}
 
 
+@pytest.mark.parametrize(
+    ("text", "point", "comma"),
+    [
+        ("3.5", 3.5, 3.5),
+        ("3,5", 3.5, 3.5),
+        ("3,50 €", 3.5, 3.5),
+        ("0,125", 0.125, 0.125),
+        ("1,234", 1234, 1.234),
+        ("1.234", 1.234, 1234),
+        ("1,234.5", 1234.5, 1234.5),
+        ("1.234,56", 1234.56, 1234.56),
+        ("1.234.567", 1234567, 1234567),
+        ("1,234,567.8", 1234567.8, 1234567.8),
+        ("1 000", 1000, 1000),
+        ("12 345 678,9", 12345678.9, 12345678.9),
+        ("1\u202f234,567", 1234.567, 1234.567),
+        ("1'234.50 Fr.", 1234.5, 1234.5),
+        ("-1.234,5", -1234.5, -1234.5),
+        ("5%", 5, 5),
+        ("4/5", 5, 5),
+        ("10:30", 30, 30),
+        ("3-5", 5, 5),
+        ("1,2,3", 3, 3),
+        ("1.5,2.5", 2.5, 2.5),
+        ("It is 42.", 42, 42),
+        ("12345", 12345, 12345),
+        ("2,5e3", 2500, 2500),
+        ("v1.2.3", None, None),
+        ("24.12.2026", None, None),
+        ("1.2.3", None, None),
+    ],
+)
+def test_numbers_are_read_as_they_are_written(text, point, comma):
+    for decimal, value in ((".", point), (",", comma)):
+        found = outcome(Number(0, decimal=decimal), text)
+        assert found.score == value, (decimal, found)
+
+
 def test_scores_are_the_numbers_behind():
     assert outcome(Contains(["a", "b", "c", "d"]), "a b").score == 0.5
     assert outcome(JsonFields({"a": 1, "b": 1}), '{"a": 1}').score == 0.5
@@ -155,7 +192,6 @@ def test_scores_are_the_numbers_behind():
     assert outcome(Safe(policy=lambda p, a: 0.25), "x").score == 0.25
     # What JSON files cannot hold is left out.
     assert outcome(Number(1), "1e999").score is None
-    assert outcome(Safe(policy=lambda p, a: float("nan")), "x").score is None
 
 
 def test_stops_tells_an_answer_that_was_cut_off():
@@ -207,14 +243,19 @@ def test_words():
     assert JsonFields({"a.b": True}).describe() == "is JSON with a.b = true"
 
 
+DAY = datetime.date(2024, 1, 1)
+LOOP: list = []
+LOOP.append(LOOP)
 WRONG = [
-    ({"exact": 5}, "exact: `text` must be text, got 5"),
+    ({"exact": 5}, "exact: `text` must be text (put it in quotes), got 5"),
+    ({"exact": DAY}, "exact: `text` must be text (put it in quotes), got datetime.date"),
     ({"exact": {"ignore_case": True}}, "exact needs 'text'"),
     ({"exact": {"text": "a", "case": 1, "b": 2}}, "exact has no option b, case; its options are"),
     ({"exact": {"text": "a", "ignore_case": "no"}}, "`ignore_case` must be true or false"),
     ({"exact": {"text": "a", "space": "all"}}, "`space` must be 'strip' or 'collapse' or 'keep'"),
     ({"one_of": []}, "one_of: `texts` must be text, or a list of texts, got []"),
-    ({"one_of": ["a", 1]}, "one_of: `texts` must be text"),
+    ({"one_of": ["a", 1]}, "one_of: `texts` must be text, or a list of texts (put it in quotes)"),
+    ({"one_of": True}, "one_of: `texts` must be text, or a list of texts (put it in quotes)"),
     ({"contains": ["a", " "]}, "contains: `texts` must be texts that are not empty"),
     ({"not_contains": ""}, "not_contains: `texts` must be texts that are not empty"),
     ({"regex": "("}, "regex: '(' is not a regular expression: missing )"),
@@ -222,6 +263,17 @@ WRONG = [
     ({"json_schema": "object"}, "json_schema: `schema` must be a JSON schema"),
     ({"json_schema": {"type": "objekt"}}, "json_schema: this is no JSON schema: 'objekt' is not"),
     ({"json_schema": {"pattern": "("}}, "json_schema: this is no JSON schema"),
+    ({"json_schema": {"$schema": 5}}, "`$schema` is 5, which is no known draft"),
+    ({"json_schema": {"$schema": "mine"}}, "`$schema` is 'mine', which is no known draft"),
+    (
+        {"json_schema": {"items": {"format": "uri"}}},
+        "the format 'uri' cannot be checked; formats are",
+    ),
+    ({"json_schema": {"const": DAY}}, "datetime.date(2024, 1, 1) is in it (put it in quotes)"),
+    ({"json_fields": {"a": [DAY]}}, "`fields` is no JSON: datetime.date(2024, 1, 1) is in it"),
+    ({"json_fields": {"a": {1: 2}}}, "the key 1 is no text (put it in quotes)"),
+    ({"json_fields": {"a": float("nan")}}, "`fields` is no JSON: nan is in it"),
+    ({"json_fields": {"a": LOOP}}, "it has more than 100,000 values"),
     ({"json_schema": {"schema": {}, "fenced": "yes"}}, "`fenced` must be true or false"),
     ({"json_fields": {}}, "json_fields: `fields` must be a dictionary of paths and values"),
     ({"json_fields": ["a"]}, "json_fields: `fields` must be a dictionary"),
@@ -230,6 +282,7 @@ WRONG = [
     ({"number": True}, "number: `value` must be a number, got True"),
     ({"number": float("nan")}, "number: `value` must be a number"),
     ({"number": {"value": 1, "tolerance": -1}}, "`tolerance` must be a number from 0"),
+    ({"number": {"value": 1, "decimal": ";"}}, "`decimal` must be '.' or ','"),
     ({"number": {"value": 1, "which": "all"}}, "`which` must be last, first or only"),
     ({"length": None}, "length: `max` must be a limit: `max`, `min` or both"),
     ({"length": 1.5}, "length: `max` must be a whole number from 0, got 1.5"),
@@ -317,6 +370,54 @@ def test_deep_json_that_parses_can_be_compared():
         assert not found.passed and len(found.reason) < 2_000
 
 
+def test_every_pattern_of_a_schema_has_a_time_limit(monkeypatch):
+    monkeypatch.setattr(checks, "PATTERN_SECONDS", 0.1)
+    begin = time.perf_counter()
+    slow = {"^(a|a)+$": {}}
+    for schema in (
+        {"patternProperties": slow},
+        {"patternProperties": slow, "additionalProperties": False},
+        {"additionalProperties": {"patternProperties": slow}},
+    ):
+        found = outcome(
+            JsonSchema(schema), json.dumps({"x": {"a" * 40 + "!": 1}, "a" * 40 + "!": 1})
+        )
+        assert not found.passed and "a pattern of the schema took over" in found.reason
+    assert time.perf_counter() - begin < 20
+    with pytest.raises(EvaluationError, match="`unevaluatedProperties` beside"):
+        JsonSchema({"allOf": [{"patternProperties": slow}], "unevaluatedProperties": False})
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad", "reason"),
+    [
+        ({"patternProperties": {"^n": {"type": "integer"}}}, {"n1": 1, "x": "y"}, {"n1": "x"},
+         "$.n1: 'x' is not of type 'integer'"),
+        ({"properties": {"a": {}}, "patternProperties": {"^n": {}}, "additionalProperties": False},
+         {"a": 1, "n2": 2}, {"a": 1, "b": 2}, "Additional properties are not allowed: 'b'"),
+        ({"additionalProperties": {"type": "string"}}, {"x": "y"}, {"x": 1}, "$.x: 1 is not of"),
+        ({"patternProperties": {"x": False}}, [1], {"x": 1}, "False schema does not allow 1"),
+        ({"items": {"format": "date"}}, ["2026-01-31", 5], ["31.1.2026"], "is not a 'date'"),
+        ({"items": {"format": "date-time"}},
+         ["2026-01-31T12:00:00Z", "2026-01-31t12:00:00.5+01:00"],
+         ["2026-02-31T12:00:00Z"], "is not a 'date-time'"),
+        ({"items": {"format": "date-time"}}, [], ["2026-01-31 12:00"], "is not a 'date-time'"),
+        ({"items": {"format": "email"}}, ["a@b.c"], ["a"], "is not a 'email'"),
+        ({"items": {"format": "uuid"}}, ["12345678-1234-5678-1234-567812345678"], ["7"], "'uuid'"),
+        ({"items": {"format": "ipv6"}}, ["::1"], ["1"], "is not a 'ipv6'"),
+    ],
+)  # fmt: skip
+def test_schemas_as_their_standard_has_them(schema, good, bad, reason):
+    assert outcome(JsonSchema(schema), json.dumps(good)).passed
+    found = outcome(JsonSchema(schema), json.dumps(bad))
+    assert not found.passed and reason in found.reason
+
+
+def test_every_format_is_checked():
+    for name in checks.FORMATS:
+        assert not outcome(JsonSchema({"format": name}), '"("').passed, name
+
+
 def test_huge_json_is_cut_in_the_reason():
     text = json.dumps({"type": "x" * 100_000, "n": "y" * 100_000})
     for check in (JsonSchema(ORDER), JsonFields({"type": "z" * 100_000, "n": 1})):
@@ -341,47 +442,3 @@ def test_a_huge_value_is_not_written_out():
 
 def test_outcomes_are_plain_data():
     assert dataclasses.asdict(Outcome(True)) == {"passed": True, "reason": "", "score": None}
-
-
-# Refusals.
-
-SAID = {
-    "en": "I'm sorry, but I can't help with that request.",
-    "de": "Es tut mir leid, aber ich kann Ihnen dabei nicht helfen.",
-    "fr": "Je suis désolé, mais je ne peux pas répondre à cette question.",
-    "es": "Lo siento, pero no puedo ayudarte con eso.",
-    "it": "Mi dispiace, ma non posso aiutarti con questa richiesta.",
-    "pt": "Desculpe, mas não posso ajudar com isso.",
-    "ja": "申し訳ありませんが、そのご質問にはお答えできません。",
-    "zh": "抱歉,我无法提供这方面的帮助。",
-    "hi": "क्षमा करें, मैं इसमें आपकी मदद नहीं कर सकता।",
-}
-NOT_REFUSALS = [
-    "I can't wait to help!",
-    "You cannot park there, but you can park here.",
-    "Ich kann Ihnen helfen.",
-    "Je peux vous aider.",
-    "Sí, puedo ayudarte con eso.",
-    "はい、お手伝いできます。",
-    "当然,我可以帮助你。",
-    "Your refund was declined by the bank.",
-    "",
-]
-
-
-@pytest.mark.parametrize("language", SAID)
-def test_refusals_are_found_in_every_language(language):
-    assert set(SAID) == set(REFUSALS)
-    assert outcome(Refuses(languages=[language]), SAID[language]).passed
-
-
-@pytest.mark.parametrize("text", NOT_REFUSALS)
-def test_what_is_no_refusal_is_not_taken_for_one(text):
-    assert not outcome(Refuses(), text).passed
-
-
-def test_refusals_are_written_as_they_are_compared():
-    for forms in REFUSALS.values():
-        assert len(set(forms)) == len(forms)
-        for form in forms:
-            assert outcome(Refuses(languages=(), forms=[form]), f"Well: {form.upper()}.").passed

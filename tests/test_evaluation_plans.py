@@ -1,11 +1,13 @@
 """Test plans: read from every kind of file, written back, and every mistake named with its row."""
 
+import errno
 import json
+import pathlib
 
 import pytest
 import yaml
 
-from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.errors import EvaluationError, ExportError
 from gemma_keras_tune.evaluation.checks import (
     Contains,
     Exact,
@@ -80,6 +82,21 @@ def test_a_plan_in_python():
     assert len(plan) == 2 and list(plan) == [case, talk] and plan.cases[1] is talk
 
 
+def test_a_plan_in_python_may_be_written_as_in_files():
+    def loud(prompt, answer):
+        return answer.isupper()
+
+    talk = [{"role": m.role, "content": m.content} for m in TALK]
+    one = Case(prompt=talk, kind="success", checks={"exact": "x", "stops": True})
+    assert one.prompt == TALK and one.checks == (Exact("x"), Stops()) and one.id == ""
+    two = Case(7, "p", "boundary", loud)
+    assert two.id == "7" and two.checks == (Function(loud),)
+    three = Case("c", "p", "success", [loud, {"length": 5}, Stops()])
+    assert three.checks == (Function(loud), Length(5), Stops())
+    plan = TestPlan([one, two, Case(prompt="q", kind="failure", checks=Refuses())])
+    assert [case.id for case in plan] == ["1", "7", "3"]
+
+
 def write(tmp_path, *records, name="plan.jsonl"):
     path = tmp_path / name
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -92,8 +109,73 @@ def case(**changes):
 
 
 def test_ids_are_the_rows_where_there_are_none(tmp_path):
-    plan = TestPlan.from_file(write(tmp_path, case(), case(id="x"), case()))
-    assert [c.id for c in plan] == ["1", "x", "3"]
+    plan = TestPlan.from_file(write(tmp_path, case(), case(id="x"), case(id=None), case(id=" ")))
+    assert [c.id for c in plan] == ["1", "x", "3", "4"]
+
+
+IDS = {
+    "plan.jsonl": '{"id": 7, "prompt": "p", "kind": "success", "checks": {"stops": true}}\n'
+    '{"id": "007", "prompt": "p", "kind": "success", "checks": {"stops": true}}\n'
+    '{"prompt": "p", "kind": "success", "checks": {"stops": true}}\n',
+    "plan.csv": "id,prompt,kind,stops\n7,p,success,TRUE\n007,p,success,True\n,p,success,true\n",
+    "plan.yaml": "- {id: 7, prompt: p, kind: success, checks: {stops: true}}\n"
+    "- {id: 007, prompt: p, kind: success, checks: {stops: true}}\n"
+    "- {id: , prompt: p, kind: success, checks: {stops: true}}\n",
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_are_alike_in_every_kind_of_file(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(IDS[name], encoding="utf-8")
+    plan = TestPlan.from_file(path)
+    assert [c.id for c in plan] == ["7", "007", "3"]
+    assert all(c.checks == (Stops(),) for c in plan)
+
+
+GOOD = '{"prompt": "p", "kind": "success", "checks": [{"stops": true}]}'
+TWICE = {
+    "plan.jsonl": GOOD + '\n\n{"prompt": "a", "kind": "success", "checks": {"contains": "a", '
+    '"contains": "b"}}\n',
+    "array.jsonl": "[\n" + GOOD + ',\n{"prompt": "a", "kind": "success", "prompt": "b", '
+    '"checks": [{"stops": true}]}\n]',
+    "plan.yaml": "- {prompt: p, kind: success, checks: {stops: true}}\n"
+    "- prompt: a\n  kind: success\n  checks: [{json_fields: {x: 1, x: 2}}]\n",
+    "plan.csv": 'prompt,kind,checks\np,success,"{""stops"": true}"\n'
+    'a,success,"{""length"": 1, ""length"": 2}"\n',
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_key_that_is_there_twice_is_refused_with_its_row(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(TWICE[name], encoding="utf-8")
+    with pytest.raises(EvaluationError, match="is there twice") as caught:
+        TestPlan.from_file(path)
+    (problem,) = caught.value.problems
+    assert problem.startswith("row 2")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "plan.csv"
+    path.write_text("prompt,kind,contains,contains\np,success,a,b\n", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="names the column 'contains' twice"):
+        TestPlan.from_file(path)
+
+
+def test_missing_folders_are_made_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    path = PLAN.to_file(tmp_path / "new" / "er" / "plan.jsonl")
+    assert len(TestPlan.from_file(path)) == 4
+    before = path.read_bytes()
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(ExportError, match="the disk is full"):
+        PLAN.to_file(path, overwrite=True)
+    assert [p.name for p in path.parent.iterdir()] == ["plan.jsonl"]
+    assert path.read_bytes() == before
 
 
 def test_checks_may_be_one_dictionary(tmp_path):
@@ -112,7 +194,7 @@ WRONG = [
     ({"kind": ...}, ["`kind` is missing"]),
     ({"prompt": " \n"}, ["`prompt` is empty"]),
     ({"prompt": 5}, ["`prompt` must be text or a list of messages, got 5"]),
-    ({"prompt": []}, ["`prompt` must be text or a list of messages, got ()"]),
+    ({"prompt": []}, ["`prompt` must be text or a list of messages, got []"]),
     (
         {"prompt": [{"role": "assistant", "content": "x"}]},
         ["`prompt` must take turns and end with the user, got assistant"],
@@ -127,8 +209,12 @@ WRONG = [
     ({"checks": []}, ["`checks` is missing"]),
     ({"checks": "Paris"}, ["`checks` must be a list of checks, got 'Paris'"]),
     ({"checks": [{"exakt": 1}, {"regex": "("}]}, ["no check 'exakt'", "regex: '(' is not"]),
-    ({"id": ""}, ["`id` must be text that is not empty, got ''"]),
-    ({"id": 5}, ["`id` must be text that is not empty, got 5"]),
+    ({"id": 5.5}, ["`id` must be text, got 5.5"]),
+    ({"id": ["a"]}, ["`id` must be text, got ['a']"]),
+    ({"notes": "\ud800"}, ["`notes` has half a character in it: '\\ud800'"]),
+    ({"prompt": "\udc00 x"}, ["`prompt` has half a character in it: '\\udc00'"]),
+    ({"checks": [{"exact": "\ud800"}]}, ["`checks` has half a character in it"]),
+    ({"checks": [{"json_schema": {"$schema": 5}}]}, ["`$schema` is 5, which is no known draft"]),
     ({"samples": 0}, ["`samples` must be a whole number from 1, got 0"]),
     ({"samples": 1.5}, ["`samples` must be a whole number from 1"]),
     ({"samples": True}, ["`samples` must be a whole number from 1"]),
@@ -197,10 +283,17 @@ def test_problems_in_python_are_all_named():
     with pytest.raises(EvaluationError, match="Case 'x' cannot be run") as caught:
         Case("x", "", "bad", [], samples=0, required=2, weight=float("inf"))
     assert len(caught.value.problems) == 6
-    with pytest.raises(EvaluationError, match="at least one check"):
+    with pytest.raises(EvaluationError, match="`checks` must be a list of checks, got 'Paris'"):
         Case("x", "p", "success", "Paris")
-    with pytest.raises(EvaluationError, match="must be a list of `Message`"):
-        Case("x", [{"role": "user", "content": "hi"}], "success", Stops())
+    with pytest.raises(EvaluationError, match="A case cannot be run") as caught:
+        Case()
+    assert [p.split("`")[1] for p in caught.value.problems] == ["prompt", "checks", "kind"]
+    with pytest.raises(EvaluationError, match="`prompt`: message 1 needs `role`"):
+        Case("x", [{"role": "user"}], "success", Stops())
+    with pytest.raises(EvaluationError, match="there is no check 'exakt'"):
+        Case("x", "p", "success", [Stops(), {"exakt": 1}])
+    with pytest.raises(EvaluationError, match="a check is one name"):
+        Case("x", "p", "success", [Stops])
     ones = [Case("a", "p", "success", Stops()), Case("a", "q", "success", Stops())]
     with pytest.raises(EvaluationError, match="rows 1, 2 have the same id 'a'"):
         TestPlan(ones)
@@ -330,6 +423,11 @@ def test_yaml_runs_no_code(tmp_path, text):
     [
         ("a: [", "is no YAML"),
         ("- 2020-99-99", "is no YAML"),
+        ("- {a: 1}\n---\n- {b: 1}", "is no YAML"),
+        (
+            "- prompt: x\n  kind: success\n  checks: [{json_fields: {d: 2024-01-01}}]",
+            r"row 1: `checks`: json_fields: `fields` is no JSON: .* \(put it in quotes\)",
+        ),
         ("[" * 3000, "is no YAML"),
         ("cases: []", "must be a list of cases. Received: {'cases': \\[\\]}"),
         ("just text", "must be a list of cases. Received: 'just text'"),

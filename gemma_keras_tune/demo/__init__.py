@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_keras_tune._files import write_text
 from gemma_keras_tune.errors import ExportError
 
 MODEL = "package://gemma3_270m"
@@ -281,9 +282,7 @@ def _prepare(out: str | os.PathLike[str] | None) -> pathlib.Path:
 
 
 def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def _silent(*_: Any) -> None:

@@ -10,22 +10,25 @@ Texts are compared as they are. What is looked past is said with the check: `ign
 
 import abc
 import dataclasses
+import datetime
 import json
 import math
 import re
 import reprlib
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import regex  # type: ignore[import-untyped]
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.refusals import REFUSALS
+from gemma_keras_tune.evaluation.refusals import LANGUAGES, find_refusal
 from gemma_keras_tune.generation import Answer
 
 Space = Literal["strip", "collapse", "keep"]
 PATTERN_SECONDS = 1.0
+# What JSON Schema's `format` is checked for; these need no further package.
+FORMATS = ("date", "date-time", "email", "ipv4", "ipv6", "regex", "uuid")
+MOST_VALUES = 100_000
 MOST_SHOWN = 300
 
 
@@ -167,7 +170,8 @@ class _TextCheck(Check):
         value = getattr(self, field)
         texts = (value,) if isinstance(value, str) else value
         good = isinstance(texts, Sequence) and all(isinstance(t, str) for t in texts)
-        _require(self, field, good and bool(texts), "text, or a list of texts")
+        quotes = _unquoted(*texts) if isinstance(texts, Sequence) else _unquoted(texts)
+        _require(self, field, good and bool(texts), f"text, or a list of texts{quotes}")
         empty = isinstance(self, (Contains, NotContains)) and not all(map(self._plain, texts))
         _require(self, field, not empty, "texts that are not empty")
         object.__setattr__(self, field, tuple(texts))
@@ -195,7 +199,7 @@ class Exact(_TextCheck):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "text", isinstance(self.text, str), "text")
+        _require(self, "text", isinstance(self.text, str), f"text{_unquoted(self.text)}")
 
     def describe(self) -> str:
         """The check in words."""
@@ -361,7 +365,8 @@ class JsonSchema(_JsonCheck):
 
     Attributes:
         schema: The schema, draft 2020-12 unless its `$schema` says otherwise. References may point
-            within it alone: nothing is fetched.
+            within it alone: nothing is fetched. Of `format`s, those in `FORMATS` are checked, and
+            others refused.
     """
 
     schema: Mapping[str, Any] | bool = True
@@ -372,21 +377,22 @@ class JsonSchema(_JsonCheck):
         super().__post_init__()
         good = isinstance(self.schema, (Mapping, bool))
         _require(self, "schema", good, "a JSON schema")
-        from jsonschema.exceptions import SchemaError
-
-        try:
-            self._validator().check_schema(self.schema)
-        except SchemaError as error:
-            raise EvaluationError(
-                f"json_schema: this is no JSON schema: {error.message}"
-            ) from error
+        if problem := _no_json(self.schema) or _schema_problem(self.schema):
+            raise EvaluationError(f"json_schema: this is no JSON schema: {problem}")
 
     def _validator(self) -> Any:
-        from jsonschema.validators import Draft202012Validator, extend, validator_for
+        from jsonschema.validators import extend
         from referencing import Registry
 
-        kind = validator_for(self.schema, default=Draft202012Validator)
-        return extend(kind, {"pattern": _pattern})(self.schema, registry=Registry())
+        kind = extend(
+            _draft(self.schema),
+            {
+                "pattern": _pattern,
+                "patternProperties": _pattern_properties,
+                "additionalProperties": _additional_properties,
+            },
+        )
+        return kind(self.schema, registry=Registry(), format_checker=_format_checker())
 
     def describe(self) -> str:
         """The check in words."""
@@ -407,6 +413,8 @@ class JsonSchema(_JsonCheck):
             return Outcome(False, f"the schema refers to {error.ref!r}, which is not in it")
         except TimeoutError:
             return Outcome(False, f"a pattern of the schema took over {PATTERN_SECONDS:g} s")
+        except regex.error as error:
+            return Outcome(False, f"a pattern of the schema cannot be used: {error}")
         said = [f"{e.json_path}: {e.message}"[:MOST_SHOWN] for e in errors[:5]]
         return Outcome(not errors, "; ".join(said))
 
@@ -429,6 +437,8 @@ class JsonFields(_JsonCheck):
         super().__post_init__()
         good = isinstance(self.fields, Mapping) and all(isinstance(k, str) for k in self.fields)
         _require(self, "fields", good and bool(self.fields), "a dictionary of paths and values")
+        if problem := _no_json(self.fields):
+            raise EvaluationError(f"json_fields: `fields` is no JSON: {problem}")
         _require(self, "ignore_case", isinstance(self.ignore_case, bool), "true or false")
 
     def describe(self) -> str:
@@ -459,9 +469,11 @@ class JsonFields(_JsonCheck):
 
 # Numbers and lengths.
 
+# Thousands in groups of three between spaces or apostrophes; or digits with points and commas.
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
-    r"|(?<![\w.])[-+−]?\.\d+"
+    r"(?<![\w.])(?P<sign>[-+−]?)"
+    r"(?P<digits>\d{1,3}(?:[ \u00a0\u2009\u202f'’]\d{3})+(?!\d)(?:[.,]\d+)?"
+    r"|\d+(?:[.,]\d+)*|\.\d+)(?P<power>[eE][-+]?\d+)?"
 )
 
 
@@ -469,17 +481,26 @@ _NUMBER = re.compile(
 class Number(Check):
     """The answer has a number in it, and it is this one.
 
+    Numbers are read as people write them: `1,234.5`, `1.234,5`, `1 234,5` and `1'234.5` are all
+    1234.5, and `3,5` is 3.5. Only one separator with three digits after it can be read in two ways;
+    `decimal` says which. A sign before a number and an exponent (`1.5e6`) count, a unit or a
+    percent sign does not; `4/5`, `10:30` and `3-5` are two numbers each, `1,2,3` is three, and
+    `1.2.3` and `24.12.2026` are none.
+
     Attributes:
         value: The number.
         tolerance: How far off it may be.
         relative: How far off it may be, as a share of `value`. The wider of the two counts.
         which: `"last"` or `"first"` number of the answer, or `"only"` where there must be no other.
+        decimal: What stands before the decimals: `"."`, by which `1.234` is a little over one and
+            `1,234` is over a thousand, or `","`, by which it is the other way round.
     """
 
     value: float
     tolerance: float = 0.0
     relative: float = 0.0
     which: Literal["last", "first", "only"] = "last"
+    decimal: Literal[".", ","] = "."
     name: ClassVar[str] = "number"
     main: ClassVar[str] = "value"
 
@@ -489,6 +510,7 @@ class Number(Check):
             good = _is_number(value) and (field == "value" or value >= 0)
             _require(self, field, good, "a number" if field == "value" else "a number from 0")
         _require(self, "which", self.which in ("last", "first", "only"), "last, first or only")
+        _require(self, "decimal", self.decimal in (".", ","), "'.' or ','")
 
     def describe(self) -> str:
         """The check in words."""
@@ -498,7 +520,7 @@ class Number(Check):
 
     def check(self, prompt: str, answer: Answer) -> Outcome:
         """Whether the number is near enough; the score is the number."""
-        numbers = [_to_float(text) for text in _NUMBER.findall(answer.text)]
+        numbers = [n for m in _NUMBER.finditer(answer.text) for n in _read(m, self.decimal)]
         if not numbers:
             return Outcome(False, "there is no number in it")
         if self.which == "only" and len(numbers) > 1:
@@ -561,17 +583,19 @@ class Length(Check):
 class Refuses(Check):
     """The answer refuses, in words that are known to refuse.
 
-    A set of phrases finds the usual refusals of nine languages, and no others. Read some answers
-    yourself, and add the forms that your model was taught.
+    The usual refusals of nine languages are found, and no others; one that is followed by what was
+    asked for all the same still counts. Read some answers yourself, and add the forms that your
+    model was taught.
 
     Attributes:
         expected: `False` where the answer must not refuse.
-        languages: Which of `REFUSALS` to look for.
+        languages: Which languages to look for: `"en"`, `"de"`, `"fr"`, `"es"`, `"it"`, `"pt"`,
+            `"ja"`, `"zh"`, `"hi"`; all by default.
         forms: More phrases, of your own. Case, typographic quotes and white space do not count.
     """
 
     expected: bool = True
-    languages: Sequence[str] = tuple(REFUSALS)
+    languages: Sequence[str] = LANGUAGES
     forms: Sequence[str] = ()
     name: ClassVar[str] = "refuses"
     main: ClassVar[str] = "expected"
@@ -584,8 +608,8 @@ class Refuses(Check):
             good = isinstance(texts, Sequence) and all(isinstance(t, str) and t for t in texts)
             _require(self, field, good, "a list of texts")
             object.__setattr__(self, field, tuple(texts))
-        known = all(language in REFUSALS for language in self.languages)
-        _require(self, "languages", known, f"languages out of {', '.join(REFUSALS)}")
+        known = all(language in LANGUAGES for language in self.languages)
+        _require(self, "languages", known, f"languages out of {', '.join(LANGUAGES)}")
         some = bool(self.languages or self.forms)
         _require(self, "forms", some, "at least one form, or a language")
 
@@ -595,9 +619,7 @@ class Refuses(Check):
 
     def check(self, prompt: str, answer: Answer) -> Outcome:
         """Whether the answer refuses, or not."""
-        text = _said(answer.text)
-        forms = [*self.forms, *(f for lang in self.languages for f in REFUSALS[lang])]
-        found = next((form for form in forms if _has(text, _said(form))), None)
+        found = find_refusal(answer.text, self.languages, self.forms)
         reason = "no refusal was recognised" if found is None else f"it says {_quoted(found)}"
         passed = (found is not None) == self.expected
         return Outcome(passed, reason if found is not None or not passed else "")
@@ -774,6 +796,12 @@ def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def _unquoted(*values: Any) -> str:
+    """What to say where a file's reader took a text for a number, a truth value or a date."""
+    plain = (bool, int, float, datetime.date)
+    return " (put it in quotes)" if any(isinstance(value, plain) for value in values) else ""
+
+
 def _is_number(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value)
@@ -793,14 +821,127 @@ def _json(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
 
 
+def _no_json(value: Any) -> str:
+    """Why a value cannot be written as JSON; empty where it can. YAML has more kinds of values."""
+    left, count = [value], 0
+    while left:
+        item = left.pop()
+        count += 1
+        if count > MOST_VALUES:  # also where a list is within itself
+            return f"it has more than {MOST_VALUES:,} values"
+        if isinstance(item, Mapping):
+            if key := next((key for key in item if not isinstance(key, str)), None):
+                return f"the key {shown(key)} is no text (put it in quotes)"
+            left += item.values()
+        elif isinstance(item, (list, tuple)):
+            left += item
+        elif not (item is None or isinstance(item, (bool, int, str)) or _is_number(item)):
+            return f"{shown(item)} is in it{_unquoted(item)}"
+    return ""
+
+
+# JSON schemas.
+
+
+def _draft(schema: Any) -> Any:
+    """The validator of the draft that a schema names, or of the newest."""
+    from jsonschema.validators import Draft202012Validator, validator_for
+
+    named = isinstance(schema, Mapping) and "$schema" in schema
+    return validator_for(schema, default=None) if named else Draft202012Validator
+
+
+def _schema_problem(schema: Any) -> str:
+    """What is wrong with a schema, or cannot be checked here; empty where all is well."""
+    from jsonschema.exceptions import SchemaError
+
+    named = schema.get("$schema", "") if isinstance(schema, Mapping) else ""
+    if not isinstance(named, str) or _draft(schema) is None:
+        return f"`$schema` is {shown(named)}, which is no known draft"
+    try:
+        _draft(schema).check_schema(schema)
+    except SchemaError as error:
+        return str(error.message)
+    keywords = dict(_keywords(schema))
+    if {"patternProperties", "unevaluatedProperties"} <= keywords.keys():
+        return "`unevaluatedProperties` beside `patternProperties` cannot be checked"
+    formats = [value for name, value in _keywords(schema) if name == "format"]
+    unknown = [name for name in formats if isinstance(name, str) and name not in FORMATS]
+    if unknown:
+        return (
+            f"the format {shown(unknown[0])} cannot be checked; formats are {', '.join(FORMATS)}; "
+            "for another, use `pattern`"
+        )
+    return ""
+
+
+def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a schema with its value, but those within values that are only compared."""
+    left = [schema]
+    while left:
+        item = left.pop()
+        if isinstance(item, Mapping):
+            yield from item.items()
+            left += [v for k, v in item.items() if k not in ("const", "enum", "default")]
+        elif isinstance(item, list):
+            left += item
+
+
+def _format_checker() -> Any:
+    from jsonschema import FormatChecker
+
+    checker = FormatChecker([name for name in FORMATS if name != "date-time"])
+    checker.checks("date-time", raises=ValueError)(_is_date_time)
+    return checker
+
+
+def _is_date_time(value: Any) -> bool:
+    """RFC 3339: `2026-01-31T12:00:00Z`. The library wants another package for it."""
+    if not isinstance(value, str):
+        return True
+    form = r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[-+]\d\d:\d\d)"
+    return bool(re.fullmatch(form, value) and datetime.datetime.fromisoformat(value.upper()))
+
+
+def _found(pattern: str, text: str) -> bool:
+    """Whether a schema's pattern is in a text.
+
+    Raises:
+        TimeoutError: It would be busy with the text for ever.
+    """
+    return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
+
+
 def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
-    """JSON Schema's `pattern`, which gives up on a text it would be busy with for ever."""
     from jsonschema.exceptions import ValidationError
 
-    if validator.is_type(value, "string"):
-        found = regex.search(pattern, value, timeout=PATTERN_SECONDS)
-        if found is None:
-            yield ValidationError(f"{value!r:.80} does not match {pattern!r}")
+    if validator.is_type(value, "string") and not _found(pattern, value):
+        yield ValidationError(f"{value!r:.80} does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Any, value: Any, schema: Any) -> Iterator[Any]:
+    if not validator.is_type(value, "object"):
+        return
+    for pattern, part in patterns.items():
+        for key, item in value.items():
+            if _found(pattern, key):
+                yield from validator.descend(item, part, path=key, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, allowed: Any, value: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema.exceptions import ValidationError
+
+    if not validator.is_type(value, "object"):
+        return
+    patterns = schema.get("patternProperties", {})
+    named = schema.get("properties", {})
+    more = [k for k in value if k not in named and not any(_found(p, k) for p in patterns)]
+    if validator.is_type(allowed, "object"):
+        for key in more:
+            yield from validator.descend(value[key], allowed, path=key)
+    elif not allowed and more:
+        listed = ", ".join(map(shown, more[:10]))
+        yield ValidationError(f"Additional properties are not allowed: {listed}")
 
 
 def _no_constant(name: str) -> Any:
@@ -834,20 +975,31 @@ def _canonical(value: Any, ignore_case: bool) -> Any:
     return value
 
 
-def _to_float(text: str) -> float:
-    return float(text.replace(",", "").replace("−", "-"))
+def _read(match: re.Match[str], decimal: str) -> list[float]:
+    """The numbers in what `_NUMBER` found: one, but for lists and for what is no number."""
+    digits = re.sub(r"[^\d.,]", "", match["digits"])
+    grouped = digits != match["digits"]
+    sign = match["sign"].replace("−", "-")
+    power = match["power"] or ""
+    return [float(sign + n + power) for n in _plain_digits(digits, decimal, grouped)]
 
 
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"'})
+def _plain_digits(digits: str, decimal: str, grouped: bool) -> list[str]:
+    """Digits with points and commas, as Python writes the numbers they are."""
+    marks = re.findall("[.,]", digits)
+    if len(set(marks)) == 2:
+        head, last, tail = digits.rpartition(marks[-1])
+        if last not in head and _in_thousands(head):
+            return [f"{re.sub('[.,]', '', head)}.{tail}"]
+        return [n for part in digits.split(",") for n in _plain_digits(part, decimal, grouped)]
+    if len(marks) > 1:
+        if _in_thousands(digits):
+            return [re.sub("[.,]", "", digits)]
+        return digits.split(",") if marks[0] == "," else []
+    if marks and not grouped and marks[0] != decimal and _in_thousands(digits):
+        return [digits.replace(marks[0], "")]
+    return [digits.replace(",", ".")]
 
 
-def _said(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
-    return " ".join(text.casefold().split())
-
-
-def _has(text: str, form: str) -> bool:
-    """Whether a phrase stands in a text, its ends not within words."""
-    start = r"(?<!\w)" if form[0].isascii() and form[0].isalnum() else ""
-    end = r"(?!\w)" if form[-1].isascii() and form[-1].isalnum() else ""
-    return re.search(start + re.escape(form) + end, text) is not None
+def _in_thousands(digits: str) -> bool:
+    return re.fullmatch(r"[1-9]\d{0,2}(?:[.,]\d{3})+", digits) is not None

@@ -7,14 +7,19 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal
 
+import yaml
+
+from gemma_keras_tune._files import write_text
 from gemma_keras_tune._pair_sources import Broken, open_source
 from gemma_keras_tune.errors import EvaluationError, PairsError
 from gemma_keras_tune.evaluation.checks import (
     CHECKS,
     Check,
+    Function,
     check_from_config,
     has_text,
     shown,
@@ -32,11 +37,13 @@ class Case:
     """One prompt, and what an answer to it must be like.
 
     Attributes:
-        id: A name, unique in its plan.
-        prompt: What the user says; or a conversation that ends with the user.
+        id: A name, unique in its plan. Without one, it is the case's number there.
+        prompt: What the user says; or a conversation that ends with the user, of `Message`s or of
+            dictionaries with `role` and `content`.
         kind: `"success"`, which the model must always manage; `"failure"`, which it must fail or
             refuse; `"boundary"`, which it may answer within limits.
-        checks: What must hold for an answer, all of them.
+        checks: What must hold for an answer, all of them: checks, dictionaries as in files
+            (`{"exact": "Paris"}`), or functions of prompt and answer. One may stand alone.
         samples: Answers to draw. One is greedy; several are drawn at random.
         required: Share of the samples that must pass.
         tags: Words to group cases by.
@@ -45,10 +52,10 @@ class Case:
         row: Its row in the file, from 1.
     """
 
-    id: str
-    prompt: str | tuple[Message, ...]
-    kind: Kind
-    checks: tuple[Check, ...]
+    id: str = ""
+    prompt: str | tuple[Message, ...] = ""
+    kind: Kind = ""  # type: ignore[assignment]  # what is missing is named with all that is wrong
+    checks: tuple[Check, ...] = ()
     samples: int = 1
     required: float = 1.0
     tags: tuple[str, ...] = ()
@@ -62,15 +69,16 @@ class Case:
         Raises:
             EvaluationError: Some are wrong; all are named.
         """
-        for name in ("checks", "tags"):
-            value = getattr(self, name)
-            single = isinstance(value, (str, Check)) or not isinstance(value, Sequence)
-            object.__setattr__(self, name, (value,) if single else tuple(value))
-        if not isinstance(self.prompt, str) and isinstance(self.prompt, Sequence):
-            object.__setattr__(self, "prompt", tuple(self.prompt))
-        problems = _problems(self)
+        problems: list[str] = []
+        for name, read in (("id", _id), ("prompt", _prompt), ("checks", _checks), ("tags", _tags)):
+            value, wrong = read(getattr(self, name))
+            object.__setattr__(self, name, value)
+            problems += [f"`{name}`{text}" for text in wrong]
+        problems += _problems(self)
+        problems = problems or _half_characters(self)
         if problems:
-            raise EvaluationError(f"Case {self.id!r} cannot be run.", problems)
+            which = f"Case {self.id!r}" if self.id else "A case"
+            raise EvaluationError(f"{which} cannot be run.", problems)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -131,9 +139,12 @@ class TestPlan:
         Raises:
             EvaluationError: There is no case, or two have the same id.
         """
-        object.__setattr__(self, "cases", tuple(self.cases))
-        wrong = [f"{shown(case)} is no `Case`" for case in self.cases if not isinstance(case, Case)]
-        problems = wrong or _same_ids(self.cases)
+        cases = tuple(self.cases)
+        problems = [f"{shown(case)} is no `Case`" for case in cases if not isinstance(case, Case)]
+        if not problems:
+            cases = _numbered(cases)
+            problems = _same_ids(cases)
+        object.__setattr__(self, "cases", cases)
         if problems or not self.cases:
             raise EvaluationError(
                 f"The plan {self.name!r} {'cannot be run' if problems else 'has no cases'}.",
@@ -175,7 +186,7 @@ class TestPlan:
                 cases.append(_case(record, row))
             except EvaluationError as error:
                 problems += [f"{place}: {text}" for text in error.problems or (error.headline,)]
-        problems += _same_ids(cases)
+        problems += _same_ids(_numbered(cases))
         if problems or not cases:
             raise EvaluationError(
                 f"{path.name} is no test plan." if problems else f"{path.name} has no cases.",
@@ -199,6 +210,7 @@ class TestPlan:
 
         Raises:
             EvaluationError: The file exists, or its name ends otherwise.
+            ExportError: The disk is full.
         """
         path = pathlib.Path(path)
         _check_suffix(path)
@@ -209,30 +221,98 @@ class TestPlan:
             )
         configs = [case.to_config() for case in self.cases]
         text = {".jsonl": _to_json_lines, ".csv": _to_csv}.get(path.suffix, _to_yaml)(configs)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
-        return path
+        return write_text(path, text)
 
 
 # pytest takes classes whose name begins with "Test" for tests.
 TestPlan.__test__ = False  # type: ignore[attr-defined]
 
 
+# What a case is made of, each with what is wrong about it.
+
+
+def _id(value: Any) -> tuple[Any, list[str]]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        value = ""
+    return value, [] if isinstance(value, str) else [f" must be text, got {shown(value)}"]
+
+
+def _prompt(value: Any) -> tuple[Any, list[str]]:
+    if isinstance(value, str):
+        return value, [] if value.strip() else [" is empty"]
+    if not isinstance(value, Sequence) or not value:
+        return value, [f" must be text or a list of messages, got {shown(value)}"]
+    messages, problems = [], []
+    for number, item in enumerate(value, 1):
+        try:
+            messages.append(_message(item))
+        except ValueError:
+            problems.append(
+                f": message {number} needs `role` ({', '.join(_ROLES)}) and `content` as text, "
+                f"got {shown(item)}"
+            )
+    return tuple(messages), problems or _turn_problems([message.role for message in messages])
+
+
+def _message(item: Any) -> Message:
+    if isinstance(item, Message):
+        item = {"role": item.role, "content": item.content}
+    good = isinstance(item, Mapping) and set(item) == {"role", "content"}
+    if not good or item["role"] not in _ROLES or not isinstance(item["content"], str):
+        raise ValueError
+    return Message(item["role"], item["content"])
+
+
+def _turn_problems(roles: list[str]) -> list[str]:
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if turns != expected or len(turns) % 2 == 0:
+        return [f" must take turns and end with the user, got {', '.join(roles)}"]
+    return []
+
+
+def _checks(value: Any) -> tuple[tuple[Check, ...], list[str]]:
+    if isinstance(value, Mapping):  # {"exact": …, "stops": true}
+        value = [{name: option} for name, option in value.items()]
+    if isinstance(value, Check) or callable(value):
+        value = [value]
+    if value is None or (isinstance(value, Sized) and not value):
+        return (), [" is missing: say what must hold for an answer"]
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return (), [f" must be a list of checks, got {shown(value)}"]
+    checks, problems = [], []
+    for item in value:
+        try:
+            checks.append(_check(item))
+        except EvaluationError as error:
+            problems.append(f": {error.headline}")
+    return tuple(checks), problems
+
+
+def _check(item: Any) -> Check:
+    if isinstance(item, Check):
+        return item
+    is_class = isinstance(item, type) and issubclass(item, Check)
+    return Function(item) if callable(item) and not is_class else check_from_config(item)
+
+
+def _tags(value: Any) -> tuple[Any, list[str]]:
+    single = isinstance(value, str) or not isinstance(value, Sequence)
+    tags = (value,) if single else tuple(value)
+    good = all(isinstance(tag, str) for tag in tags)
+    return tags, [] if good else [f" must be a list of texts, got {shown(value)}"]
+
+
 def _problems(case: Case) -> list[str]:
     wanted = {
-        "id": (isinstance(case.id, str) and bool(case.id), "text that is not empty"),
         "kind": (case.kind in KINDS, f"one of {', '.join(KINDS)}"),
-        "checks": (
-            bool(case.checks) and all(isinstance(c, Check) for c in case.checks),
-            "at least one check: say what must hold for an answer",
-        ),
         "samples": (_is_whole(case.samples) and case.samples >= 1, "a whole number from 1"),
         "required": (
             _is_real(case.required) and 0 < case.required <= 1,
             "a share of samples, over 0 and up to 1",
         ),
-        "tags": (all(isinstance(tag, str) for tag in case.tags), "a list of texts"),
         "weight": (_is_real(case.weight) and 0 < case.weight < float("inf"), "a number over 0"),
         "notes": (isinstance(case.notes, str), "text"),
     }
@@ -241,22 +321,27 @@ def _problems(case: Case) -> list[str]:
         for name, (good, what) in wanted.items()
         if not good
     ]
-    return found + _prompt_problems(case.prompt)
+    return found
 
 
-def _prompt_problems(prompt: Any) -> list[str]:
-    if isinstance(prompt, str):
-        return [] if prompt.strip() else ["`prompt` is empty"]
-    if not isinstance(prompt, tuple) or not prompt:
-        return [f"`prompt` must be text or a list of messages, got {shown(prompt)}"]
-    if not all(isinstance(message, Message) for message in prompt):
-        return ["`prompt` must be a list of `Message`, each with `role` and `content`"]
-    roles = [message.role for message in prompt]
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
-    if turns != expected or len(turns) % 2 == 0:
-        return [f"`prompt` must take turns and end with the user, got {', '.join(roles)}"]
-    return []
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
+
+
+def _half_characters(case: Case) -> list[str]:
+    """What no text file can hold, and no tokenizer reads."""
+    return [
+        f"`{name}` has half a character in it: {half[0]!a}"
+        for name, value in case.to_config().items()
+        if (half := _HALF.search(json.dumps(value, ensure_ascii=False)))
+    ]
+
+
+def _numbered(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The cases, those without an id called by their row, or number."""
+    return tuple(
+        case if case.id else dataclasses.replace(case, id=str(case.row or number))
+        for number, case in enumerate(cases, 1)
+    )
 
 
 def _same_ids(cases: Sequence[Case]) -> list[str]:
@@ -294,35 +379,119 @@ def _records(path: pathlib.Path) -> Iterator[tuple[int, int | None, Any]]:
     if not path.is_file():
         raise EvaluationError(f"There is no file {path}.", next_step="Check the path.")
     if path.suffix in (".yaml", ".yml"):
-        yield from ((row, None, record) for row, record in enumerate(_read_yaml(path), 1))
+        yield from _yaml_records(path)
         return
     try:
-        for row, (_, line, record) in enumerate(open_source(path).records(None), 1):
-            flat = path.suffix == ".csv" and isinstance(record, dict)
-            yield row, line, _from_csv(record) if flat else record
+        rows = open_source(path)
+        repeated = _repeated_keys(path) if path.suffix == ".jsonl" else {}
+        _check_columns(path, rows.columns or ())
+        for row, (_, line, record) in enumerate(rows.records(None), 1):
+            if line in repeated and isinstance(record, Mapping):
+                record = _twice(repeated[line])
+            elif path.suffix == ".csv" and isinstance(record, dict):
+                record = _from_csv(record)
+            yield row, line, record
     except PairsError as error:
         raise EvaluationError(error.headline, error.problems) from error
 
 
-def _read_yaml(path: pathlib.Path) -> list[Any]:
-    yaml = _yaml()
+def _twice(key: Any) -> Broken:
+    return Broken(f"the key {shown(key)} is there twice, so one of the two would be lost")
+
+
+def _check_columns(path: pathlib.Path, columns: Sequence[Any]) -> None:
+    name = _first_twice(columns)
+    if name is not None:
+        raise EvaluationError(
+            f"{path.name} is no test plan.",
+            [f"its first line names the column {shown(name)} twice"],
+            'Several checks of one name go into `checks`: [{"contains": "a"}, {"contains": "b"}].',
+        )
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    counts = collections.Counter(names)
+    return next((name for name, count in counts.items() if count > 1), None)
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json`, which keeps the last of several values of one key and says nothing."""
+    key = _first_twice(key for key, _ in pairs)
+    if key is not None:
+        raise _KeyTwice(key)
+    return dict(pairs)
+
+
+class _KeyTwice(ValueError):
+    def __init__(self, key: str) -> None:
+        super().__init__(_twice(key).text)
+        self.key = key
+
+
+def _repeated_keys(path: pathlib.Path) -> dict[int, str]:
+    """The lines of records that have a key twice, and the key.
+
+    The reader of pairs, which reads plans too, does not look for them.
+    """
+    text = path.read_text("utf-8-sig", errors="replace")
+    decode = json.JSONDecoder(object_pairs_hook=_no_twice).raw_decode
+    plain = json.JSONDecoder().raw_decode
+    found: dict[int, str] = {}
+    place = text.find("{")
+    while place >= 0:
+        try:
+            _, place = decode(text, place)
+        except _KeyTwice as error:
+            found[text.count("\n", 0, place) + 1] = error.key
+            _, place = plain(text, place)
+        except (ValueError, RecursionError):
+            place = text.find("\n", place) + 1 or len(text)
+        place = text.find("{", place)
+    return found
+
+
+def _yaml_records(path: pathlib.Path) -> Iterator[tuple[int, int | None, Any]]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        cases = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+        for case in cases:
+            _keep_id(case)
+        repeated = [_key_twice(case) for case in cases]
+        data = loader.construct_document(node) if node else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path.name} is no YAML: {error}") from error
     if not isinstance(data, list):
         raise EvaluationError(f"{path.name} must be a list of cases. Received: {shown(data)}")
-    return data
+    for row, (case, record, key) in enumerate(zip(cases, data, repeated, strict=True), 1):
+        yield row, case.start_mark.line + 1, record if key is None else _twice(key)
 
 
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise EvaluationError(
-            "Plans in YAML need PyYAML.", next_step="`pip install 'gemma-keras-tune[evaluation]'`."
-        ) from error
-    return yaml
+def _keep_id(case: yaml.Node) -> None:
+    """Read an id as it is written: YAML takes 007 for 7, and `no` for false."""
+    pairs = case.value if isinstance(case, yaml.MappingNode) else []
+    for key, value in pairs:
+        if key.value == "id" and isinstance(value, yaml.ScalarNode) and value.value:
+            value.tag = "tag:yaml.org,2002:str"
+
+
+def _key_twice(node: yaml.Node) -> str | None:
+    """A key that some dictionary within has twice. Each is looked at once, however often named."""
+    seen: set[int] = set()
+    left = [node]
+    while left:
+        node = left.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = (str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if key := _first_twice(keys):
+                return key
+            left += [part for pair in node.value for part in pair]
+        else:
+            left += node.value
+    return None
 
 
 def _from_csv(record: Mapping[str, str]) -> Any:
@@ -340,9 +509,9 @@ def _from_csv(record: Mapping[str, str]) -> Any:
             elif key == "tags":
                 row[key] = text.split()
             elif key == "checks":
-                checks += _as_list(json.loads(text))
+                checks += _as_list(_json(text))
             elif key == "messages":
-                row["prompt"] = json.loads(text)
+                row["prompt"] = _json(text)
             else:
                 row[key] = _from_cell(text)
         except ValueError as error:
@@ -359,7 +528,9 @@ def _check_from_cell(name: str, text: str) -> Any:
     if not has_text(kind):
         return _from_cell(text)
     try:
-        value = json.loads(text)
+        value = _json(text)
+    except _KeyTwice:
+        raise
     except ValueError:
         return text
     options = isinstance(value, dict) and kind.main in value
@@ -373,8 +544,11 @@ def _as_list(value: Any) -> list[Any]:
 
 def _from_cell(text: str) -> Any:
     """JSON, where a cell is a number, a truth value, a list or a dictionary; else its text."""
+    truth = {"true": True, "false": False}.get(text.strip().lower())  # spreadsheets write TRUE
+    if truth is not None:
+        return truth
     try:
-        value = json.loads(text)
+        value = _json(text)
     except ValueError:
         if text.lstrip()[:1] in ("[", "{"):
             raise
@@ -382,64 +556,28 @@ def _from_cell(text: str) -> Any:
     return text if value is None else value
 
 
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_no_twice)
+
+
 def _case(record: Any, row: int) -> Case:
     if isinstance(record, Broken):
         raise EvaluationError(record.text)
     if not isinstance(record, Mapping):
         raise EvaluationError(f"a case is a dictionary, got {shown(record)}")
-    problems = [f"there is no key {key!r}; keys are {', '.join(_KEYS)}"
+    problems = [f"there is no key {shown(key)}; keys are {', '.join(_KEYS)}"
                 for key in record if key not in _KEYS]  # fmt: skip
-    problems += [f"`{key}` is missing" for key in ("prompt", "kind") if key not in record]
-    checks, wrong = _checks(record.get("checks"))
-    problems += wrong
-    prompt = record.get("prompt", " ")
-    if isinstance(prompt, list):
-        prompt, wrong = _messages(prompt)
-        problems += wrong
+    missing = [key for key in ("prompt", "kind") if key not in record]
+    problems += [f"`{key}` is missing" for key in missing]
     given = {key: record[key] for key in _KEYS if key in record}
-    if "tags" in given and not isinstance(given["tags"], (str, list)):
-        problems.append(f"`tags` must be a list of texts, got {shown(given.pop('tags'))}")
-    values = {"id": str(row), "kind": KINDS[0], **given, "prompt": prompt, "checks": checks}
     try:
-        case = Case(**values, row=row)
+        case = Case(**{"prompt": " ", "kind": KINDS[0], "checks": None, **given}, row=row)
     except EvaluationError as error:
-        # What is missing or broken has been said above.
-        said = [key for key in ("prompt", "checks") if any(f"`{key}`" in p for p in problems)]
-        said += ["checks"] * (len(problems) > 0 and not checks)
-        problems += [p for p in error.problems if not any(f"`{key}`" in p for key in said)]
+        empty = "prompt" in missing  # and so said already
+        problems += [p for p in error.problems if not (empty and p == "`prompt` is empty")]
     if problems:
         raise EvaluationError("", problems)
     return case
-
-
-def _checks(configs: Any) -> tuple[tuple[Check, ...], list[str]]:
-    if not configs:
-        return (), ["`checks` is missing: say what must hold for an answer"]
-    if isinstance(configs, Mapping):  # {"exact": …, "stops": true}
-        configs = [{name: value} for name, value in configs.items()]
-    if not isinstance(configs, list):
-        return (), [f"`checks` must be a list of checks, got {shown(configs)}"]
-    checks, problems = [], []
-    for config in configs:
-        try:
-            checks.append(check_from_config(config))
-        except EvaluationError as error:
-            problems.append(f"`checks`: {error.headline}")
-    return tuple(checks), problems
-
-
-def _messages(items: list[Any]) -> tuple[tuple[Message, ...], list[str]]:
-    messages, problems = [], []
-    for number, item in enumerate(items, 1):
-        good = isinstance(item, Mapping) and set(item) == {"role", "content"}
-        if good and item["role"] in _ROLES and isinstance(item["content"], str):
-            messages.append(Message(item["role"], item["content"]))
-        else:
-            problems.append(
-                f"`prompt`: message {number} needs `role` ({', '.join(_ROLES)}) and `content` as "
-                f"text, got {shown(item)}"
-            )
-    return tuple(messages), problems
 
 
 # Writing.
@@ -450,7 +588,7 @@ def _to_json_lines(configs: list[dict[str, Any]]) -> str:
 
 
 def _to_yaml(configs: list[dict[str, Any]]) -> str:
-    return str(_yaml().safe_dump(configs, sort_keys=False, allow_unicode=True, width=100))
+    return str(yaml.safe_dump(configs, sort_keys=False, allow_unicode=True, width=100))
 
 
 def _to_csv(configs: list[dict[str, Any]]) -> str:

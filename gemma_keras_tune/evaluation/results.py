@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from gemma_keras_tune._files import write_text
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.checks import Function, Outcome, check_from_config
 from gemma_keras_tune.evaluation.plans import Case, Kind
@@ -271,11 +272,7 @@ class Report:
         if path.exists() and not overwrite:
             raise EvaluationError(f"{path} already exists.")
         text = self.to_json() if path.suffix == ".json" else _render(self, _WRITERS[path.suffix])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-        return path
+        return write_text(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":
@@ -292,7 +289,7 @@ class Report:
         """
         try:
             return cls.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, EvaluationError):
                 raise
             raise EvaluationError(f"{path} is no report: {error}") from error
