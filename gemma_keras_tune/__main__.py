@@ -1,6 +1,9 @@
 """The command line: parse, call, print. `python -m gemma_keras_tune --help`."""
 
 import argparse
+import contextlib
+import math
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +17,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 1 after an error the user can mend, which is printed without a
-        traceback.
+        traceback. Words that cannot be understood end the process with 2, as argparse does.
     """
     options = _parser().parse_args(arguments)
     from gemma_keras_tune.errors import GemmaTuneError
 
     try:
         options.run(options)
-    except GemmaTuneError as error:
+    except (GemmaTuneError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -33,12 +36,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _MODEL = "preset name, folder, hf://…, kaggle://…, .gguf file or package://gemma3_270m"
 
 
-def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        return text if text == "auto" else kind(text)
+def _number(
+    kind: Callable[[str], Any],
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    auto: bool = False,
+) -> Callable[[str], Any]:
+    """A converter for argparse, which makes exit code 2 of what it refuses."""
+    limits = {"at least": least, "above": above, "below": below}
+    parts = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
+    expected = ("a whole number " if kind is int else "a number ") + " and ".join(parts)
+    expected += ", or 'auto'" if auto else ""
 
-    convert.__name__ = f"'auto' or {kind.__name__}"
+    def convert(text: str) -> Any:
+        if auto and text == "auto":
+            return text
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value < below and value > above:
+                return value
+        raise argparse.ArgumentTypeError(f"must be {expected}. Received: {text!r}")
+
     return convert
+
+
+_COUNT = _number(int, least=1)
+_SEED = _number(int, least=0)
+
+
+def _names(text: str) -> str | list[str]:
+    return text.split(",") if "," in text else text
+
+
+_COLUMNS = ("input_column", "output_column", "system_column")
+
+
+def _add_columns(command: argparse.ArgumentParser) -> None:
+    for name in ("input", "output", "system"):
+        command.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name} text")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,18 +92,26 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--adapter", metavar="DIR", help="save the adapter in PEFT's layout")
     tune.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     tune.add_argument("--method", choices=["lora", "full"], default="lora")
-    for name in ("rank", "epochs", "batch-size", "gradient-accumulation-steps",
-                 "warmup-updates", "sequence-length"):  # fmt: skip
-        tune.add_argument(f"--{name}", type=_number(int), default="auto")
-    for name in ("alpha", "learning-rate", "weight-decay"):
-        tune.add_argument(f"--{name}", type=_number(float), default="auto")
-    tune.add_argument("--targets", default="all", help="all, attention, or names with commas")
+    for name in ("rank", "epochs", "batch-size", "gradient-accumulation-steps", "sequence-length"):
+        tune.add_argument(f"--{name}", type=_number(int, least=1, auto=True), default="auto")
+    tune.add_argument("--warmup-updates", type=_number(int, least=0, auto=True), default="auto")
+    for name in ("alpha", "learning-rate"):
+        tune.add_argument(f"--{name}", type=_number(float, above=0, auto=True), default="auto")
+    tune.add_argument("--weight-decay", type=_number(float, least=0, auto=True), default="auto")
+    tune.add_argument("--targets", type=_names, help="all, attention, or names with commas")
+    tune.add_argument("--rank-stabilized", action="store_const", const=True,
+                      help="scale by alpha / sqrt(rank)")  # fmt: skip
     tune.add_argument("--template", default="auto")
     tune.add_argument("--overlong", choices=["error", "drop", "truncate"], default="error")
-    tune.add_argument("--validation-split", type=float, default=0.0, metavar="SHARE")
-    tune.add_argument("--early-stopping", type=int, metavar="EPOCHS")
-    tune.add_argument("--seed", type=int, default=0)
-    tune.add_argument("--dtype", default="auto")
+    tune.add_argument("--validation-data", metavar="PATH", help="more pairs, to watch the loss on")
+    tune.add_argument("--validation-split", type=_number(float, least=0, below=1), default=0.0,
+                      metavar="SHARE")  # fmt: skip
+    tune.add_argument("--early-stopping", type=_COUNT, metavar="EPOCHS")
+    tune.add_argument("--seed", type=_SEED, default=0)
+    tune.add_argument("--dtype", default="auto", help="to load the model in; default: %(default)s")
+    tune.add_argument("--no-compilation-cache", dest="compilation_cache", action="store_false",
+                      help="keep no compiled programs for the next run")  # fmt: skip
+    _add_columns(tune)
     tune.add_argument("--quiet", action="store_true")
     tune.set_defaults(run=_tune)
 
@@ -74,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help=_MODEL)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     generate.add_argument("--adapter", metavar="DIR", help="an adapter to put on the model")
-    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--max-new-tokens", type=_COUNT, default=256)
     generate.add_argument("--dtype", default="auto")
     generate.set_defaults(run=_generate)
 
@@ -126,8 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     preview = commands.add_parser("preview", help="show rows exactly as they would be trained")
     preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
     preview.add_argument("model", help=_MODEL)
-    preview.add_argument("--rows", type=int, default=3)
+    preview.add_argument("--rows", type=_COUNT, default=3)
     preview.add_argument("--template", default="auto")
+    preview.add_argument("--dtype", default="auto")
+    _add_columns(preview)
     preview.set_defaults(run=_preview)
 
     demo = commands.add_parser("demo", help="tune the embedded Gemma 3 270M on business e-mails")
@@ -139,29 +186,47 @@ def _parser() -> argparse.ArgumentParser:
 def _tune(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    if not (options.preset or options.adapter):
-        raise gkt.PlanError(
-            "The tuned model would be thrown away.",
-            next_step="Say where it goes: `--preset DIR`, `--adapter DIR`, or both.",
-        )
-    targets = options.targets
+    _refuse_lost_work(options)
     names = [
-        "method", "rank", "alpha", "epochs", "batch_size", "gradient_accumulation_steps",
-        "learning_rate", "warmup_updates", "weight_decay", "sequence_length", "overlong",
-        "template", "validation_split", "early_stopping", "seed",
+        "method", "rank", "alpha", "targets", "rank_stabilized", "epochs", "batch_size",
+        "gradient_accumulation_steps", "learning_rate", "warmup_updates", "weight_decay",
+        "sequence_length", "overlong", "template", "validation_data", "validation_split",
+        "early_stopping", "seed", "compilation_cache", *_COLUMNS,
     ]  # fmt: skip
     model = gkt.load(options.model, dtype=options.dtype)
-    gkt.tune(
-        model,
-        options.pairs,
-        targets=targets if targets in ("all", "attention") else targets.split(","),
-        verbose=int(not options.quiet),
-        **{name: getattr(options, name) for name in names},
-    )
+    given = {name: getattr(options, name) for name in names}
+    settings = {name: value for name, value in given.items() if value is not None}
+    gkt.tune(model, options.pairs, verbose=int(not options.quiet), **settings)
     if options.adapter:
         print(gkt.save_adapter(model, options.adapter, overwrite=options.overwrite))
     if options.preset:
         print(gkt.save_preset(model, options.preset, overwrite=options.overwrite))
+
+
+def _refuse_lost_work(options: argparse.Namespace) -> None:
+    """What could not be saved in the end is refused before anything is loaded."""
+    from gemma_keras_tune._files import check_free
+    from gemma_keras_tune.errors import ExportError, PlanError
+
+    given = {"--preset": options.preset, "--adapter": options.adapter}
+    places = {name: pathlib.Path(path).resolve() for name, path in given.items() if path}
+    problems = []
+    if not places:
+        problems.append("no place is named: pass `--preset DIR`, `--adapter DIR`, or both")
+    if options.adapter and options.method == "full":
+        problems.append("`--adapter`: `--method full` leaves no adapter; save with `--preset DIR`")
+    if len(places) == 2:
+        first, second = places.values()
+        if first.is_relative_to(second) or second.is_relative_to(first):
+            problems.append("`--preset` and `--adapter` must be two folders, neither in the other")
+    for name, path in places.items():
+        try:
+            check_free(path, overwrite=options.overwrite)
+        except ExportError as error:
+            hint = "" if options.overwrite else " Choose another name, or pass `--overwrite`."
+            problems.append(f"`{name}`: {error.headline}{hint}")
+    if problems:
+        raise PlanError("The tuned model would be lost.", problems)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -224,8 +289,9 @@ def _test(options: argparse.Namespace) -> None:
 def _preview(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    model = gkt.load(options.model)
-    print(gkt.preview(options.pairs, model, rows=options.rows, template=options.template))
+    pairs = gkt.read_pairs(options.pairs, **{name: getattr(options, name) for name in _COLUMNS})
+    model = gkt.load(options.model, dtype=options.dtype)
+    print(gkt.preview(pairs, model, rows=options.rows, template=options.template))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """The command line calls the public functions, and tells of errors without a traceback."""
 
+import json
+
 import pytest
 
 import gemma_keras_tune as gkt
@@ -51,6 +53,96 @@ def test_an_error_is_printed_without_a_traceback(preset, tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A file of pairs under column names of its own."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"frage": question, "antwort": answer} for question, answer in testing.tiny_pairs(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+COLUMNS = ["--input-column", "frage", "--output-column", "antwort"]
+
+
+@pytest.mark.slow
+def test_tune_saves_what_generate_answers_with(preset, pairs, tmp_path, capsys):
+    tuned, adapter = str(tmp_path / "tuned"), str(tmp_path / "adapter")
+    arguments = [
+        "tune", preset, pairs, *COLUMNS, "--preset", tuned, "--adapter", adapter, "--quiet",
+        "--epochs", "20", "--rank", "3", "--targets", "q_proj,v_proj", "--rank-stabilized",
+        "--learning-rate", "0.02", "--validation-data", pairs, "--no-compilation-cache",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == [adapter, tuned]
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["use_rslora"]) == (3, True)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+    question = testing.tiny_pairs(1)[0][0]
+    outputs = []
+    for model in ([tuned], [preset, "--adapter", adapter], [preset]):
+        options = ["--max-new-tokens", "6"]
+        assert main(["generate", model[0], question, "hello", *model[1:], *options]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    expected = gkt.generate(gkt.load(tuned), [question, "hello"], max_new_tokens=6)
+    assert outputs[0] == "".join(f"{answer}\n" for answer in expected)
+
+
+def test_preview_shows_rows_as_they_are_trained(preset, pairs, capsys):
+    assert main(["preview", pairs, preset, "--rows", "2", "--dtype", "bfloat16", *COLUMNS]) == 0
+    out = capsys.readouterr().out
+    question, answer = testing.tiny_pairs(1)[0]
+    assert question in out and f"«{answer}<end_of_turn>»" in out
+    assert "row 2:" in out and "row 3:" not in out
+
+
+def test_tune_refuses_to_train_what_could_not_be_saved(preset, pairs, tmp_path, capsys):
+    def problems(*options):
+        assert main(["tune", "nowhere", pairs, *options]) == 1
+        message = capsys.readouterr().err
+        assert "would be lost" in message and "nowhere" not in message
+        return message
+
+    taken, free = str(tmp_path / "taken"), str(tmp_path / "free")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("")
+    assert "no place is named" in problems()
+    message = problems("--preset", taken, "--adapter", str(tmp_path / "file/x"))
+    assert "taken already exists" in message and "`--overwrite`" in message
+    assert "file is a file" in message
+    assert "leaves no adapter" in problems("--method", "full", "--adapter", free)
+    assert "two folders" in problems("--preset", free, "--adapter", free)
+    assert "two folders" in problems("--preset", free, "--adapter", f"{free}/below")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "m", "p", "--rank", "0"],
+        ["tune", "m", "p", "--epochs", "1.5"],
+        ["tune", "m", "p", "--learning-rate", "nan"],
+        ["tune", "m", "p", "--learning-rate", "0"],
+        ["tune", "m", "p", "--weight-decay", "inf"],
+        ["tune", "m", "p", "--warmup-updates", "-1"],
+        ["tune", "m", "p", "--validation-split", "1"],
+        ["tune", "m", "p", "--early-stopping", "0"],
+        ["tune", "m", "p", "--seed", "-1"],
+        ["generate", "m", "hello", "--max-new-tokens", "0"],
+        ["preview", "p", "m", "--rows", "0"],
+    ],
+)
+def test_numbers_out_of_range_are_told_with_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert f"argument {arguments[-2]}: must be a" in message
+    assert f"Received: '{arguments[-1]}'" in message
+
+
 @pytest.mark.slow
 def test_test_says_by_its_exit_code_whether_the_plan_is_met(preset, tmp_path, capsys):
     plan = tmp_path / "plan.jsonl"
@@ -62,7 +154,12 @@ def test_test_says_by_its_exit_code_whether_the_plan_is_met(preset, tmp_path, ca
     assert "success  cannot tell" in capsys.readouterr().out
     assert gkt.Report.load(report).verdict == "cannot tell"
     assert main([*arguments, "--strict"]) == 1
-    capsys.readouterr()
+    assert main([*arguments[:-1], "0"]) == 1 and main([*arguments, "--batch-size", "0"]) == 1
+    assert main([*arguments, "--report", "report.pdf", "--baseline", "nowhere"]) == 1
+    assert "A report's file ends in" in capsys.readouterr().err
+    plan.write_text(case % ("contains", '"no such words"'))
+    assert main(arguments) == 1, "one of one fails, though one case cannot tell"
+    assert "so few cases cannot tell" in capsys.readouterr().err
     plan.write_text(case % ("contains", '"no such words"') * 1 + case % ("exact", '"neither"'))
     assert main([*arguments, "--target", "1"]) == 1
     out, err = capsys.readouterr()
