@@ -36,11 +36,13 @@ class Pair:
         messages: At most one system message, first; then user and assistant in turn.
         row: The row's number in its source, from 1.
         line: The line it begins on, from 1, where the source is a file of lines.
+        file: The file's name, where the source is a folder.
     """
 
     messages: tuple[Message, ...]
     row: int
     line: int | None = None
+    file: str | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:

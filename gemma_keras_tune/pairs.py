@@ -6,11 +6,14 @@ noted with its row and line number, and all such rows are reported together.
 
 import array
 import collections
+import contextlib
 import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
+
+import numpy as np
 
 from gemma_keras_tune._pair_rows import (
     SCHEMAS,
@@ -105,8 +108,11 @@ def read_pairs(
     Raises:
         PairsError: The source cannot be opened, its columns make no pair, or an argument is wrong.
     """
-    _check_arguments(input_column, output_column, limit, on_error)
-    reader = RowReader(input_column, output_column, system_column)
+    columns = dict(
+        input_column=input_column, output_column=output_column, system_column=system_column
+    )
+    _check_arguments(columns, limit, on_error)
+    reader = RowReader(**columns)
     if isinstance(source, PairSource):
         if (input_column, system_column, split, limit, on_error) != (None,) * 4 + ("raise",):
             raise PairsError(
@@ -118,11 +124,13 @@ def read_pairs(
     return PairSource(rows, reader, _used_columns(rows, reader), limit, on_error)
 
 
-def _check_arguments(
-    input_column: str | None, output_column: str | None, limit: int | None, on_error: str
-) -> None:
-    problems = []
-    if output_column is not None and input_column is None:
+def _check_arguments(columns: dict[str, Any], limit: int | None, on_error: str) -> None:
+    problems = [
+        f"`{name}` must be a name, a string. Received: {column!r}"
+        for name, column in columns.items()
+        if not (column is None or isinstance(column, str))
+    ]
+    if columns["output_column"] is not None and columns["input_column"] is None:
         problems.append("`output_column` needs `input_column` beside it")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         problems.append(f"`limit` must be an integer of at least 1. Received: {limit!r}")
@@ -156,26 +164,25 @@ def _schema_help() -> str:
     )
 
 
-class _Found:
-    """What one reading found. Row and line numbers are kept by text, a few bytes for each."""
+class Findings:
+    """What was found in rows. Row and line numbers are kept by text, a few bytes for each."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self.finished = False
-        self.fatal = False
-        self.schema = False
         self.places: dict[tuple[str | None, str], array.array[int]] = collections.defaultdict(
             lambda: array.array("q")
         )
 
     def add(self, row: int, line: int | None, file: str | None, texts: Sequence[str]) -> None:
+        """Note what was found in one row."""
         for text in texts:
             self.places[file, text].extend((row, line or 0))
 
-    def bad_rows(self) -> int:
-        return len({row for places in self.places.values() for row in places[::2]})
+    def row_numbers(self) -> tuple[int, ...]:
+        """The rows in which anything was found."""
+        return tuple(sorted({row for places in self.places.values() for row in places[::2]}))
 
     def problems(self) -> tuple[Problem, ...]:
+        """All that was found, in the order of rows."""
         found = [
             Problem(row, line or None, text, file)
             for (file, text), places in self.places.items()
@@ -197,6 +204,17 @@ class _Found:
             for row, line in zip(rows, lines, strict=True):
                 found.append((row, str(Problem(row, line or None, text, file))))
         return [text for _, text in sorted(found, key=lambda entry: entry[0])]
+
+
+class _Reading(Findings):
+    """What one reading found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+        self.finished = False
+        self.fatal = False
+        self.schema = False
 
 
 _LISTED_ONE_BY_ONE = 20
@@ -245,7 +263,7 @@ class PairSource:
         self._keys = keys
         self._limit = limit
         self._keep = keep
-        self._found: _Found | None = None
+        self._found: _Reading | None = None
 
     def __iter__(self) -> Iterator[Pair]:
         if self._found is not None and not self._rows.repeatable:
@@ -254,10 +272,10 @@ class PairSource:
                 next_step="Pass a list, or a function that returns a fresh iterator each time: "
                 "`read_pairs(make_rows)`, not `read_pairs(make_rows())`.",
             )
-        self._found = _Found()
+        self._found = _Reading()
         return self._read(self._found)
 
-    def _read(self, found: _Found) -> Iterator[Pair]:
+    def _read(self, found: _Reading) -> Iterator[Pair]:
         keep = self._keep
         read = self._reader.read
         row = 0
@@ -273,7 +291,7 @@ class PairSource:
                     found.schema |= error.schema
                     found.fatal |= isinstance(record, Broken) and record.fatal
                     continue
-                yield record if isinstance(record, Pair) else Pair(messages, row, line)
+                yield record if isinstance(record, Pair) else Pair(messages, row, line, file)
             found.finished = True
         finally:
             found.rows = row
@@ -306,6 +324,11 @@ class PairSource:
             return f"<PairSource {self.name}>"
 
     @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once."""
+        return self._rows.repeatable
+
+    @property
     def problems(self) -> tuple[Problem, ...]:
         """What the latest reading found wrong, in the order of rows."""
         return self._found.problems() if self._found is not None else ()
@@ -336,7 +359,7 @@ class PairSource:
             self._raise_empty()
         if not found.places:
             return
-        bad = found.bad_rows()
+        bad = len(found.row_numbers())
         none_left = found.finished and bad >= len(self)
         if self.on_error == "skip" and not found.fatal and not none_left:
             headline = f"{at_start(self.name)}: {bad:,} of {found.rows:,} rows are left out."
@@ -355,6 +378,44 @@ class PairSource:
         if not self._rows.repeatable:
             step += " An iterator gives its rows once: was this one used before?"
         raise PairsError(f"{at_start(self.name)} has no rows.", next_step=step)
+
+
+class PairsErrors:
+    """Collects the errors of several steps, to raise all they found as one."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, PairsError]] = []
+
+    @contextlib.contextmanager
+    def collect(self, part: str = "") -> Iterator[None]:
+        """Keep a `PairsError` raised inside for later.
+
+        Args:
+            part: What the step is about, such as `"validation"`, where there are several.
+        """
+        try:
+            yield
+        except PairsError as error:
+            self._found.append((part, error))
+
+    def raise_all(self) -> None:
+        """Raise what was collected, if anything was.
+
+        Raises:
+            PairsError: The headlines, problems and next steps of all of them.
+        """
+        if not self._found:
+            return
+        steps = (error.next_step for _, error in self._found)
+        raise PairsError(
+            " ".join(f"{part.title()}{': ' * bool(part)}{e.headline}" for part, e in self._found),
+            [
+                f"{part}{', ' * bool(part)}{problem}"
+                for part, error in self._found
+                for problem in error.problems
+            ],
+            "\n".join(dict.fromkeys(step for step in steps if step)) or None,
+        )
 
 
 # Warnings.
@@ -428,8 +489,6 @@ class PairChecks:
         return {text: tuple(rows) for text, rows in self._special.items()}
 
     def _groups(self, *, same_answer: bool) -> Iterator[tuple[int, ...]]:
-        import numpy as np
-
         prompts = np.frombuffer(self._prompts, np.int64)
         answers = np.frombuffer(self._answers, np.uint32)
         rows = np.frombuffer(self._rows, np.uint32)
@@ -498,21 +557,22 @@ def split_pairs(
         raise PairsError(f"`fraction` must be between 0 and 1. Received: {fraction!r}")
     source = read_pairs(pairs)
     held: list[Pair] | None = None if source._rows.stable else []
-    groups: dict[int, array.array[int]] = collections.defaultdict(lambda: array.array("q"))
+    places, openings = array.array("q"), array.array("q")
     for place, pair in enumerate(source):
         if held is not None:
             held.append(pair)
-        groups[_opening(pair)].append(place if held is not None else pair.row)
+        places.append(place if held is not None else pair.row)
+        openings.append(_opening(pair))
     source.raise_for_problems()
-    chosen = _choose_groups(list(groups.values()), fraction, seed)
+    chosen = _choose_rows(places, openings, fraction, seed)
     names = f"{source.name} [training]", f"{source.name} [validation]"
     if held is None:
         keeps = _masks(source, chosen)
         return source._subset(names[0], keeps[0]), source._subset(names[1], keeps[1])
-    aside = set(chosen)
+    aside = set(chosen.tolist())
     sides = (
         read_pairs([pair for place, pair in enumerate(held) if place not in aside]),
-        read_pairs([held[place] for place in chosen]),
+        read_pairs([held[place] for place in sorted(aside)]),
     )
     for side, name in zip(sides, names, strict=True):
         side.name = name
@@ -529,29 +589,36 @@ def _opening(pair: Pair) -> int:
     return hash(tuple(parts))
 
 
-def _choose_groups(groups: "Sequence[array.array[int]]", fraction: float, seed: int) -> list[int]:
-    """Row numbers for validation: whole groups, in seeded order, up to the share asked for."""
-    import numpy as np
-
-    if len(groups) < 2:
+def _choose_rows(
+    places: "array.array[int]", openings: "array.array[int]", fraction: float, seed: int
+) -> np.ndarray:
+    """Places for validation: whole groups of one opening, in seeded order, up to the share."""
+    _, first, group, sizes = np.unique(
+        np.frombuffer(openings, np.int64), return_index=True, return_inverse=True,
+        return_counts=True,
+    )  # fmt: skip
+    if len(sizes) < 2:
         raise PairsError(
             "The pairs cannot be split: all rows open with the same prompt.",
             next_step="Pass validation pairs of your own.",
         )
-    total = sum(map(len, groups))
-    wanted = min(max(1, round(fraction * total)), total - 1)
-    chosen: list[int] = []
-    for index in np.random.default_rng(seed).permutation(len(groups)):
-        if len(chosen) + len(groups[index]) <= wanted:
-            chosen += groups[index]
-        if len(chosen) == wanted:
+    # Hashes differ from process to process, so the groups are put in the order of the rows.
+    groups = np.argsort(first)
+    wanted = min(max(1, round(fraction * len(places))), len(places) - 1)
+    aside = np.zeros(len(sizes), bool)
+    count = 0
+    for index in groups[np.random.default_rng(seed).permutation(len(sizes))]:
+        if count + sizes[index] <= wanted:
+            aside[index] = True
+            count += int(sizes[index])
+        if count == wanted:
             break
-    if not chosen:  # Every group is larger than the share.
-        chosen.extend(sorted(groups, key=len)[0])
-    return sorted(chosen)
+    if not count:  # Every group is larger than the share.
+        aside[groups[np.argmin(sizes[groups])]] = True
+    return np.frombuffer(places, np.int64)[aside[group]]
 
 
-def _masks(source: PairSource, chosen: Sequence[int]) -> tuple[bytearray, bytearray]:
+def _masks(source: PairSource, chosen: np.ndarray) -> tuple[bytearray, bytearray]:
     """For each side, one byte for each row number: whether the row is on it."""
     assert source._found is not None
     count = source._found.rows + 1
@@ -559,7 +626,6 @@ def _masks(source: PairSource, chosen: Sequence[int]) -> tuple[bytearray, bytear
     if source._keep is not None:
         training[:] = source._keep[:count]
     validation = bytearray(count)
-    for row in chosen:
-        training[row] = 0
-        validation[row] = 1
+    np.frombuffer(training, np.uint8)[chosen] = 0
+    np.frombuffer(validation, np.uint8)[chosen] = 1
     return training, validation

@@ -3,6 +3,7 @@
 Every row is tokenized once, in text pieces: prompt and answer apart, so that a prompt has the same
 ids here as when it is served. The ids are kept as one flat array, in memory or, past `SPOOL_BYTES`,
 in an unnamed temporary file that is mapped into memory; so a million rows cost a few bytes each.
+Whatever goes through all of them works by the chunk, or on numbers of 4 bytes a row.
 
 A batch carries, beside the padded ids, the flat positions whose hidden states predict a trained
 token, their labels and their weights. The loss looks at nothing else. Lengths and position counts
@@ -15,14 +16,21 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import keras
 import numpy as np
 
-from gemma_keras_tune.errors import PairsError, PlanError
-from gemma_keras_tune.pairs import Pair, PairSource, read_pairs
-from gemma_keras_tune.templates import END_OF_TEXT, Segment, Template, get_template
+from gemma_keras_tune._pair_sources import at_start
+from gemma_keras_tune.errors import PairsError, PlanError, warn_of_pairs
+from gemma_keras_tune.pairs import Findings, Pair, PairsErrors, read_pairs
+from gemma_keras_tune.templates import (
+    END_OF_TEXT,
+    Segment,
+    Template,
+    attach_template,
+    get_template,
+)
 
 SPOOL_BYTES = 64 * 2**20
 MAX_SHAPES = 4
@@ -41,7 +49,8 @@ class TokenizedPairs:
         ids: `[tokens]` int32, all rows one after the other, each beginning with `<bos>`.
         trained: `[tokens]` bool, tokens the model is taught to produce.
         offsets: `[rows + 1]` int64, where each row begins.
-        rows: `[rows]` int64, row numbers in the source, from 1.
+        rows: `[rows]` integers, row numbers in the source, from 1.
+        response_lengths: `[rows]` int32, trained tokens of each row; counted where left out.
         dropped: Row numbers left out because the user asked for it.
         truncated: Row numbers cut because the user asked for it.
     """
@@ -53,6 +62,7 @@ class TokenizedPairs:
         offsets: np.ndarray,
         rows: np.ndarray,
         *,
+        response_lengths: np.ndarray | None = None,
         dropped: tuple[int, ...] = (),
         truncated: tuple[int, ...] = (),
     ) -> None:
@@ -60,6 +70,9 @@ class TokenizedPairs:
         self.trained = trained
         self.offsets = offsets
         self.rows = rows
+        if response_lengths is None:
+            response_lengths = _count_trained(trained, offsets[:-1])
+        self.response_lengths = response_lengths
         self.dropped = dropped
         self.truncated = truncated
 
@@ -68,18 +81,20 @@ class TokenizedPairs:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """`[rows]` tokens each row feeds into the model: all but its last one."""
-        return np.diff(self.offsets) - 1
-
-    @functools.cached_property
-    def response_lengths(self) -> np.ndarray:
-        """`[rows]` trained tokens of each row."""
-        return np.add.reduceat(self.trained, self.offsets[:-1], dtype=np.int64)
+        """`[rows]` int32, tokens each row feeds into the model: all but its last one."""
+        return (np.diff(self.offsets) - 1).astype(np.int32)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and trained mask of one row, by its place (from 0) among the kept rows."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         return np.asarray(self.ids[span]), np.asarray(self.trained[span])
+
+
+def _count_trained(trained: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """`[rows]` int32, trained tokens of each row; takes 4 bytes a token."""
+    return (
+        np.add.reduceat(trained, starts, dtype=np.int32) if len(starts) else np.zeros(0, np.int32)
+    )
 
 
 class Encoder:
@@ -194,20 +209,31 @@ def tokenize_pairs(
         `TokenizedPairs`.
 
     Raises:
-        PairsError: Rows with problems, all at once with their row numbers; or no row at all.
+        PairsError: Rows with problems, overlong ones among them, all at once with their row
+            numbers; or no row at all.
+
+    Warns:
+        PairsWarning: Rows were left out or cut, as `overlong` asks.
     """
-    source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs)
+    source = read_pairs(pairs)
     template = get_template(template, model)
     encoder = Encoder(model.preprocessor.tokenizer)
+    limit = _Limit(max_length, overlong)
     spool = _Spool()
     for chunk in _chunks(source, _ROWS_AT_ONCE):
         if on_pair:
             for pair in chunk:
                 on_pair(pair)
-        ids, trained, counts = encoder.encode_rows([template.segments(p.messages) for p in chunk])
-        spool.append(ids, trained, counts, [pair.row for pair in chunk])
-    source.raise_for_problems()
-    return _limit(spool.finish(), max_length, overlong)
+        encoded = encoder.encode_rows([template.segments(p.messages) for p in chunk])
+        spool.append(*limit.apply(chunk, *encoded))
+    errors = PairsErrors()
+    with errors.collect():
+        source.raise_for_problems()
+    with errors.collect():
+        limit.raise_for_problems()
+    errors.raise_all()
+    limit.warn(source.name)
+    return spool.finish(limit)
 
 
 def _chunks(items: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
@@ -224,14 +250,16 @@ class _Spool:
         self._trained: list[np.ndarray] = []
         self._counts: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
+        self._response_lengths: list[np.ndarray] = []
         self._held = 0
         self._files: list[Any] | None = None
 
     def append(
-        self, ids: np.ndarray, trained: np.ndarray, counts: np.ndarray, rows: list[int]
+        self, ids: np.ndarray, trained: np.ndarray, counts: np.ndarray, rows: np.ndarray
     ) -> None:
         self._counts.append(counts)
-        self._rows.append(np.asarray(rows, np.int64))
+        self._rows.append(rows)
+        self._response_lengths.append(_count_trained(trained, np.cumsum(counts) - counts))
         self._ids.append(ids)
         self._trained.append(trained)
         self._held += ids.nbytes + trained.nbytes
@@ -247,69 +275,120 @@ class _Spool:
                 file.write(array.tobytes())
             arrays.clear()
 
-    def finish(self) -> TokenizedPairs:
-        counts = np.concatenate(self._counts) if self._counts else np.zeros(0, np.int64)
-        rows = np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)
+    def finish(self, limit: "_Limit") -> TokenizedPairs:
         if self._files is None:
-            ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int32)
-            trained = np.concatenate(self._trained) if self._trained else np.zeros(0, bool)
+            ids, trained = np.concatenate(self._ids), np.concatenate(self._trained)
         else:
             for file in self._files:
                 file.flush()
             ids = np.memmap(self._files[0], np.int32, "r")
             trained = np.memmap(self._files[1], bool, "r")
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return TokenizedPairs(ids, trained, offsets, rows)
-
-
-def _limit(tokens: TokenizedPairs, max_length: int | None, overlong: Overlong) -> TokenizedPairs:
-    if overlong not in ("error", "drop", "truncate"):
-        raise PairsError(
-            f"`overlong` must be 'error', 'drop' or 'truncate'. Received: {overlong!r}"
+        offsets = np.zeros(1 + sum(map(len, self._counts)), np.int64)
+        np.cumsum(np.concatenate(self._counts), out=offsets[1:])
+        return TokenizedPairs(
+            ids,
+            trained,
+            offsets,
+            np.concatenate(self._rows),
+            response_lengths=np.concatenate(self._response_lengths),
+            dropped=limit.long.row_numbers() if limit.overlong == "drop" else (),
+            truncated=limit.long.row_numbers() if limit.overlong == "truncate" else (),
         )
-    if not len(tokens):
-        raise PairsError("There is no pair to train on.", next_step="Pass at least one pair.")
-    if max_length is None:
-        return tokens
-    long = np.flatnonzero(tokens.lengths > max_length)
-    if not len(long):
-        return tokens
-    if overlong == "error":
-        longest = int(tokens.lengths.max())
-        raise PairsError(
-            f"{len(long):,} of {len(tokens):,} rows are longer than {max_length:,} tokens.",
-            (f"row {tokens.rows[i]}: {tokens.lengths[i]:,} tokens" for i in long),
-            f"Raise `sequence_length` (to {longest} for all rows), shorten the rows, or pass "
-            "`overlong='drop'` or `overlong='truncate'`.",
-        )
-    if overlong == "drop":
-        return _keep(tokens, np.flatnonzero(tokens.lengths <= max_length), None, tokens.rows[long])
-    kept = _keep(tokens, np.arange(len(tokens)), max_length + 1, tokens.rows[:0])
-    kept.truncated = tuple(int(row) for row in tokens.rows[long])
-    bare = np.flatnonzero(kept.response_lengths == 0)
-    if len(bare):
-        raise PairsError(
-            f"Cut to {max_length:,} tokens, {len(bare):,} rows have no answer left to learn.",
-            (f"row {kept.rows[i]}: the prompt alone fills the length" for i in bare),
-            "Raise `sequence_length` or drop these rows with `overlong='drop'`.",
-        )
-    return kept
 
 
-def _keep(
-    tokens: TokenizedPairs, indices: np.ndarray, limit: int | None, dropped: np.ndarray
-) -> TokenizedPairs:
-    if not len(indices):
-        raise PairsError("Every row is over the length limit: none is left to train on.")
-    parts = [tokens.row(int(i)) for i in indices]
-    ids = [ids[:limit] for ids, _ in parts]
-    return TokenizedPairs(
-        np.concatenate(ids),
-        np.concatenate([trained[:limit] for _, trained in parts]),
-        np.concatenate([[0], np.cumsum([len(x) for x in ids])]).astype(np.int64),
-        tokens.rows[indices],
-        dropped=tuple(int(row) for row in dropped),
-    )
+class _Limit:
+    """Holds rows to a length while they stream by, and remembers those that are longer.
+
+    Args:
+        length: Most tokens a row may feed into the model, or `None` for no limit.
+        overlong: What to do with a longer row.
+
+    Raises:
+        PairsError: `overlong` is none of the three.
+    """
+
+    def __init__(self, length: int | None, overlong: Overlong) -> None:
+        if overlong not in ("error", "drop", "truncate"):
+            raise PairsError(
+                f"`overlong` must be 'error', 'drop' or 'truncate'. Received: {overlong!r}"
+            )
+        self.length = length
+        self.overlong = overlong
+        self.long = Findings()
+        self._bare = Findings()
+        self._longest = 0
+        self._rows = self._kept = 0
+
+    def apply(
+        self, pairs: Sequence[Pair], ids: np.ndarray, trained: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays of some rows, without what is over the limit, and their row numbers."""
+        rows = np.asarray([pair.row for pair in pairs], np.int32)
+        if self.length is not None:
+            most = self.length + 1  # the last token is not fed
+            long = counts > most
+            self._note(pairs, counts - 1, long)
+            if self.overlong != "error" and long.any():
+                kept = np.where(long, 0 if self.overlong == "drop" else most, counts)
+                inside = _places_within(counts) < np.repeat(kept, counts)
+                ids, trained = ids[inside], trained[inside]
+                counts, rows = kept[kept > 0], rows[kept > 0]
+                if self.overlong == "truncate":
+                    self._note_bare(pairs, _count_trained(trained, np.cumsum(counts) - counts))
+        self._rows += len(pairs)
+        self._kept += len(rows)
+        return ids, trained, counts, rows
+
+    def _note(self, pairs: Sequence[Pair], lengths: np.ndarray, long: np.ndarray) -> None:
+        for index in np.flatnonzero(long).tolist():
+            pair, length = pairs[index], int(lengths[index])
+            self.long.add(pair.row, pair.line, pair.file, [f"{length:,} tokens"])
+            self._longest = max(self._longest, length)
+
+    def _note_bare(self, pairs: Sequence[Pair], response_lengths: np.ndarray) -> None:
+        for index in np.flatnonzero(response_lengths == 0).tolist():
+            pair = pairs[index]
+            text = f"the prompt alone fills {self.length:,} tokens, and no answer is left to learn"
+            self._bare.add(pair.row, pair.line, pair.file, [text])
+
+    def raise_for_problems(self) -> None:
+        """Report rows over the limit, unless they were to be dropped or cut and can be."""
+        long = len(self.long.row_numbers())
+        if long and self.overlong == "error":
+            raise PairsError(
+                f"{self._so_many(long)} longer than {self.length:,} tokens.",
+                self.long.lines(),
+                f"Raise `sequence_length` (to {self._longest} for all rows), shorten the rows, or "
+                "pass `overlong='drop'` or `overlong='truncate'`.",
+            )
+        bare = len(self._bare.row_numbers())
+        if bare:
+            raise PairsError(
+                f"{self._so_many(bare)} cut before the answer.",
+                self._bare.lines(),
+                "Raise `sequence_length` or drop these rows with `overlong='drop'`.",
+            )
+        if long and not self._kept:
+            raise PairsError("Every row is over the length limit: none is left to train on.")
+
+    def warn(self, name: str) -> None:
+        """Tell of the rows that were dropped or cut, if there are any."""
+        if long := len(self.long.row_numbers()):
+            done = "left out" if self.overlong == "drop" else "cut"
+            warn_of_pairs(
+                f"{at_start(name)}: {self._so_many(long)} longer than {self.length:,} tokens and "
+                f"{done}.",
+                self.long.lines(),
+                stacklevel=4,
+            )
+
+    def _so_many(self, count: int) -> str:
+        return f"{count:,} of {self._rows:,} rows {'is' if count == 1 else 'are'}"
+
+
+def _places_within(counts: np.ndarray) -> np.ndarray:
+    """For rows laid one after the other: the place of each token in its row, from 0."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,28 +441,25 @@ def choose_shapes(
         if not len(inside):
             continue
         rows = min(batch_size, len(inside)) if len(bounds) == 1 else batch_size
-        positions = int(_strata(inside, response_lengths, rows)[1].max(axis=1).sum())
+        strata = _strata(inside, response_lengths, rows)
+        positions = int(np.where(strata >= 0, response_lengths[strata], 0).max(axis=1).sum())
         shapes.append(Shape(rows, int(length), _round_up(positions, LENGTH_STEP)))
     return tuple(shapes)
 
 
-def _strata(
-    rows: np.ndarray, response_lengths: np.ndarray, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _strata(rows: np.ndarray, response_lengths: np.ndarray, batch_size: int) -> np.ndarray:
     """Rows by answer length, cut into `batch_size` strata from which each batch draws one row.
 
     So every batch, however the strata are shuffled, has at most the sum of their longest answers:
     a bound close to the average, and the number of batches is the same in every epoch.
 
     Returns:
-        `[batch_size, batches]` rows, -1 where there is none, and their answer lengths.
+        `[batch_size, batches]` int32 rows, -1 where there is none.
     """
     batches = math.ceil(len(rows) / batch_size)
-    ordered = rows[np.argsort(response_lengths[rows], kind="stable")]
-    slots = np.full(batches * batch_size, -1, np.int64)
-    slots[len(slots) - len(rows) :] = ordered
-    lengths = np.where(slots >= 0, response_lengths[slots], 0)
-    return slots.reshape(batch_size, batches), lengths.reshape(batch_size, batches)
+    slots = np.full(batches * batch_size, -1, np.int32)
+    slots[len(slots) - len(rows) :] = rows[np.argsort(response_lengths[rows], kind="stable")]
+    return slots.reshape(batch_size, batches)
 
 
 def _round_up(value: float, step: int) -> int:
@@ -391,13 +467,15 @@ def _round_up(value: float, step: int) -> int:
 
 
 def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> list[int]:
-    rounded = np.ceil(lengths / LENGTH_STEP).astype(np.int64) * LENGTH_STEP
-    values, counts = np.unique(rounded, return_counts=True)
+    steps = np.bincount(-(-lengths // LENGTH_STEP))
+    values = np.flatnonzero(steps)
+    total = np.cumsum(steps[values])  # rows of that length or less
     if len(values) > 256:
-        # Enough candidates for any choice of four; keeps the table small.
-        edges = np.unique(np.quantile(rounded, np.linspace(0, 1, 257), method="higher")).astype(int)
-        counts = np.diff(np.concatenate([[0], np.searchsorted(np.sort(rounded), edges, "right")]))
-        values = edges
+        # Quantiles: enough candidates for any choice of four; keeps the table small.
+        ranks = np.ceil(np.linspace(0, len(lengths) - 1, 257))
+        edges = np.unique(np.searchsorted(total, ranks, "right"))
+        values, total = values[edges], total[edges]
+    values, counts = values * LENGTH_STEP, np.diff(total, prepend=0)
     best = _partition(values, counts, min(max_shapes, len(values)))
     # A compilation takes as long as several batches: a small set is not worth a second one.
     most = max(1, len(lengths) // (8 * batch_size))
@@ -431,6 +509,43 @@ def _partition(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[
     return result
 
 
+class Batches(Sequence[tuple[Shape, np.ndarray]]):
+    """The batches of one epoch, each as its shape and its row places; 4 bytes a row.
+
+    Args:
+        shapes: Static shapes.
+        tables: For each shape `[batches, batch_size]` row places, -1 where there is none.
+        order: `[batches]` places in the tables, laid one after the other; -1 for an empty batch.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Shape], tables: Sequence[np.ndarray], order: np.ndarray
+    ) -> None:
+        self._shapes = shapes
+        self._tables = tables
+        self._order = order
+        self._ends = np.cumsum([len(table) for table in tables])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Shape, np.ndarray]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Batches": ...
+
+    def __getitem__(self, index: int | slice) -> "tuple[Shape, np.ndarray] | Batches":
+        if isinstance(index, slice):
+            return Batches(self._shapes, self._tables, self._order[index])
+        place = self._order[index]
+        if place < 0:
+            return self._shapes[0], np.zeros(0, np.int64)
+        group = int(np.searchsorted(self._ends, place, "right"))
+        rows = self._tables[group][place - self._ends[group]]
+        return self._shapes[group], rows[rows >= 0]
+
+
 class Batcher:
     """Decides which rows go together, epoch by epoch, and builds the arrays.
 
@@ -461,25 +576,26 @@ class Batcher:
         self.shuffle = shuffle
         self.seed = seed
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self._group = np.searchsorted([s.length for s in self.shapes], tokens.lengths)
+        bounds = np.asarray([shape.length for shape in self.shapes], np.int32)
+        self._group = np.searchsorted(bounds, tokens.lengths).astype(np.int8)
 
-    def epoch(self, epoch: int) -> list[tuple[Shape, np.ndarray]]:
+    def epoch(self, epoch: int) -> "Batches":
         """The batches of one epoch: every row once, as its shape and its row places.
 
         A multiple of `gradient_accumulation_steps` of them: empty batches complete the last update.
         """
         random = np.random.default_rng([self.seed, epoch])
-        batches: list[tuple[Shape, np.ndarray]] = []
+        tables = []
         for index, shape in enumerate(self.shapes):
             rows = np.flatnonzero(self._group == index)
-            strata, _ = _strata(rows, self.tokens.response_lengths, shape.batch_size)
+            strata = _strata(rows, self.tokens.response_lengths, shape.batch_size)
             if self.shuffle:
                 strata = random.permuted(strata, axis=1)
-            batches += [(shape, batch[batch >= 0]) for batch in strata.T]
-        if self.shuffle:
-            batches = [batches[i] for i in random.permutation(len(batches))]
-        missing = -len(batches) % self.gradient_accumulation_steps
-        return batches + [(self.shapes[0], np.zeros(0, np.int64))] * missing
+            tables.append(strata.T)
+        count = sum(map(len, tables))
+        order = random.permutation(count) if self.shuffle else np.arange(count)
+        missing = -count % self.gradient_accumulation_steps
+        return Batches(self.shapes, tables, np.concatenate([order, np.full(missing, -1)]))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -511,7 +627,7 @@ class Batcher:
         if len(rows):
             counts = self.tokens.lengths[rows]
             # Where each token of these rows stands in the flat arrays, and where in the batch.
-            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            within = _places_within(counts)
             source = np.repeat(self.tokens.offsets[rows], counts) + within
             target = np.repeat(np.arange(len(rows)) * shape.length, counts) + within
             token_ids.reshape(-1)[target] = self.tokens.ids[source]
@@ -610,6 +726,9 @@ def make_dataset(
     shuffle: bool = True,
     seed: int = 0,
     gradient_accumulation_steps: int = 1,
+    input_column: str | None = None,
+    output_column: str | None = None,
+    system_column: str | None = None,
 ) -> Any:
     """A `tf.data.Dataset` that a `TuningModel` can `fit`.
 
@@ -618,6 +737,9 @@ def make_dataset(
     `[batch * length]` tokens whose hidden state predicts a trained token; `y` `[positions]` int32
     are those tokens; `sample_weight` `[positions]` float32 is 1 over the number of trained tokens
     in the batch (over all accumulated batches), and 0 where a position only fills the shape.
+
+    The template is attached to the model (`attach_template`), so that `generate` and `save_preset`
+    use the one it is trained with.
 
     Args:
         pairs: Anything `read_pairs` takes.
@@ -631,6 +753,9 @@ def make_dataset(
         seed: Seed of that order.
         gradient_accumulation_steps: Batches whose gradients Keras's optimizer averages before one
             update; the weights make that average the mean over all their trained tokens.
+        input_column: Own name of the input column, where the pairs have columns.
+        output_column: Own name of the output column.
+        system_column: Own name of the column of system messages.
 
     Returns:
         A `tf.data.Dataset` over one epoch.
@@ -638,15 +763,25 @@ def make_dataset(
     Raises:
         PairsError: Rows with problems, all at once.
         PlanError: A size is not a positive integer.
+
+    Warns:
+        PairsWarning: Rows were left out or cut, as `overlong` asks.
     """
-    tokens = tokenize_pairs(
+    source = read_pairs(
         pairs,
+        input_column=input_column,
+        output_column=output_column,
+        system_column=system_column,
+    )
+    chosen = get_template(template, model)
+    tokens = tokenize_pairs(
+        source,
         model,
-        template=template,
+        template=chosen,
         max_length=None if sequence_length == "auto" else sequence_length,
         overlong=overlong,
     )
-    return make_batcher(
+    batcher = make_batcher(
         tokens,
         model,
         batch_size=batch_size,
@@ -654,4 +789,6 @@ def make_dataset(
         shuffle=shuffle,
         seed=seed,
         gradient_accumulation_steps=gradient_accumulation_steps,
-    ).to_dataset()
+    )
+    attach_template(model, chosen)
+    return batcher.to_dataset()

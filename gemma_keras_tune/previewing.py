@@ -1,15 +1,18 @@
 """A few rows exactly as they would be trained."""
 
+import codecs
 import dataclasses
 import html
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-from gemma_keras_tune.pairs import PairSource, read_pairs
+from gemma_keras_tune.errors import PairsError
+from gemma_keras_tune.pairs import read_pairs
 from gemma_keras_tune.pipeline import encode
 from gemma_keras_tune.templates import Template, get_template
 
@@ -21,7 +24,7 @@ class PreviewRow:
     Attributes:
         row: Its number in the source, from 1.
         ids: `[tokens]` int32 token ids, `<bos>` first.
-        pieces: The text of each token.
+        pieces: The text of each token. A character of several byte tokens stands at the last one.
         trained: `[tokens]` bool, tokens that carry loss.
     """
 
@@ -76,32 +79,65 @@ def preview(
     *,
     rows: int = 3,
     template: str | Template | Callable[..., Any] = "auto",
+    input_column: str | None = None,
+    output_column: str | None = None,
+    system_column: str | None = None,
 ) -> Preview:
     """Show the first rows exactly as they would be trained.
 
     Args:
-        pairs: Anything `read_pairs` takes.
+        pairs: Anything `read_pairs` takes that can be read again: the rows shown are read here,
+            and a generator would give them no second time.
         model: A KerasHub Gemma with its preprocessor.
         rows: How many rows.
         template: Anything `get_template` takes.
+        input_column: Own name of the input column, where the pairs have columns.
+        output_column: Own name of the output column.
+        system_column: Own name of the column of system messages.
 
     Returns:
         A `Preview`: the text, the token ids, and which of them carry loss.
 
     Raises:
-        PairsError: No row could be read, or one of the first rows has a problem.
+        PairsError: No row could be read, one of the first rows has a problem, or the source gives
+            its rows once.
     """
-    source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs)
+    source = read_pairs(
+        pairs,
+        input_column=input_column,
+        output_column=output_column,
+        system_column=system_column,
+    )
+    if not source.repeatable:
+        raise PairsError(
+            f"{source.name} gives its rows once, and those shown here would be missing when it is "
+            "trained on.",
+            next_step="Pass a list, or a function that returns a fresh iterator each time.",
+        )
     chosen = get_template(template, model)
     tokenizer = model.preprocessor.tokenizer
     shown = []
     for pair in itertools.islice(source, rows):
         ids, trained = encode(tokenizer, chosen.segments(pair.messages))
-        pieces = tuple(tokenizer.id_to_token(int(i)).replace("▁", " ") for i in ids)
-        shown.append(PreviewRow(pair.row, ids, pieces, trained))
+        shown.append(PreviewRow(pair.row, ids, _pieces(tokenizer, ids), trained))
     if len(shown) < rows:
         source.raise_for_problems()
     return Preview(chosen.name, tuple(shown))
+
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _pieces(tokenizer: keras.layers.Layer, ids: np.ndarray) -> tuple[str, ...]:
+    """The text of each token; byte tokens give their characters once these are complete."""
+    pieces = []
+    decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
+    for token in (tokenizer.id_to_token(int(i)) for i in ids):
+        if byte := _BYTE.fullmatch(token):
+            pieces.append(decode(bytes.fromhex(byte[1])))
+        else:
+            pieces.append(decode(b"", final=True) + token.replace("▁", " "))
+    return tuple(pieces)
 
 
 def _marked(row: PreviewRow) -> str:

@@ -30,8 +30,21 @@ from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.families import family_of, is_instruct
 
 SIDECAR = "gemma_keras_tune.json"
+START_OF_TEXT = "<bos>"
 END_OF_TEXT = "<eos>"
 KNOWN_STOP_TOKENS = (END_OF_TEXT, "<end_of_turn>", "<turn|>")
+# SentencePiece never reads these out of text: it spells them out, letter by letter.
+CONTROL_TOKENS = (START_OF_TEXT, END_OF_TEXT, "<pad>", "<unk>")
+# Control signs of some Gemma. No tokenizer has all of them.
+SPECIAL_TOKENS = (
+    *CONTROL_TOKENS, "<mask>",
+    "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>",
+    "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
+    "<|tool_response>", "<tool_response|>", '<|"|>',
+    "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<|image>", "<|image|>", "<image|>",
+    "<start_of_audio>", "<end_of_audio>", "<audio_soft_token>", "<|audio>", "<|audio|>", "<audio|>",
+    "<|video>", "<|video|>", "<video|>",
+)  # fmt: skip
 
 
 class MessageLike(Protocol):
@@ -147,16 +160,15 @@ class Template(abc.ABC):
         Raises:
             TemplateError: A stop token is no single token of this tokenizer.
         """
-        ids = tuple(int(tokenizer.token_to_id(token)) for token in self.stop_tokens)
-        found = [tokenizer.id_to_token(i) for i in ids]
-        missing = [t for t, f in zip(self.stop_tokens, found, strict=True) if t != f]
+        ids = {token: _token_id(tokenizer, token) for token in self.stop_tokens}
+        missing = [token for token, found in ids.items() if found is None]
         if missing:
             raise TemplateError(
                 f"The template {self.name!r} does not fit the model's tokenizer.",
                 [f"{token!r} is not one token of it" for token in missing],
                 "Use `template='auto'`, or end the template with a token the model knows.",
             )
-        return ids
+        return tuple(found for found in ids.values() if found is not None)
 
     def __str__(self) -> str:
         """Name and stop token."""
@@ -186,6 +198,14 @@ class TurnTemplate(Template):
     answer_start: str = ""
 
     kind: ClassVar[str] = "turns"
+
+    def __post_init__(self) -> None:
+        """Check the marks.
+
+        Raises:
+            TemplateError: One of them holds a control token.
+        """
+        _check_control(self.name, (self.turn_start, self.turn_end, self.answer_start))
 
     @property
     def name(self) -> str:
@@ -253,7 +273,7 @@ class TextTemplate(Template):
     When text follows `{output}`, it is taught as part of the answer, up to and with the first of
     `<eos>`, `<end_of_turn>` and `<turn|>` in it, which becomes the stop token. With none of them,
     `<eos>` is added. Spaces just before `{output}` count to the answer, as tokens carry the space
-    in front of a word with the word.
+    in front of a word with the word. A leading `<bos>` is left out: every row gets one anyway.
 
     Attributes:
         text: The template.
@@ -266,12 +286,16 @@ class TextTemplate(Template):
     kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
-        """Check the placeholders.
+        """Check the placeholders, and the text between them.
 
         Raises:
-            TemplateError: One is missing, unknown, repeated, or out of order.
+            TemplateError: One is missing, unknown, repeated, or out of order; or a control token
+                stands where it would be spelled out.
         """
         _check_placeholders(self.text)
+        before, _, ending, following = self._cut
+        own = [text for kind, text in before if kind == "text"]
+        _check_control(self.text, (*own, ending.removesuffix(END_OF_TEXT), following))
 
     @property
     def name(self) -> str:
@@ -285,7 +309,7 @@ class TextTemplate(Template):
 
     def _parts(self) -> tuple[list[tuple[str, str]], str]:
         """What stands before `{output}`, in `(kind, text)` pieces, and the text behind it."""
-        pieces = _pieces(self.text)
+        pieces = _pieces(self.text.removeprefix(START_OF_TEXT))
         index = pieces.index(("field", "output"))
         after = "".join(text for _, text in pieces[index + 1 :])
         return pieces[:index], after
@@ -363,8 +387,9 @@ class FunctionTemplate(Template):
     """A template written as a Python function.
 
     Attributes:
-        function: Takes the messages before the answer, returns the text before the answer. In a
-            conversation of several turns the last answer alone is trained.
+        function: Takes the messages before the answer, returns the text before the answer. A
+            leading `<bos>` is left out, as it is put in front of every row. In a conversation of
+            several turns the last answer alone is trained.
         stop: The stop token.
     """
 
@@ -386,16 +411,26 @@ class FunctionTemplate(Template):
 
     def _segments(self, messages: Messages) -> list[Segment]:
         answered = messages[-1].role == "assistant"
-        text = self.function(tuple(messages[:-1] if answered else messages))
+        parts = [Segment(self._prompt(messages[:-1] if answered else messages), False)]
+        if answered:
+            parts.append(Segment(messages[-1].content + self.stop, True))
+        return parts
+
+    def _prompt(self, messages: Messages) -> str:
+        text = self.function(tuple(messages))
         if not isinstance(text, str):
             raise TemplateError(
                 f"The template function {self.name} must return the text of the prompt as a string."
                 f" Received: {type(text).__name__}"
             )
-        parts = [Segment(text, False)]
-        if answered:
-            parts.append(Segment(messages[-1].content + self.stop, True))
-        return parts
+        # What the messages themselves hold is the user's text, and stays as it is.
+        given = "".join(message.content for message in messages)
+        own = {t: text.count(t) - given.count(t) for t in CONTROL_TOKENS if t in text}
+        if own.get(START_OF_TEXT, 0) > 0 and text.startswith(START_OF_TEXT):
+            text = text.removeprefix(START_OF_TEXT)
+            own[START_OF_TEXT] -= 1
+        _check_control(self.name, [token for token, count in own.items() if count > 0])
+        return text
 
     def chat_template(self) -> None:
         """There is none."""
@@ -466,6 +501,24 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
     if getattr(model, "preprocessor", None) is not None:
         template.stop_token_ids(model.preprocessor.tokenizer)
     return template
+
+
+def special_tokens(tokenizer: keras.layers.Layer) -> tuple[str, ...]:
+    """Special tokens of a tokenizer as text: control signs to the model, suspect in a user's text.
+
+    Args:
+        tokenizer: A KerasHub tokenizer of a Gemma.
+
+    Returns:
+        Those of `SPECIAL_TOKENS` that are one token of it.
+    """
+    return tuple(t for t in SPECIAL_TOKENS if _token_id(tokenizer, t) is not None)
+
+
+def _token_id(tokenizer: keras.layers.Layer, token: str) -> int | None:
+    """Its id, where this text is one token."""
+    found = int(tokenizer.token_to_id(token))
+    return found if tokenizer.id_to_token(found) == token else None
 
 
 _attached: "weakref.WeakKeyDictionary[keras.Model, Template]" = weakref.WeakKeyDictionary()
@@ -703,6 +756,19 @@ def _check_placeholders(text: str) -> None:
             problems,
             "Write {input} where the user's text goes and {output} where the answer goes, "
             "{system} where a system text goes if you have one, and {{ or }} for a brace.",
+        )
+
+
+def _check_control(template: str, own: Sequence[str]) -> None:
+    """Refuse control tokens in a template's own text."""
+    found = [token for token in CONTROL_TOKENS if any(token in text for text in own)]
+    if found:
+        raise TemplateError(
+            f"The template {template!r} has control tokens where the tokenizer would spell them "
+            "out, letter by letter.",
+            [f"{token!r} stands in the text" for token in found],
+            "Leave them out. <bos> is put in front of every row anyway, and <eos> may only end the "
+            "answer. To end another turn, write a token that text can hold, such as <end_of_turn>.",
         )
 
 

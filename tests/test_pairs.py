@@ -523,7 +523,9 @@ def test_json_array_problems_name_row_and_line(tmp_path):
     path.write_text('[["a", "b"]]\n[]')
     assert problems(path) == ["row 2 (line 1): there is text after the end of the array"]
     path.write_text('{"prompt": ')
-    assert "the file is not JSON (a list of records, one record, or a record a line): " in error(path)
+    assert "the file is not JSON (a list of records, one record, or a record a line): " in error(
+        path
+    )
     assert "Expecting value: line 1 column 12" in error(path)
 
 
@@ -690,7 +692,9 @@ def test_a_folder_where_only_some_files_are_named_like_a_split(files, split, tmp
     for name in files:
         write_lines(tmp_path / name, dicts([(name, "b")]))
     message = error(tmp_path)
-    assert f"1 of {len(files)} files in the folder {tmp_path.name} are named like a split" in message
+    assert (
+        f"1 of {len(files)} files in the folder {tmp_path.name} are named like a split" in message
+    )
     assert all(repr(name) in message for name in files) and f"`split='{split}'`" in message
     with pytest.warns(PairsWarning) as caught:
         assert texts(tmp_path, split=split) == [(files[0], "b")]

@@ -1,6 +1,9 @@
 """Pairs to batches: token ids, masks, shapes, order, limits."""
 
+import gc
 import itertools
+import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from gemma_keras_tune.pipeline import (
 )
 
 PLAIN = "{input}\n{output}"
+BYTES_A_ROW = 100
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +140,26 @@ def test_long_rows_are_reported_dropped_or_cut(model):
         gkt.make_dataset(pairs, model, template=PLAIN, sequence_length=20)
     assert [p.split(":")[0] for p in caught.value.problems] == ["row 2", "row 3"]
     limits = {"template": PLAIN, "max_length": 20}
-    dropped = tokenize_pairs(pairs, model, overlong="drop", **limits)
+    with pytest.warns(gkt.PairsWarning) as told:
+        dropped = tokenize_pairs(pairs, model, overlong="drop", **limits)
     assert dropped.dropped == (2, 3) and len(dropped) == 1
-    with pytest.raises(gkt.PairsError, match="no answer left") as caught:
+    assert dropped.response_lengths.tolist() == [3]
+    assert str(told[0].message).splitlines() == [
+        "The list: 2 of 3 rows are longer than 20 tokens and left out.",
+        "  - row 2: 54 tokens",
+        "  - row 3: 28 tokens",
+    ]
+    with pytest.raises(gkt.PairsError, match="1 of 3 rows is cut before the answer") as caught:
         tokenize_pairs(pairs, model, overlong="truncate", **limits)
-    assert "row 2" in caught.value.problems[0]
-    cut = tokenize_pairs([pairs[0], pairs[2]], model, overlong="truncate", **limits)
+    assert "row 2: the prompt alone fills 20 tokens" in caught.value.problems[0]
+    with pytest.warns(gkt.PairsWarning, match="1 of 2 rows is longer than 20 tokens and cut"):
+        cut = tokenize_pairs([pairs[0], pairs[2]], model, overlong="truncate", **limits)
     assert cut.truncated == (2,) and cut.lengths.max() == 20
+    assert cut.response_lengths.tolist() == [int(cut.row(i)[1].sum()) for i in range(2)]
+    with pytest.raises(gkt.PairsError, match="none is left"):
+        tokenize_pairs(pairs[1:], model, overlong="drop", **limits)
+    with pytest.warns(gkt.PairsWarning, match="left out"):
+        gkt.make_dataset(pairs, model, template=PLAIN, sequence_length=20, overlong="drop")
     with pytest.raises(gkt.PairsError, match="'error', 'drop' or 'truncate'"):
         tokenize_pairs(pairs, model, overlong="cut", **limits)
 
@@ -151,6 +168,58 @@ def test_all_bad_rows_are_reported_before_any_work(model):
     with pytest.raises(gkt.PairsError) as caught:
         gkt.make_dataset([("a", "b"), ("c", ""), ("d", None)], model, template=PLAIN)
     assert "row 2" in str(caught.value) and "row 3" in str(caught.value)
+
+
+def test_problems_of_every_kind_are_reported_at_once(model, tmp_path):
+    rows = [("a", "b"), ("", "x"), ("q" * 60, "y")]
+    lines = [json.dumps({"prompt": p, "response": r}) for p, r in rows]
+    (tmp_path / "1.jsonl").write_text("\n\n".join(lines))
+    (tmp_path / "2.json").write_text('{"prompt": ')
+    with pytest.raises(gkt.PairsError) as caught:
+        gkt.make_dataset(tmp_path, model, template=PLAIN, sequence_length=20)
+    empty, broken, long = caught.value.problems
+    assert empty == "row 2 (1.jsonl, line 3): `prompt` is empty"
+    assert broken.startswith("row 4 (2.json): the file is not JSON")
+    assert long == "row 3 (1.jsonl, line 5): 63 tokens"
+    assert "2 rows cannot be trained on. 1 of 2 rows is longer than 20 tokens" in str(caught.value)
+    assert "sequence_length" in str(caught.value) and "on_error='skip'" in str(caught.value)
+
+
+def test_problems_of_training_and_validation_pairs_are_reported_at_once(model):
+    with pytest.raises(gkt.PairsError) as caught:
+        gkt.tune(
+            model,
+            [("a", "b"), ("", "x")],
+            validation_data=[("q" * 60, "y"), ("a", None)],
+            template=PLAIN,
+            sequence_length=20,
+        )
+    assert caught.value.problems == (
+        "training, row 2: the input is empty",
+        "validation, row 2: the output is missing (its value is None)",
+        "validation, row 1: 63 tokens",
+    )
+    assert caught.value.headline.startswith("Training: The list: 1 row cannot be trained on. Valid")
+
+
+def test_own_column_names_are_taken_at_every_step(model):
+    frame = {"text": ["a", "b"], "label": ["yes", "no"], "rules": ["r", "s"]}
+    names = {"input_column": "text", "output_column": "label", "system_column": "rules"}
+    shown = gkt.preview(frame, model, template=PLAIN, **names)
+    assert "".join(shown.rows[0].pieces) == "<bos>r\n\na\nyes<eos>"
+    dataset = gkt.make_dataset(frame, model, template=PLAIN, shuffle=False, **names)
+    assert int(dataset.cardinality()) == 1
+    for step, args in ((gkt.make_dataset, (frame, model)), (gkt.preview, (frame, model)),
+                       (gkt.tune, (model, frame))):  # fmt: skip
+        with pytest.raises(gkt.PairsError, match="`input_column` must be a name, a string"):
+            step(*args, input_column=["text"])
+
+
+def test_make_dataset_attaches_its_template():
+    model = testing.tiny_model()
+    gkt.make_dataset(testing.tiny_pairs(2), model, template="Q: {input}\nA: {output}")
+    assert gkt.template_of(model) == gkt.get_template("Q: {input}\nA: {output}", model)
+    assert gkt.get_template("auto", model) == gkt.template_of(model)
 
 
 def test_sizes_that_are_no_sizes_are_refused(model):
@@ -172,6 +241,73 @@ def test_large_sets_are_spooled_to_disk(model, monkeypatch):
             np.testing.assert_array_equal(got, want)
     first = next(make_batcher(spooled, model).arrays(0))
     np.testing.assert_array_equal(first[1], next(make_batcher(held, model).arrays(0))[1])
+
+
+@pytest.mark.filterwarnings("ignore::gemma_keras_tune.PairsWarning")
+@pytest.mark.parametrize(("overlong", "kept"), [("drop", 34), ("truncate", 50)])
+def test_limits_hold_while_a_large_set_streams_to_disk(model, monkeypatch, overlong, kept):
+    pairs = [(f"{i} roll", "yes" * (9 if i % 3 == 2 else 1)) for i in range(50)]
+    limits = {"template": PLAIN, "max_length": 20, "overlong": overlong}
+    held = tokenize_pairs(pairs, model, **limits)
+    monkeypatch.setattr(pipeline, "SPOOL_BYTES", 100)
+    monkeypatch.setattr(pipeline, "_ROWS_AT_ONCE", 8)
+    spooled = tokenize_pairs(pairs, model, **limits)
+    assert isinstance(spooled.ids, np.memmap) and isinstance(spooled.trained, np.memmap)
+    assert len(spooled) == kept and spooled.lengths.max() <= 20
+    changed = tuple(range(3, 51, 3))
+    assert (spooled.dropped or spooled.truncated) == changed == (held.dropped or held.truncated)
+    for name in ("ids", "trained", "offsets", "rows", "response_lengths"):
+        np.testing.assert_array_equal(getattr(spooled, name), getattr(held, name))
+
+
+def write_rows(path, count):
+    with open(path, "w") as file:
+        for i in range(count):
+            row = {"prompt": f"part number {i} " * 5, "response": f"{i} " * 3}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def peak_of_an_epoch(path, model, **options):
+    """Most bytes in use while a file is tokenized, checked and batched once."""
+    checks = gkt.PairChecks(["<eos>"])
+    gc.collect()
+    tracemalloc.start()
+    try:
+        tokens = tokenize_pairs(path, model, template=PLAIN, on_pair=checks.add, **options)
+        checks.findings()
+        for _ in make_batcher(tokens, model, batch_size=8).arrays(0):
+            pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore::gemma_keras_tune.PairsWarning")
+def test_a_row_takes_few_bytes_of_memory(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "SPOOL_BYTES", 2**14)
+    monkeypatch.setattr(pipeline, "_ROWS_AT_ONCE", 64)
+    few, many = 200, 800
+    limits = {"max_length": 60, "overlong": "truncate"}
+    peaks = [
+        peak_of_an_epoch(write_rows(tmp_path / f"{count}.jsonl", count), model, **limits)
+        for count in (few, many)
+    ]
+    assert (peaks[1] - peaks[0]) / (many - few) < BYTES_A_ROW
+
+
+def test_preview_reads_no_rows_that_training_would_miss(model):
+    with pytest.raises(gkt.PairsError, match="gives its rows once"):
+        gkt.preview(iter(testing.tiny_pairs(4)), model, template=PLAIN)
+    pairs = testing.tiny_pairs(4)
+    shown = gkt.preview(lambda: iter(pairs), model, template=PLAIN, rows=1)
+    assert len(shown.rows) == 1
+
+
+def test_preview_shows_characters_for_byte_tokens(model):
+    row = gkt.preview([("ż", "日本")], model, template=PLAIN).rows[0]
+    assert "".join(row.pieces) == "<bos>ż\n日本<eos>"
+    assert "" in row.pieces  # no piece of its own, so several byte tokens
 
 
 def test_preview_shows_ids_and_what_is_trained(model):

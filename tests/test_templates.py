@@ -10,13 +10,15 @@ import jinja2
 import pytest
 
 from gemma_keras_tune import templates
-from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.errors import LoraError, PairsWarning, TemplateError
+from gemma_keras_tune.loading import _handle_instruct
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.templates import (
     PLAIN,
     SIDECAR,
     TEMPLATES,
+    FunctionTemplate,
     Segment,
     Template,
     TextTemplate,
@@ -28,7 +30,8 @@ from gemma_keras_tune.templates import (
     write_sidecar,
     write_template,
 )
-from gemma_keras_tune.testing import FAMILIES, tiny_tokenizer
+from gemma_keras_tune.testing import FAMILIES, tiny_model, tiny_tokenizer
+from gemma_keras_tune.tuning import tune
 
 TURN_FORMATS = [name for name in TEMPLATES if name != "plain"]
 ASK = (Message("user", " Hi \n"),)
@@ -290,6 +293,82 @@ def test_a_stop_token_the_tokenizer_lacks_is_refused():
     template = dataclasses.replace(TEMPLATES["gemma3"], turn_end="<no_such_token>")
     with pytest.raises(TemplateError, match="'<no_such_token>' is not one token"):
         get_template(template, bare_model(tiny_tokenizer("gemma3")))
+
+
+OPENING = "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_a_leading_bos_is_there_once():
+    tokenizer = tiny_tokenizer("gemma3")
+    own = TextTemplate("<bos>" + OPENING + "{output}<end_of_turn>")
+    written = FunctionTemplate(
+        lambda messages: "<bos>" + OPENING.replace("{input}", messages[0].content), "<end_of_turn>"
+    )
+    messages = (Message("user", "yes"), Message("assistant", "no"))
+    # <bos>, <start_of_turn>, us er \n, y es, <end_of_turn>, \n, …, n o, <end_of_turn>
+    expected = [2, 6, 336, 291, 26, 554, 300, 7, 26, 6, 312, 340, 26, 538, 537, 7]
+    for template in (own, written):
+        ids, _ = Encoder(tokenizer).encode(template.segments(messages))
+        assert list(ids) == expected
+    rendered = render(own, messages[:1], add_generation_prompt=True)
+    assert rendered == "<bos>" + OPENING.replace("{input}", "yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{input}<eos>{output}", ["<eos>"]),
+        (" <bos>{input}{output}", ["<bos>"]),
+        ("<bos><bos>{input}{output}", ["<bos>"]),
+        ("{input}<pad>{output}<unk><eos>", ["<pad>", "<unk>"]),
+        ("{input}{output}<end_of_turn>\n<eos>", ["<eos>"]),
+    ],
+)
+def test_control_tokens_that_would_be_spelled_out_are_refused(text, named):
+    with pytest.raises(TemplateError, match="spell them out") as caught:
+        TextTemplate(text)
+    assert caught.value.problems == tuple(f"{token!r} stands in the text" for token in named)
+
+
+def test_a_function_may_write_no_control_token_of_its_own():
+    with pytest.raises(TemplateError, match="'<eos>' stands in the text"):
+        FunctionTemplate(lambda m: f"{m[0].content}<eos>").segments(ANSWERED)
+    (spoken,) = FunctionTemplate(lambda m: m[0].content).segments(
+        (Message("user", "<bos> what is <eos>?"),), generation_prompt=True
+    )
+    assert spoken.text == "<bos> what is <eos>?"  # the user's own text
+    with pytest.raises(TemplateError, match="'<eos>' stands in the text"):
+        dataclasses.replace(TEMPLATES["gemma3"], turn_end="<eos>")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_in_the_text_are_warned_of_by_tune(family):
+    rows = [
+        ("hi <start_of_turn>user evil <bos> <|turn>model", "b<end_of_turn>"),
+        ("<h1> a < b <| no <turn>", "c <pad>"),
+    ]
+    model = tiny_model(family)
+    with (
+        pytest.warns(PairsWarning, match="Some pairs look wrong") as caught,
+        pytest.raises(LoraError),  # after the pairs, and before anything is compiled
+    ):
+        tune(model, rows, template="plain", targets=["no_such_layer"], verbose=0)
+    (told,) = [str(w.message) for w in caught if issubclass(w.category, PairsWarning)]
+    assert sorted(line.strip(" -") for line in told.splitlines()[1:]) == [
+        "row 1: '<bos>' stands in user text",
+        "row 1: '<end_of_turn>' stands in assistant text",
+        "row 1: '<start_of_turn>' stands in user text",
+        "row 1: '<|turn>' stands in user text",
+        "row 2: '<pad>' stands in assistant text",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "instruct"),
+    [("shieldgemma_2b_en", True), ("gemma3_instruct_270m", True), ("gemma3_270m", False)],
+)
+def test_which_presets_are_asked_in_turns(preset, instruct):
+    assert _handle_instruct(preset, f"kaggle://google/x/keras/{preset}/1") is instruct
 
 
 @pytest.mark.parametrize("family", FAMILIES)
