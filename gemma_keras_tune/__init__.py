@@ -91,9 +91,10 @@ from gemma_keras_tune.switching import (
 )
 from gemma_keras_tune.templates import Template, attach_template, get_template, template_of
 from gemma_keras_tune.training import TuningModel, make_optimizer
-from gemma_keras_tune.tuning import TuneResult, tune
+from gemma_keras_tune.tuning import AdapterCheckpoint, TuneResult, tune
 
 __all__ = [
+    "AdapterCheckpoint",
     "AdapterError",
     "Answer",
     "BackendError",

@@ -7,6 +7,7 @@ shares the Gemma's variables, so when it has been trained, the Gemma has.
 
 import math
 import time
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,12 +53,17 @@ class TuningModel(keras.Model):
         _check_floatx()
         _check_trainable(model)
         self.backbone = model.backbone
-        # In a tuple so that Keras does not track the variable twice.
-        self._head = (family_of(model).head(model),)
+        # Held where Keras does not look, or it would track the variables twice.
+        self._held = types.SimpleNamespace(gemma=model, head=family_of(model).head(model))
         self._nll = keras.metrics.Mean(name="loss")
         self._accuracy = keras.metrics.Mean(name="accuracy")
         # Everything has its weights already; else Keras would draw a batch to find out.
         self.built = True
+
+    @property
+    def gemma(self) -> keras.Model:
+        """The KerasHub model that is trained."""
+        return self._held.gemma
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -104,7 +110,7 @@ class TuningModel(keras.Model):
         Returns:
             A float32 scalar.
         """
-        head = self._head[0]
+        head = self._held.head
         embedding = ops.convert_to_tensor(head.embedding)
         scores = token_cross_entropy(
             y_pred,
@@ -117,6 +123,47 @@ class TuningModel(keras.Model):
         self._nll.update_state(scores.losses, sample_weight=live)
         self._accuracy.update_state(ops.cast(scores.correct, "float32"), sample_weight=live)
         return ops.sum(scores.losses * sample_weight)
+
+
+@keras.saving.register_keras_serializable("gemma_keras_tune")
+class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule over updates, for an optimizer that counts the batches it accumulates.
+
+    Keras asks a schedule at every batch, and makes the update with the rate of the last of them.
+
+    Args:
+        schedule: A schedule by the number of the update, from 0.
+        batches: Batches that make one update.
+    """
+
+    def __init__(
+        self, schedule: keras.optimizers.schedules.LearningRateSchedule, batches: int
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.batches = batches
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a batch.
+
+        Args:
+            step: Number of the batch, from 0.
+
+        Returns:
+            A float scalar.
+        """
+        return self.schedule(ops.floor_divide(step, self.batches))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments as JSON data."""
+        inner = keras.optimizers.schedules.serialize(self.schedule)
+        return {"schedule": inner, "batches": self.batches}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PerUpdate":
+        """The schedule that `get_config` described."""
+        inner = keras.optimizers.schedules.deserialize(config["schedule"])
+        return cls(inner, config["batches"])
 
 
 def make_optimizer(
@@ -153,20 +200,18 @@ def make_optimizer(
             "The run would train nothing: it needs at least one update after the warm-up. "
             f"Received: updates={updates}, warmup_updates={warmup_updates}"
         )
-    # Keras steps its schedules at every batch, also at those that only accumulate.
     batches = gradient_accumulation_steps
-    decay = (updates - warmup_updates) * batches
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=learning_rate / (warmup_updates + 1)
         if warmup_updates
         else learning_rate,
-        decay_steps=decay,
+        decay_steps=updates - warmup_updates,
         alpha=0.1,
         warmup_target=learning_rate if warmup_updates else None,
-        warmup_steps=warmup_updates * batches,
+        warmup_steps=warmup_updates,
     )
     optimizer = keras.optimizers.AdamW(
-        schedule,
+        PerUpdate(schedule, batches) if batches > 1 else schedule,
         weight_decay=weight_decay,
         global_clipnorm=clipnorm,
         beta_2=beta_2,
@@ -176,6 +221,16 @@ def make_optimizer(
     return optimizer
 
 
+def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The optimizer itself, or the one inside that Keras only scales the loss for."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def batches_per_update(optimizer: keras.optimizers.Optimizer) -> int:
+    """Batches whose gradients an optimizer accumulates for one update."""
+    return inner_optimizer(optimizer).gradient_accumulation_steps or 1
+
+
 class TuningProgress(keras.callbacks.Callback):
     """A progress bar over the whole run: loss, tokens a second, time left.
 
@@ -183,6 +238,12 @@ class TuningProgress(keras.callbacks.Callback):
         batches: Batches in the whole run.
         tokens: Tokens fed in the whole run, padding left out.
         disable: Draw nothing, but measure all the same.
+
+    Attributes:
+        done: Batches so far.
+        rates: The learning rate at the end of each epoch, and its batches.
+        seconds: How long the run took.
+        seconds_first_batch: How long the first batch took, compiling included.
     """
 
     def __init__(self, batches: int, tokens: int, *, disable: bool = False) -> None:
@@ -193,6 +254,7 @@ class TuningProgress(keras.callbacks.Callback):
         self.seconds_first_batch = 0.0
         self.seconds = 0.0
         self.done = 0
+        self.rates: list[tuple[float, int]] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Open the bar."""
@@ -216,6 +278,11 @@ class TuningProgress(keras.callbacks.Callback):
             self._shown = now
             rate = self.tokens * self.done / self.batches / (now - self._begin)
             self._bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {rate:,.0f} tokens/s")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Note the learning rate, which other callbacks may change now."""
+        batches = self.done - sum(count for _, count in self.rates)
+        self.rates.append((float(self.model.optimizer.learning_rate), batches))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the bar."""
