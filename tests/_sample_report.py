@@ -1,6 +1,7 @@
 """A report as `evaluate` gives it, built by hand, for the tests of the writers."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from gemma_keras_tune.evaluation.checks import (
@@ -28,8 +29,9 @@ from gemma_keras_tune.generation import Answer
 HOSTILE = (
     "</pre></script><script>document.title = 'run'; window.broken = true</script>"
     '<img src=x onerror="window.broken = true"> {{ 7 * 7 }} {% raw %} & &amp; \x00\x1b[31m '
-    "\u202egnp.exe \ud800 ]]> `code` ```fence``` | pipe"
+    "\u202egnp.exe ]]> `code` ```fence``` | pipe"
 )
+HALF = HOSTILE + " \ud800"  # which no plan may have, and no file can hold
 
 
 def sample_report(cases: int = 32, *, hostile: bool = True, words: int = 12) -> Report:
@@ -44,8 +46,8 @@ def sample_report(cases: int = 32, *, hostile: bool = True, words: int = 12) -> 
     found = [_case(draw, number, words) for number in range(cases)]
     if hostile:
         found[1] = _result(
-            Case(f"evil {HOSTILE}", HOSTILE, "failure", Refuses(), notes=HOSTILE),
-            {"base": HOSTILE, "few_shot": HOSTILE + "!", "tuned": HOSTILE + " more"},
+            Case(f"evil {HOSTILE}", HOSTILE, "failure", Refuses(), tags=HOSTILE, notes=HOSTILE),
+            {"base": HALF, "few_shot": HALF + "!", "tuned": HALF + " more"},
         )
     fair = [case for case in found if not case.leak]
     items = [
@@ -61,7 +63,7 @@ def sample_report(cases: int = 32, *, hostile: bool = True, words: int = 12) -> 
         cases=tuple(found),
         verdicts=_verdicts(fair, dict.fromkeys(("success", "failure", "boundary"), 0.9), 0.95),
         retention=Retention(scores),
-        few_shot=FewShot((1, 4), len(fair), 9, 4, 21, 0.2, 0.5, 0.01, "Tuning does better."),
+        few_shot=_few_shot(fair),
         leaks=_verdicts([c for c in found if c.leak], {"success": 0.9}, 0.95),  # type: ignore[arg-type]
         tuning=Tuning(
             plan={"rank": 8},
@@ -72,15 +74,36 @@ def sample_report(cases: int = 32, *, hostile: bool = True, words: int = 12) -> 
             token_lengths=((31, 2), (40, 9), (55, 8), (90, 5)),
         ),
         settings={
-            "target": {"success": 0.9},
+            "baseline": "base",
+            "few_shot": 2,
+            "retention": "auto",
+            "target": {"success": 0.9, "failure": 0.9, "boundary": 0.9},
             "confidence": 0.95,
+            "template": "gemma3",
+            "sampler": "auto",
             "max_new_tokens": 64,
             "batch_size": 16,
-            "template": "gemma3",
+            "policy": None,
+            "pairs": 24,
         },
         versions={"gemma_keras_tune": "0.1.0", "keras": "3.15.1", "jax": "0.10.2"},
         seed=7,
         seconds=41.5,
+    )
+
+
+def _few_shot(cases: Sequence[CaseResult]) -> FewShot:
+    passed = {name: sum(c.passed(name) for c in cases) for name in ("few_shot", "base", "tuned")}
+    return FewShot(
+        rows=(1, 4),
+        cases=len(cases),
+        passed=passed["few_shot"],
+        base_passed=passed["base"],
+        tuned_passed=passed["tuned"],
+        low=0.0,
+        high=0.5,
+        p_value=0.01,
+        words="Tuning does better.",
     )
 
 
@@ -97,7 +120,17 @@ def _case(draw: random.Random, number: int, words: int) -> CaseResult:
     tuned = good if draw.random() < 0.8 or kind == "boundary" else f"Here you are: {filler}"
     if kind == "failure" and draw.random() < 0.6:
         tuned = "I'm sorry, but I can't help with that."
-    case = Case(f"{kind}-{number}", f"Four {filler}, please ({number}).", kind, tuple(checks))
+    case = Case(
+        f"{kind}-{number}",
+        f"Four {filler}, please ({number}).",
+        kind,
+        tuple(checks),
+        samples=3 if number % 8 == 3 else 1,
+        required=0.6,
+        tags=("bread", "held-out") if number % 3 == 0 else (),
+        weight=2.0 if kind == "failure" else 1.0,
+        notes="An order." if number % 5 == 0 else "",
+    )
     leak = Leak((3, 9), 0.93, False) if number == 4 else None
     variants = {
         "base": f"What is the order? {filler}",
@@ -110,10 +143,15 @@ def _case(draw: random.Random, number: int, words: int) -> CaseResult:
 def _result(case: Case, texts: dict[str, str], leak: Leak | None = None) -> CaseResult:
     variants = {}
     for name, text in texts.items():
-        answer = Answer(text, list(range(len(text.split()))), name != "base")  # type: ignore[arg-type]
-        outcomes = tuple(_outcome(check, case, answer) for check in case.checks)
-        variants[name] = (SampleResult(text, answer.stopped, len(answer.ids), outcomes),)
+        several = [text, f"{text} And a cake.", "Which order?"][: case.samples]
+        variants[name] = tuple(_sample(case, one, stopped=name != "base") for one in several)
     return CaseResult(case, variants, leak)
+
+
+def _sample(case: Case, text: str, *, stopped: bool) -> SampleResult:
+    answer = Answer(text, list(range(len(text.split()))), stopped)  # type: ignore[arg-type]
+    outcomes = tuple(_outcome(check, case, answer) for check in case.checks)
+    return SampleResult(text, stopped, len(answer.ids), outcomes)
 
 
 def _outcome(check: Check, case: Case, answer: Answer) -> Outcome:

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import importlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -187,7 +188,20 @@ class Report:
         few_shot: Whether tuning was needed, where it was tried.
         leaks: What the verdicts would be on the leaked cases alone.
         tuning: How the model was tuned, where that is known.
-        settings: Arguments of `evaluate`, and the model's fingerprint, as JSON data.
+        settings: Arguments of `evaluate` and what they were used on, as JSON data:
+
+            - `baseline`: `"base"` where the adapter was switched off, a model's name or path, or
+              null;
+            - `few_shot`: the number given, or `"auto"`;
+            - `retention`: true, false or `"auto"`, or how many items of one's own there were;
+            - `target`: the pass rate that each kind has to have;
+            - `confidence`, `max_new_tokens`, `batch_size`: as given;
+            - `template`: the template's name, `"custom"` for one of one's own;
+            - `sampler`: its name, or `class_name` and `config`;
+            - `policy`: the name of its class or function, or null;
+            - `pairs`: how many training pairs there were, or null where none were passed;
+            - `fingerprint` and `adapter`: hashes of the model and of the adapter that was on;
+            - `machine`: where it ran.
         versions: Versions of the packages in use.
         seed: The seed.
         seconds: How long it took.
@@ -222,6 +236,22 @@ class Report:
     def variants(self) -> tuple[str, ...]:
         """What was asked: of `"base"`, `"tuned"` and `"few_shot"`."""
         return tuple(name for name in VARIANTS if any(name in c.variants for c in self.cases))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What was not looked at for want of an argument, in sentences."""
+        found = []
+        if "pairs" in self.settings and self.settings["pairs"] is None:
+            found.append(
+                "Leakage was not looked for, and the base was not tried with examples: the "
+                "training pairs were not passed (`pairs=…`)."
+            )
+        if "baseline" in self.settings and self.settings["baseline"] is None:
+            found.append(
+                "What was gained and what was forgotten was not measured: there is no base to "
+                "compare with (`baseline=…`)."
+            )
+        return tuple(found)
 
     def raise_if_failed(self, *, strict: bool = False) -> None:
         """Stop a script or a CI job whose model is not good enough.
@@ -296,7 +326,8 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        data = _finite(self.to_dict())
+        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data; `docs/testing.md` describes it."""
@@ -364,6 +395,7 @@ class Report:
                 f"  Leakage: {len(leaked)} of {len(self.cases)} cases are in the training pairs "
                 f"and scored apart: {', '.join(leaked[:10])}{' …' * (len(leaked) > 10)}"
             )
+        lines += [f"  {sentence}" for sentence in self.left_out]
         failing = [case for case in self.cases if not case.leak and not case.passed()]
         lines += [f"  ✗ {c.case.kind} {c.case.id}: {_first_reason(c)}" for c in failing[:20]]
         if len(failing) > 20:
@@ -424,6 +456,15 @@ def _first_reason(found: CaseResult) -> str:
     return ""
 
 
+def _finite(value: Any) -> Any:
+    """JSON data with null for numbers that JSON does not have, such as the loss of a lost run."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _case_to_dict(found: CaseResult) -> dict[str, Any]:
     return {
         **found.case.to_config(),
@@ -474,7 +515,10 @@ def _tuning_from_dict(data: Mapping[str, Any]) -> Tuning:
     return Tuning(
         plan=data["plan"],
         plan_text=data["plan_text"],
-        history={name: tuple(values) for name, values in data["history"].items()},
+        history={
+            name: tuple(math.nan if value is None else value for value in values)
+            for name, values in data["history"].items()
+        },
         timings=data["timings"],
         learning_rates=tuple(data["learning_rates"]),
         token_lengths=tuple((length, count) for length, count in data["token_lengths"]),

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from gemma_keras_tune.evaluation.plans import KINDS
-from gemma_keras_tune.evaluation.reporting import pictures, texts
+from gemma_keras_tune.evaluation.reporting import pictures, repeating, tallies, texts
 from gemma_keras_tune.evaluation.results import (
     CaseResult,
     KindVerdict,
@@ -30,7 +30,7 @@ from gemma_keras_tune.evaluation.statistics import wilson_interval
 # Of all prompts and answers together; longer ones are cut, the longest first.
 MOST_CHARACTERS = 1_800_000
 MOST_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
-NAMES = {"base": "base", "few_shot": "base with examples", "tuned": "tuned"}
+NAMES = {"base": "base", "tuned": "tuned", "few_shot": "base with examples"}
 
 
 def render(report: Report) -> str:
@@ -53,14 +53,17 @@ def render(report: Report) -> str:
         summary=_summary(report),
         verdicts=[{"it": v, "picture": _rates(v)} for v in report.verdicts],
         leaks=report.leaks,
-        leaked=sum(case.leak is not None for case in report.cases),
+        leaked=[texts.visible(found.case.id) for found in report.cases if found.leak],
+        tags=tallies.by_tag(report),
+        weighted=tallies.is_weighted(report),
+        most_marked=MOST_MARKED if "base" in report.variants else len(report.cases),
         few_shot_picture=_few_shot(report),
         lost=report.retention.lost if report.retention else (),
         kinds=[kind for kind in KINDS if any(c.case.kind == kind for c in report.cases)],
         cases=[_case(report, place, case, limit) for place, case in enumerate(report.cases)],
         pictures=_tuning_pictures(report.tuning) if report.tuning else [],
         settings=[(name, _plain(value)) for name, value in report.settings.items()],
-        call=_call(report),
+        call=repeating.call(report),
     )
 
 
@@ -78,6 +81,7 @@ def _template() -> jinja2.Template:
         loader=jinja2.FunctionLoader(_resource),
     )
     environment.filters["visible"] = lambda text: texts.visible(str(text))
+    environment.filters["percent"] = pictures.percent
     environment.filters["slug"] = lambda text: text.replace(" ", "-")
     return environment.get_template("page.html.jinja")
 
@@ -88,6 +92,8 @@ def _summary(report: Report) -> str:
     text = f"The tuned model passed {passed} of {len(fair)} cases"
     if "base" in report.variants:
         text += f", its base {sum(case.passed('base') for case in fair)}"
+    if leaked := len(report.cases) - len(fair):
+        text += f"; {leaked} more {'was' if leaked == 1 else 'were'} trained on, and scored apart"
     return (
         f"{text}. "
         + {
@@ -154,6 +160,9 @@ def _case(report: Report, place: int, found: CaseResult, limit: int) -> dict[str
         "kind": case.kind,
         "line": texts.visible(texts.one_line(case.text, 110)),
         "outcome": _outcome(found.passed()),
+        "group": "leak" if found.leak else _outcome(found.passed()),
+        "tags": [texts.visible(tag) for tag in case.tags],
+        "weight": f"{case.weight:g}" if case.weight != 1 else "",
         "change": _change(found),
         "open": len(report.cases) <= 40 and not found.passed(),
         "leak": _leak(found),
@@ -191,7 +200,7 @@ def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, A
             "outcome": _outcome(found.passed(variant)),
             "said": _said(found, variant),
             "samples": [
-                _sample(sample, limit, runs.get(variant, ()) if number == 0 else ())
+                _sample(sample, limit, runs.get((variant, number), ()))
                 for number, sample in enumerate(found.variants[variant])
             ],
         }
@@ -200,16 +209,18 @@ def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, A
     ]
 
 
-def _marked_runs(found: CaseResult, limit: int) -> dict[str, list[texts.Run]]:
-    """What the base alone says, and what the tuned model alone says, in the greedy answers."""
-    if "base" not in found.variants or found.case.samples > 1:
-        return {}
-    before, after = (
-        texts.visible(found.variants[name][0].text[:limit]) for name in ("base", "tuned")
-    )
-    runs = texts.word_diff(before, after)
-    sides = {"base": ("same", "gone"), "tuned": ("same", "new")}
-    return {name: [r for r in runs if r.kind in kinds] for name, kinds in sides.items() if runs}
+def _marked_runs(found: CaseResult, limit: int) -> dict[tuple[str, int], list[texts.Run]]:
+    """What the base alone says, and what the tuned model alone says, in each answer.
+
+    Drawn answers are compared in their order: those of one number have the same seed.
+    """
+    marked: dict[tuple[str, int], list[texts.Run]] = {}
+    both = zip(found.variants.get("base", ()), found.variants["tuned"], strict=False)
+    for number, pair in enumerate(both):
+        runs = texts.word_diff(*(texts.visible(sample.text[:limit]) for sample in pair))
+        for name, kind in (("base", "gone"), ("tuned", "new")):
+            marked[name, number] = [run for run in runs if run.kind in ("same", kind)]
+    return marked
 
 
 def _sample(sample: SampleResult, limit: int, runs: Sequence[texts.Run]) -> dict[str, Any]:
@@ -219,6 +230,7 @@ def _sample(sample: SampleResult, limit: int, runs: Sequence[texts.Run]) -> dict
         "left_out": left_out,
         "stopped": sample.stopped,
         "empty": not sample.text,
+        "outcome": _outcome(sample.passed),
     }
 
 
@@ -253,16 +265,6 @@ def _check(found: CaseResult, number: int) -> dict[str, Any]:
 
 def _outcome(passed: bool) -> str:
     return "pass" if passed else "fail"
-
-
-# How to repeat it.
-
-
-def _call(report: Report) -> str:
-    names = ("target", "confidence", "max_new_tokens", "batch_size")
-    given = {name: report.settings[name] for name in names if name in report.settings}
-    arguments = "".join(f", {name}={value!r}" for name, value in given.items())
-    return texts.visible(f"gkt.evaluate(model, plan, pairs=pairs{arguments}, seed={report.seed})")
 
 
 def _plain(value: Any) -> str:

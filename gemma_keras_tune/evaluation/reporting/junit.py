@@ -1,6 +1,7 @@
 """A report as JUnit XML, which CI services read."""
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 
 from gemma_keras_tune.evaluation.reporting import texts
 from gemma_keras_tune.evaluation.results import CaseResult, Report
@@ -30,13 +31,18 @@ def render(report: Report) -> str:
             skipped=str(sum(found.leak is not None for found in own)),
         )
         words = [verdict.words for verdict in report.verdicts if verdict.kind == kind]
-        properties = ElementTree.SubElement(suite, "properties")
-        for text in words:
-            ElementTree.SubElement(properties, "property", name="verdict", value=text)
+        _add_properties(suite, [("verdict", text) for text in words])
         for found in own:
             _add(suite, report.plan_name, found)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _add_properties(element: ElementTree.Element, about: Sequence[tuple[str, str]]) -> None:
+    if about:
+        properties = ElementTree.SubElement(element, "properties")
+        for name, value in about:
+            ElementTree.SubElement(properties, "property", name=name, value=value)
 
 
 def _add(suite: ElementTree.Element, plan: str, found: CaseResult) -> None:
@@ -46,6 +52,10 @@ def _add(suite: ElementTree.Element, plan: str, found: CaseResult) -> None:
         classname=f"{texts.visible(plan)}.{found.case.kind}",
         name=texts.visible(found.case.id),
     )
+    about = {"tags": " ".join(found.case.tags), "notes": found.case.notes}
+    if found.case.weight != 1:
+        about["weight"] = f"{found.case.weight:g}"
+    _add_properties(case, [(name, texts.visible(text)) for name, text in about.items() if text])
     if found.leak is not None:
         rows = ", ".join(map(str, found.leak.rows))
         ElementTree.SubElement(case, "skipped", message=f"in the training pairs, row {rows}")

@@ -2,7 +2,8 @@
 
 import re
 
-from gemma_keras_tune.evaluation.reporting import texts
+from gemma_keras_tune.evaluation.reporting import repeating, tallies, texts
+from gemma_keras_tune.evaluation.reporting.pictures import percent
 from gemma_keras_tune.evaluation.results import CaseResult, Report
 
 MOST_FAILING = 50
@@ -19,6 +20,8 @@ def render(report: Report) -> str:
         The text. Prompts and answers stand in code, so that nothing in them is markup.
     """
     parts = [f"# {_inline(report.plan_name)}: {report.verdict}", _verdicts(report)]
+    parts += [_inline(sentence) for sentence in report.left_out]
+    parts.append(_tags(report))
     if report.few_shot:
         parts.append(f"**Is tuning needed?** {report.few_shot.words}")
     if report.retention:
@@ -30,17 +33,30 @@ def render(report: Report) -> str:
     parts += _failing(report)
     if report.tuning:
         parts.append("## How it was tuned\n\n" + _block(report.tuning.plan_text))
-    parts.append("## How to repeat it\n\n" + _settings(report))
+    parts.append("## How to repeat it\n\n" + _block(repeating.call(report)))
+    parts.append(_settings(report))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _verdicts(report: Report) -> str:
     lines = ["| kind | verdict | passed | base | what it shows |", "|---|---|---|---|---|"]
+    weighted = tallies.is_weighted(report)
     for v in report.verdicts:
         base = "–" if v.base_passed is None else f"{v.base_passed} of {v.cases}"
         words = f"{v.words} {v.base_words}".strip()
+        if weighted:
+            words += f" Counted by weight, {percent(v.weighted_rate)} passed."
         lines.append(f"| {v.kind} | **{v.verdict}** | {v.passed} of {v.cases} | {base} | {words} |")
     return "\n".join(lines)
+
+
+def _tags(report: Report) -> str:
+    rows = tallies.by_tag(report)
+    lines = ["| tag | tuned | base |", "|---|---|---|"]
+    for row in rows:
+        base = "–" if row.base_passed is None else f"{row.base_passed} of {row.cases}"
+        lines.append(f"| {_inline(row.tag)} | {row.passed} of {row.cases} | {base} |")
+    return "\n".join(lines) if rows else ""
 
 
 def _failing(report: Report) -> list[str]:
@@ -61,15 +77,16 @@ def _case(found: CaseResult) -> str:
         for check, outcome in zip(found.case.checks, sample.outcomes, strict=True)
         if not outcome.passed
     ]
-    return "\n\n".join(
-        [
-            f"### {_inline(found.case.id)} ({found.case.kind})",
-            _block(found.case.text),
-            "answered:",
-            _block(sample.text or "(nothing)"),
-            "\n".join(reasons),
-        ]
-    )
+    tags = [_inline(tag) for tag in found.case.tags]
+    parts = [
+        f"### {_inline(found.case.id)} ({', '.join((found.case.kind, *tags))})",
+        _inline(found.case.notes),
+        _block(found.case.text),
+        "answered:",
+        _block(sample.text or "(nothing)"),
+        "\n".join(reasons),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _settings(report: Report) -> str:

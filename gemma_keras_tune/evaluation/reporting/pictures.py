@@ -15,8 +15,11 @@ from gemma_keras_tune._pictures import COLOURS, draw_history, new_figure, style,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# In inches. A phone shows a picture of this width at its own size, so its texts can be read.
-WIDTH = 4.3
+# In inches. A page shows pictures at about 320 pixels, so their texts are as large as its own.
+WIDTH = 3.5
+# Of pass rates, the same in every picture, so that several can be compared by eye.
+LEFT, RIGHT, TOP, BOTTOM = 0.82, 0.88, 0.27, 0.25
+ROW = 0.27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +54,19 @@ def rates(rows: Sequence[Rate], name: str, *, target: float | None = None) -> st
     Returns:
         An SVG element.
     """
-    figure = new_figure(WIDTH, 0.62 + 0.27 * len(rows))
+    height = TOP + ROW * len(rows) + BOTTOM
+    figure = new_figure(WIDTH, height)
+    figure.set_layout_engine("none")
     with style():
-        axes = figure.add_subplot()
+        across, up = 1 - (LEFT + RIGHT) / WIDTH, ROW * len(rows) / height
+        axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, across, up))
         for place, row in enumerate(rows):
             _draw_rate(axes, -place, row)
         if target is not None:
             axes.axvline(target, color=COLOURS["ink"], linewidth=0.9, linestyle=(0, (4, 3)))
             side = "right" if target > 0.75 else "left" if target < 0.25 else "center"
-            axes.text(target, 0.62, f"target {percent(target)}", ha=side, va="bottom")
-        axes.set(xlim=(-0.01, 1.01), ylim=(0.45 - len(rows), 0.55))
+            axes.text(target, 0.56, f"target {percent(target)}", ha=side, va="bottom")
+        axes.set(xlim=(-0.01, 1.01), ylim=(0.5 - len(rows), 0.5))
         axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "25", "50", "75", "100 %"))
         axes.set_yticks(range(0, -len(rows), -1), [row.name for row in rows])
         axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
@@ -85,7 +91,7 @@ def _draw_rate(axes: "Axes", place: int, row: Rate) -> None:
     if row.cases:
         axes.plot(row.passed / row.cases, place, "o", color=colour, markersize=6, clip_on=False)
     axes.text(
-        1.05, place, f"{row.passed} of {row.cases}", va="center", color=COLOURS["ink"],
+        1.08, place, f"{row.passed} of {row.cases}", va="center", color=COLOURS["ink"],
     )  # fmt: skip
 
 
