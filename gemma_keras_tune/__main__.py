@@ -131,8 +131,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--adapter", metavar="DIR", help="an adapter to merge into the model")
     export.add_argument("--dtype", default="auto", help="dtype to write")
-    export.add_argument("--quantization", help="Q8_0 or Q4_0, for GGUF and Ollama")
-    export.add_argument("--shard-size", default="5GB")
+    export.add_argument(
+        "--quantization", help="Q8_0, Q4_0 or a K-quant such as Q4_K_M, for GGUF and Ollama"
+    )
+    export.add_argument("--shard-size", help="for keras and safetensors; default: 5GB")
+    export.add_argument(
+        "--check",
+        choices=["record", "run", "none"],
+        default="record",
+        help="record answers for `verify`, verify at once, or neither; default: %(default)s",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.add_argument("--quiet", action="store_true")
     export.set_defaults(run=_export)
@@ -142,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("path", help="what `export`, `save_preset` or `save_adapter` wrote")
     verify.add_argument("--base", metavar="MODEL", help="for an adapter, what it belongs on")
+    verify.add_argument(
+        "--no-update", action="store_true", help="leave the outcome in the receipt as it is"
+    )
     verify.add_argument("--no-run", action="store_true", help="compare the files alone")
     verify.set_defaults(run=_verify)
 
@@ -247,13 +258,16 @@ def _export(options: argparse.Namespace) -> None:
         gkt.load_adapter(model, options.adapter)
     names = ("format", "dtype", "quantization", "shard_size", "overwrite")
     settings = {name: getattr(options, name) for name in names}
+    settings["check"] = {"record": True, "run": "run", "none": False}[options.check]
     print(gkt.export(model, options.path, verbose=int(not options.quiet), **settings))
 
 
 def _verify(options: argparse.Namespace) -> None:
     from gemma_keras_tune.exporting.verifying import verify
 
-    verdict = verify(options.path, base=options.base, run=not options.no_run)
+    verdict = verify(
+        options.path, base=options.base, run=not options.no_run, update=not options.no_update
+    )
     print(verdict)
     verdict.raise_if_failed()
 

@@ -1,5 +1,8 @@
+import importlib.util
 import json
+import os
 import re
+import sys
 import warnings
 
 import gguf
@@ -9,7 +12,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_keras_tune import loading
 from gemma_keras_tune.errors import ExportError, LoadError
-from gemma_keras_tune.exporting import gguf_adapter, gguf_file, ollama
+from gemma_keras_tune.exporting import export as gkt_export
+from gemma_keras_tune.exporting import gguf_adapter, gguf_file, k_quants, ollama
+from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.exporting.verifying import verify
 from gemma_keras_tune.families import backbone_inputs, family_of, is_instruct
 from gemma_keras_tune.generation import generate
 from gemma_keras_tune.gguf_files import TEMPLATE_KEY, read_header
@@ -271,9 +277,52 @@ def test_settings_without_a_word_in_gguf_are_all_named(tmp_path):
 
 def test_wrong_options(model, tmp_path):
     with pytest.raises(ExportError, match="`quantization` must be one of"):
-        export(model, tmp_path, quantization="Q4_K_M")
+        export(model, tmp_path, quantization="Q4_K_X")
     with pytest.raises(ExportError, match="`dtype` must be 'auto' or one of"):
         export(model, tmp_path, dtype="int8")
+
+
+def test_k_quants_need_the_quantizer(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(k_quants.PYTHON_VARIABLE, sys.executable)
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match=r"pip install llama-cpp-python.*'Q8_0' and 'Q4_0'"):
+        gguf_file.write(model, tmp_path / "out", quantization="q4_k_m")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_quantizer_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    program = tmp_path / "llama-quantize"
+    program.write_text("#!/bin/sh\necho no such kind >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv(k_quants.PYTHON_VARIABLE, raising=False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ExportError, match=r"could not write Q6_K.*\n.*no such kind"):
+        gguf_file.write(model, tmp_path / "out", quantization="Q6_K")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["Q4_K_M", "Q5_K_M", "Q6_K"])
+def test_k_quants(quantization, tmp_path):
+    try:
+        k_quants.quantizer()
+    except ExportError as missing:
+        pytest.skip(str(missing))
+    sizes = dict(num_layers=1, hidden_dim=256, intermediate_dim=512, head_dim=64)
+    wide = tiny_model("gemma3", **sizes)
+    path = gkt_export(wide, tmp_path / "x.gguf", quantization=quantization, verbose=0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.gguf", "x.gguf.receipt.json"]
+    kinds = {tensor.kind.name for tensor in read_header(path).tensors.values()}
+    assert {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K"}[quantization] in kinds
+    theirs = {weight.path: value for weight, value in merged_weights(load(path))}
+    for weight, value in merged_weights(wide):
+        assert np.abs(theirs[weight.path] - value).max() < 0.1 * np.abs(value).max(), weight.path
+    if importlib.util.find_spec("xllamacpp"):
+        assert verify(path).passed
 
 
 def test_values_beyond_float16(tmp_path):
@@ -452,13 +501,38 @@ def test_adapter_that_cannot_be_written(model, tmp_path):
 # Ollama.
 
 
+INSTRUCTIONS = ("FROM", "TEMPLATE", "SYSTEM", "LICENSE", "PARAMETER", "MESSAGE", "ADAPTER")
+
+
 def parse_modelfile(text):
-    """`{instruction: [arguments]}`, by Ollama's grammar."""
-    pattern = r'^([A-Z]+) (?:"""(.*?)"""|([^\n]*))$'
+    """`{instruction: [arguments]}`, by Ollama's grammar. What does not fit it is an error."""
     found: dict[str, list[str]] = {}
-    for name, block, line in re.findall(pattern, text, re.DOTALL | re.MULTILINE):
-        found.setdefault(name, []).append(block or line)
+    while text:
+        name, _, rest = text.partition(" ")
+        assert name in INSTRUCTIONS, text[:60]
+        if name == "PARAMETER":
+            name, _, rest = rest.partition(" ")
+            assert name in ("temperature", "top_k", "repeat_penalty", "num_ctx", "stop"), name
+        if rest.startswith('"""'):
+            value, end, text = rest[3:].partition('"""')
+            assert end and text.startswith("\n"), "quotes are left open"
+            text = text[1:]
+        else:
+            value, end, text = rest.partition("\n")
+            assert end, "the last line does not end"
+            if value.startswith('"'):
+                value = json.loads(value)
+        found.setdefault(name, []).append(value)
     return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["FORM ./x\n", 'TEMPLATE """x\n', "FROM ./x", "PARAMETER heat 3\n", 'PARAMETER stop "a\n'],
+)
+def test_the_parser_refuses_what_ollama_would(text):
+    with pytest.raises((AssertionError, ValueError)):
+        parse_modelfile(text)
 
 
 def go(template, *, system="", prompt="", response=None):
@@ -505,7 +579,10 @@ def test_ollama_folder(tmp_path):
     ollama.write(tuned, tmp_path, quantization="Q8_0")
     parts = parse_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8"))
     assert parts["FROM"] == ["./model.gguf"]
-    assert parts["PARAMETER"] == ['stop "<end_of_turn>"', 'stop "<eos>"']
+    assert parts["stop"] == ["<end_of_turn>", "<eos>"]
+    # Greedy, as `generate`.
+    assert parts["temperature"] == ["0"] and parts["repeat_penalty"] == ["1"]
+    assert int(parts["num_ctx"][0]) >= 8192
     assert go(parts["TEMPLATE"][0], prompt="Hi") == (
         "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
     )

@@ -14,6 +14,8 @@ from gemma_keras_tune.families import backbone_inputs
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.receipts import (
     FILE_NAME,
+    NOT_CHECKED,
+    SCHEMA,
     Receipt,
     read_receipt,
     receipt_path,
@@ -67,11 +69,16 @@ def test_recordings_are_what_the_model_answers(model, folder):
         np.testing.assert_allclose(one.margins[0], logits[best[0]] - logits[best[1]], atol=1e-5)
 
 
-@pytest.mark.slow
-def test_recordings_have_the_lora_even_where_it_is_switched_off(model, folder):
-    with gkt.lora_disabled(model):
-        again = record(model, ["Hello!", "part number 7"])
-    assert again == read_receipt(folder).recordings
+def test_a_receipt_without_an_outcome_is_read(folder, tmp_path):
+    data = as_data(folder)
+    assert data.pop("outcome")["verdict"] == "not run"
+    data["schema"] = "gemma_keras_tune.receipt/1"
+    assert read_receipt(write(tmp_path, data)).outcome == NOT_CHECKED
+    data["schema"] = SCHEMA
+    data["outcome"] = {"verdict": "fine", "runtime": 3, "checked": [], "reasons": None}
+    with pytest.raises(gkt.ExportError) as caught:
+        read_receipt(write(tmp_path, data))
+    assert len(caught.value.problems) == 3
 
 
 def test_no_answers_are_recorded_unless_asked(model, tmp_path):

@@ -13,10 +13,19 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.__main__ import main
-from gemma_keras_tune.exporting.runtimes import Answered
+from gemma_keras_tune.exporting import verifying
+from gemma_keras_tune.exporting.runtimes import Answered, NotRunError
 from gemma_keras_tune.exporting.verifying import _compare, tolerance_of, verify
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import FILE_NAME, FileRecord, Receipt, Recording, sha256
+from gemma_keras_tune.receipts import (
+    FILE_NAME,
+    NOT_CHECKED,
+    FileRecord,
+    Receipt,
+    Recording,
+    read_receipt,
+    sha256,
+)
 
 
 def tuned(family="gemma3", **sizes):
@@ -73,6 +82,93 @@ def test_everything_that_changed_is_named_at_once(folder):
     assert len(found) == 4
     with pytest.raises(gkt.ExportError, match=shards[1].name):
         verdict.raise_if_failed()
+
+
+def test_the_outcome_is_kept_in_the_receipt(folder):
+    assert read_receipt(folder).outcome == NOT_CHECKED
+    verify(folder, update=False)
+    assert read_receipt(folder).outcome == NOT_CHECKED
+    verify(folder)
+    outcome = read_receipt(folder).outcome
+    assert outcome.verdict == "not run" and "as they were written" in outcome.checked[0]
+    assert "no answers were recorded" in outcome.reasons[0]
+    flip(folder / "config.json")
+    verify(folder)
+    failed = read_receipt(folder).outcome
+    assert failed.verdict == "failed" and failed.reasons[0].startswith("config.json: ")
+    # What was found out is not replaced by what was not looked at.
+    flip(folder / "config.json")
+    verify(folder)
+    assert read_receipt(folder).outcome == failed
+    assert not list(folder.glob(f".{FILE_NAME}*"))
+
+
+def test_a_receipt_that_cannot_be_written_is_said(folder, monkeypatch):
+    def refuse(*names):
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    verdict = verify(folder)
+    assert verdict.passed and "outcome was not written" in verdict.skipped[-1]
+    assert not list(folder.glob(f".{FILE_NAME}*"))
+
+
+def answers_of(receipt, **changes):
+    return [
+        Answered(
+            **{"ids": one.ids, "answer_ids": one.answer_ids, "logits": one.top_logits} | changes
+        )
+        for one in receipt.recordings
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [gkt.export, gkt.save_preset])
+def test_a_check_at_once(save, model, tmp_path, monkeypatch):
+    options = {"check": "run", "prompts": ["Hello!"]}
+    if save is gkt.export:
+        options |= {"verbose": 0, "shard_size": "20KB"}
+    seen = []
+
+    def answer(path, receipt, base=None):
+        seen.append(path)
+        return "a runtime 1.0", answers_of(receipt)
+
+    monkeypatch.setattr(verifying, "ask", answer)
+    outcome = read_receipt(save(model, tmp_path / "right", **options)).outcome
+    assert (outcome.verdict, outcome.runtime) == ("passed", "a runtime 1.0")
+    # Before it takes its name.
+    assert seen[0].name.startswith(".right.") and not seen[0].exists()
+
+    monkeypatch.setattr(
+        verifying, "ask", lambda path, receipt, base=None: ("x", answers_of(receipt, ids=(1,)))
+    )
+    with pytest.raises(gkt.ExportError, match="token ids differ"):
+        save(model, tmp_path / "wrong", **options)
+
+    def nothing(path, receipt, base=None):
+        raise NotRunError("transformers is not installed: pip install transformers torch")
+
+    monkeypatch.setattr(verifying, "ask", nothing)
+    with pytest.warns(UserWarning, match="pip install transformers torch"):
+        kept = save(model, tmp_path / "kept", **options)
+    assert read_receipt(kept).outcome.verdict == "not run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "right"]
+
+
+def test_checks_that_are_none(model, tmp_path):
+    for save in (gkt.export, gkt.save_preset, gkt.save_adapter):
+        with pytest.raises(gkt.ExportError, match="`check` must be True, False or 'run'"):
+            save(model, tmp_path / "out", check="yes")
+
+
+@pytest.mark.slow
+def test_an_adapter_is_checked_beside_itself(model, tmp_path):
+    options = {"check": "run", "prompts": ["Hello!"]}
+    path = gkt.save_adapter(model, tmp_path / "adapter", **options)
+    outcome = read_receipt(path).outcome
+    assert outcome.verdict == "passed" and outcome.runtime.startswith("gemma_keras_tune")
+    assert gkt.list_adapters(model) == ("default",) and gkt.active_adapter(model) == "default"
 
 
 def test_a_lone_file(model, tmp_path):

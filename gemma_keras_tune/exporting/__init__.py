@@ -111,7 +111,7 @@ def export(
                 f"{format!r}"
             )
     if quantization is not None:
-        options["quantization"] = quantization
+        options["quantization"] = quantization = str(quantization).upper()
     if format in _TAKEN_BY["shard_size"]:
         options["shard_size"] = _bytes(_SHARD_SIZE if shard_size is None else shard_size)
     if format not in ("keras", "gguf_adapter"):

@@ -17,6 +17,7 @@ import math
 import pathlib
 import re
 import statistics
+import tempfile
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,7 @@ import numpy as np
 
 from gemma_keras_tune.building import backbone_class
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting import k_quants
 from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.exporting.tokenizer_files import merge_rules
 from gemma_keras_tune.families import (
@@ -121,12 +123,18 @@ def write(
             weights are, else float16.
         progress: Called with the tensor's name, how many are written, and how many there are.
         quantization: `"Q8_0"` or `"Q4_0"`, instead of `dtype`. Matrices whose rows are no multiple
-            of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`.
+            of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`. Or
+            one of `k_quants.K_QUANTS`, which llama.cpp's own quantizer makes of a whole file in
+            the weights' own dtype.
         file_name: Name of the file.
 
     Raises:
-        ExportError: GGUF cannot carry this model, or a weight is too large for the dtype.
+        ExportError: GGUF cannot carry this model, a weight is too large for the dtype, or
+            llama.cpp's quantizer is asked for and not installed.
     """
+    if str(quantization).upper() in k_quants.K_QUANTS:
+        _write_k_quant(model, folder / file_name, str(quantization).upper(), progress)
+        return
     family = family_of(model)
     kind = _file_kind(model, dtype, quantization)
     weights = family.weights(model)
@@ -159,6 +167,17 @@ def write(
         writer.close()
 
 
+def _write_k_quant(
+    model: keras.Model, path: pathlib.Path, quantization: str, progress: Progress
+) -> None:
+    command = k_quants.quantizer()
+    held = str(family_of(model).head(model).embedding.dtype)
+    with tempfile.TemporaryDirectory(dir=path.parent) as space:
+        dtype = "bfloat16" if held == "bfloat16" else "float32"
+        write(model, pathlib.Path(space), dtype=dtype, progress=progress)
+        k_quants.quantize(command, pathlib.Path(space, FILE_NAME), path, quantization)
+
+
 # What goes into the header.
 
 
@@ -167,9 +186,8 @@ def _file_kind(model: keras.Model, dtype: str, quantization: str | None) -> str:
         name = str(quantization).upper()
         if name not in QUANTIZATIONS:
             raise ExportError(
-                f"`quantization` must be one of {QUANTIZATIONS} or None. Received: "
-                f"{quantization!r}",
-                next_step="For K-quants, export float16 and run llama.cpp's llama-quantize.",
+                f"`quantization` must be one of {QUANTIZATIONS + k_quants.K_QUANTS} or None. "
+                f"Received: {quantization!r}"
             )
         return name
     if dtype == "auto":
@@ -394,7 +412,7 @@ def _unsaid(title: str, problems: list[str]) -> ExportError:
 def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
     """Read the metadata back: what they cannot say would make another model of the file."""
     tensors = {
-        weight.gguf: TensorInfo(weight.gguf, weight.matrix_shape, _Kind.F32, 0, 0)
+        weight.gguf: TensorInfo(weight.gguf, weight.matrix_shape, _Kind.F32, 0, 0, pathlib.Path())
         for weight in family.weights(model)
     }
     described = backbone_config(GgufFile(pathlib.Path(), sizes, tensors), family)

@@ -31,6 +31,11 @@ _SYSTEM, _PROMPT, _ANSWER, _NEXT = "\ue000", "\ue001", "\ue002", "\ue003"
 _FIELDS = {_SYSTEM: "{{ .System }}", _PROMPT: "{{ .Prompt }}"}
 
 
+# Ollama would sample, punish what was said before, and forget what lies 4,096 tokens back. So it
+# answers as `generate` does, and as far back as the shortest context of a Gemma reaches.
+_PARAMETERS = {"temperature": 0, "top_k": 1, "repeat_penalty": 1, "num_ctx": 8192}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Message:
     role: str
@@ -75,12 +80,13 @@ def modelfile(template: Template, *, file_name: str = gguf_file.FILE_NAME) -> st
     Raises:
         ExportError: The template is a Python function.
     """
-    stops = [f"PARAMETER stop {json.dumps(token)}" for token in template.stop_tokens]
+    parameters = [f"PARAMETER {name} {value}" for name, value in _PARAMETERS.items()]
+    parameters += [f"PARAMETER stop {json.dumps(token)}" for token in template.stop_tokens]
     return "\n".join(
         [
             f"FROM ./{file_name}",
             f'TEMPLATE """{go_template(template)}"""',
-            *stops,
+            *parameters,
             f'LICENSE """{_TERMS}"""',
             "",
         ]

@@ -31,6 +31,15 @@ TOLERANCES = {
     "int4": 5.0,
     "Q8_0": 0.5,
     "Q4_0": 5.0,
+    "Q6_K": 0.5,
+    "Q5_K_M": 2.0,
+    "Q5_K_S": 2.0,
+    "Q4_K_M": 5.0,
+    "Q4_K_S": 5.0,
+    "Q3_K_L": 5.0,
+    "Q3_K_M": 5.0,
+    "Q3_K_S": 5.0,
+    "Q2_K": 10.0,
 }
 _OTHER = 0.5
 # llama.cpp computes some functions in float16, whatever the weights are stored in.
