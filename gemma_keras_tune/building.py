@@ -1,7 +1,7 @@
 """KerasHub models out of their parts: a backbone without values, and the model around it."""
 
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import keras
@@ -22,6 +22,39 @@ def backbone_class(family: Family) -> Callable[..., keras.Model]:
         "gemma4": models.Gemma4Backbone,
     }
     return classes.get(family.name, models.GemmaBackbone)
+
+
+def empty_backbone(family: Family, arguments: Mapping[str, Any], dtype: str) -> keras.Model:
+    """A backbone whose variables have no values yet.
+
+    Args:
+        family: The generation.
+        arguments: What KerasHub's class is built from.
+        dtype: Keras dtype of the weights.
+
+    Returns:
+        KerasHub's backbone of that generation.
+    """
+    build = backbone_class(family)
+    backbone = without_values(lambda: build(**arguments, dtype=dtype))
+    set_attention_scale(backbone)
+    return backbone
+
+
+def set_attention_scale(backbone: keras.Model) -> None:
+    """Let a Gemma 1, 2 or 3 scale its queries as its settings say.
+
+    KerasHub 0.32 takes `query_head_dim_normalize`, and its decoder blocks pass `True` to their
+    attention all the same (`gemma_decoder_block.py`, `gemma3_decoder_block.py`). The 27B models of
+    Gemma 2 and 3 alone were trained with the other scale.
+
+    Args:
+        backbone: A KerasHub Gemma backbone.
+    """
+    models = keras_hub.models
+    if isinstance(backbone, models.GemmaBackbone | models.Gemma3Backbone):
+        for block in backbone.transformer_layers:
+            block.attention.query_head_dim_normalize = backbone.query_head_dim_normalize
 
 
 def causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:

@@ -766,7 +766,7 @@ def fingerprint(model: keras.Model) -> str:
 def broken_weights(model: keras.Model) -> list[str]:
     """The text tower's weights that hold NaN or infinite values, by their paths."""
     weights = family_of(model).weights(model)
-    return [weight.path for weight in weights if not _finite(weight.variable)]
+    return [weight.path for weight in weights if not all_finite(np.asarray(weight.variable))]
 
 
 def quantizations(model: keras.Model) -> dict[str, str]:
@@ -778,10 +778,11 @@ def quantizations(model: keras.Model) -> dict[str, str]:
     return {path: str(mode) for path, mode in modes.items() if mode is not None}
 
 
-def _finite(variable: keras.Variable) -> bool:
-    values = np.asarray(variable).reshape(-1)
-    parts = range(0, values.size, _CHUNK_VALUES)
-    return all(np.isfinite(values[start : start + _CHUNK_VALUES]).all() for start in parts)
+def all_finite(values: np.ndarray) -> bool:
+    """Whether an array holds no NaN and nothing infinite; little lies in memory beside it."""
+    flat = values.reshape(-1)
+    parts = range(0, flat.size, _CHUNK_VALUES)
+    return all(np.isfinite(flat[start : start + _CHUNK_VALUES]).all() for start in parts)
 
 
 def _kernel(layer: Any) -> keras.Variable:

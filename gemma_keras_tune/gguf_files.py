@@ -10,10 +10,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import collections
 import dataclasses
+import gc
 import json
 import math
 import os
 import pathlib
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +26,21 @@ import keras
 import numpy as np
 import scipy.special
 
-from gemma_keras_tune.building import backbone_class, causal_lm, without_values
+from gemma_keras_tune.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.families import FAMILIES, Family, Weight, mark_origin, split
+from gemma_keras_tune.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
+from gemma_keras_tune.hugging_face_settings import EPSILON
 from gemma_keras_tune.templates import Template, attach_template
+from gemma_keras_tune.vocabularies import (
+    CONTROL,
+    CONTROL_IDS,
+    SPACE,
+    UNK_ID,
+    UNKNOWN,
+    USER_DEFINED,
+    scores_of_merges,
+    sentencepiece_model,
+)
 
 MAGIC = b"GGUF"
 # What this library adds to a file it writes: the template as JSON, and whether it is instruct.
@@ -40,12 +53,11 @@ _MAX_NESTING = 4
 _MAX_SIZE = 1 << 24
 # The fewest bytes that a metadata entry and a tensor's entry take.
 _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-# Values dequantized at a time: what lies beside the result stays under some 100 MB.
-_CHUNK_VALUES = 1 << 22
+# Values dequantized at a time: what lies beside the result stays under some 25 MB.
+_CHUNK_VALUES = 1 << 20
+_SPLIT_COUNT = "split.count"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BROKEN = "Download or convert it again: the file is damaged or was cut off."
-_SPACE = "▁"
-_UNKNOWN_TYPE, _CONTROL, _USER_DEFINED = 2, 3, 4
-_UNK_ID, _CONTROL_IDS = 3, (0, 1, 2)
 _TOKENIZERS = ("llama", "gemma4")
 # A factor beyond it slows a rotary frequency to a standstill; converters write 1e30.
 _STANDSTILL = 1e20
@@ -61,6 +73,7 @@ class TensorInfo:
         kind: How its values are quantized.
         offset: First byte, from the start of the file.
         size: Length in bytes.
+        path: The file: one of several where the model was split.
     """
 
     name: str
@@ -68,6 +81,7 @@ class TensorInfo:
     kind: gguf.GGMLQuantizationType
     offset: int
     size: int
+    path: pathlib.Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +113,7 @@ class GgufFile:
         rows = values.reshape(-1, info.shape[-1])
         row_bytes = info.size // len(rows)
         step = max(1, _CHUNK_VALUES // info.shape[-1])
-        with self.path.open("rb") as file:
+        with info.path.open("rb") as file:
             file.seek(info.offset)
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
@@ -110,18 +124,70 @@ class GgufFile:
 
 
 def read_header(path: str | os.PathLike[str]) -> GgufFile:
-    """Read and check a GGUF file's header.
+    """Read and check a GGUF file's header; of a model that was split, those of all its parts.
 
     Args:
-        path: The file.
+        path: The file, or any part of one that llama.cpp's `gguf-split` made.
 
     Returns:
         Its metadata, and where its tensors lie.
 
     Raises:
-        LoadError: It is no GGUF file, or damaged, or shorter than its header says.
+        LoadError: It is no GGUF file, or damaged, or shorter than its header says, or a part is
+            missing.
     """
     path = pathlib.Path(path)
+    parts = _parts(path)
+    missing = [f"{part} is missing" for part in parts if not part.exists()]
+    if len(parts) > 1 and missing:
+        raise LoadError(
+            f"{path} is one of {len(parts)} parts of a model.",
+            missing,
+            next_step="Put all parts into one folder.",
+        )
+    first, *rest = (_read_header(part) for part in parts)
+    count = first.metadata.get(_SPLIT_COUNT, 1)
+    if count not in (0, 1, len(parts)):
+        raise LoadError(
+            f"{path} is one of {count} parts of a model, and its name does not say which.",
+            next_step="Give the parts the names they had, such as model-00001-of-00002.gguf, or "
+            "merge them: llama-gguf-split --merge FIRST_PART MODEL.gguf",
+        )
+    tensors = dict(first.tensors)
+    for part in rest:
+        twice = sorted(tensors.keys() & part.tensors.keys())
+        if twice:
+            raise LoadError(f"{part.path} holds tensors of another part.", twice, _BROKEN)
+        tensors |= part.tensors
+    return GgufFile(first.path, first.metadata, tensors)
+
+
+def is_later_part(path: pathlib.Path) -> bool:
+    """Whether a file is a part of a split model, and not the first."""
+    return _parts(path)[0] != path
+
+
+def is_model(path: pathlib.Path) -> bool:
+    """Whether a file may hold a model: it is no adapter, and not the part of one that sees."""
+    try:
+        metadata = _read_header(path).metadata
+    except LoadError:
+        return True  # What is wrong with it is told when it is opened.
+    kind = metadata.get("general.type", "model")
+    return kind == "model" and metadata.get("general.architecture") != "clip"
+
+
+def _parts(path: pathlib.Path) -> list[pathlib.Path]:
+    """All parts of a model, after the names `gguf-split` gives them; most are whole."""
+    found = _PART.fullmatch(path.name)
+    if found is None or not 1 <= int(found[2]) <= int(found[3]):
+        return [path]
+    count = int(found[3])
+    names = (f"{found[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1))
+    return [path.with_name(name) for name in names]
+
+
+def _read_header(path: pathlib.Path) -> GgufFile:
     try:
         with path.open("rb") as file:
             return _Parser(file, path).header()
@@ -150,7 +216,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     try:
         config = backbone_config(file, family)
         proto = tokenizer_proto(file)
-        backbone = without_values(lambda: backbone_class(family)(**config, dtype=dtype))
+        backbone = empty_backbone(family, config, dtype)
         model = causal_lm(family, backbone, proto)
     except LoadError:
         raise
@@ -215,34 +281,17 @@ def tokenizer_proto(file: GgufFile) -> bytes:
     Raises:
         LoadError: The file has no SentencePiece tokenizer, or half of one.
     """
-    from sentencepiece import sentencepiece_model_pb2 as sp
-
     tokens, scores, types = _vocabulary(file)
-    model = sp.ModelProto()
-    for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
+    pieces, kinds = [], []
+    for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if number == UNK_ID:
+            kind = UNKNOWN
+        elif kind == CONTROL and number not in CONTROL_IDS:
+            kind = USER_DEFINED
         text = token.decode("utf-8")
-        if i == _UNK_ID:
-            kind = _UNKNOWN_TYPE
-        elif kind == _CONTROL and i not in _CONTROL_IDS:
-            kind = _USER_DEFINED
-        if kind == _USER_DEFINED:
-            text = text.replace(" ", _SPACE)
-        model.pieces.add(piece=text, score=score, type=kind)
-    trainer = model.trainer_spec
-    trainer.model_type = sp.TrainerSpec.BPE
-    trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = True
-    trainer.split_digits = True
-    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = 0, 1, 2, _UNK_ID
-    trainer.pad_piece, trainer.eos_piece, trainer.bos_piece, trainer.unk_piece = (
-        model.pieces[i].piece for i in range(4)
-    )
-    normalizer = model.normalizer_spec
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = False
-    normalizer.remove_extra_whitespaces = False
-    normalizer.escape_whitespaces = True
-    return model.SerializeToString()
+        pieces.append(text.replace(" ", SPACE) if kind == USER_DEFINED else text)
+        kinds.append(kind)
+    return sentencepiece_model(pieces, scores, kinds)
 
 
 class _Parser:
@@ -346,7 +395,7 @@ class _Parser:
         if 0 in shape or shape[-1] % block:
             raise ValueError(f"tensor {name!r} of shape {shape} cannot be {kind.name}")
         size = math.prod(shape) // block * block_bytes
-        return TensorInfo(name, shape, kind, self._number("Q"), size)
+        return TensorInfo(name, shape, kind, self._number("Q"), size, self.path)
 
 
 _NUMBERS = {
@@ -483,6 +532,7 @@ def _layers(values: _Metadata) -> int:
 def _gemma(values: _Metadata, config: dict[str, Any]) -> None:
     # KerasHub gives Gemma 1 and 2 the width of both gates together.
     config["intermediate_dim"] *= 2
+    values.expect("attention.layer_norm_rms_epsilon", EPSILON)
     values.expect("rope.freq_base", 10_000.0)
 
 
@@ -501,6 +551,7 @@ def _gemma2(values: _Metadata, config: dict[str, Any]) -> None:
 
 
 def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
+    values.expect("attention.layer_norm_rms_epsilon", EPSILON)
     values.expect("rope.freq_base", 1_000_000.0)
     values.expect("rope.freq_base_swa", 10_000.0)
     scaling = values.metadata.get("gemma3.rope.scaling.type", "none")
@@ -646,15 +697,25 @@ _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
 def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
     parts = parts_of_tensors(weights)
     _check_tensors(file, parts)
+    broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
         plain = not weight.gguf_offset and not weight.output_axes
         matrix = file.read(weight.gguf, weight.variable.dtype if plain else np.float32)
+        if not all_finite(matrix):
+            broken.append(weight.gguf)
         piece = weight.entry.gguf_piece
         if piece is not None:
             matrix = split(matrix, piece, len(parts[weight.gguf]))
         value = weight.from_matrix(matrix - weight.gguf_offset if weight.gguf_offset else matrix)
-        weight.variable.assign(value)
+        # Converted here: JAX would do it later, and hold what it converts until then.
+        weight.variable.assign(np.ascontiguousarray(value, weight.variable.dtype))
+        del matrix, value
+        gc.collect(0)  # JAX gives arrays back that it has read when Python next collects.
+    if broken:
+        raise LoadError(
+            f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=_BROKEN
+        )
 
 
 def parts_of_tensors(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
@@ -756,27 +817,26 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
             next_step=_BROKEN,
         )
     merges = file.metadata.get(prefix + "merges")
-    if kind == "gemma4" and merges is not None and len(np.unique(parts["scores"])) == 1:
-        parts["scores"] = _scores_of_merges(file, parts["tokens"], merges)
-    return parts["tokens"], parts["scores"].tolist(), parts["token_type"].tolist()
+    scores = parts["scores"].tolist()
+    if kind == "gemma4" and merges is not None and len(set(scores)) == 1:
+        scores = _scores_of_merges(file, parts["tokens"], merges)
+    return parts["tokens"], scores, parts["token_type"].tolist()
 
 
-def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> np.ndarray:
-    """Scores that merge pieces in the order of the merges, for a file that has the merges alone.
+def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> list[float]:
+    """Scores for a file that has the merges alone.
 
     llama.cpp's converter reads Gemma 4's tokenizer.json, which has no scores.
     """
-    pairs = [merge.split(b" ") for merge in merges if isinstance(merge, bytes)]
+    pairs = [merge.decode("utf-8").split(" ") for merge in merges if isinstance(merge, bytes)]
     if not isinstance(merges, list) or [len(pair) for pair in pairs] != [2] * len(merges):
         raise LoadError(
             f"{file.path}: tokenizer.ggml.merges must be pairs of pieces with a space between.",
             next_step=_BROKEN,
         )
-    ranks: dict[bytes, int] = {}
-    for left, right in pairs:
-        ranks.setdefault(left + right, len(ranks))
-    last = len(ranks)
-    return np.array([-float(ranks.get(token, last)) for token in tokens], np.float32)
+    return scores_of_merges(
+        [token.decode("utf-8") for token in tokens], [(left, right) for left, right in pairs]
+    )
 
 
 def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:
@@ -796,7 +856,7 @@ def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:
     lengths = {name: len(part) for name, part in parts.items()}
     if len(set(lengths.values())) > 1:
         return [f"tokens, scores and types differ in number: {lengths}"]
-    if not _UNK_ID < len(tokens) <= rows:
+    if not UNK_ID < len(tokens) <= rows:
         return [f"tokens are {len(tokens)}, for {rows} rows of the embedding"]
     if len(set(tokens)) < len(tokens):
         return ["tokens holds some twice"]

@@ -1,27 +1,30 @@
-"""Hugging Face folders with a text model: their settings both ways, their weights read back.
+"""Hugging Face folders: their weights read back into KerasHub models.
 
 KerasHub reads what Hugging Face publishes: Gemma 1 to 3, and the models of 3n and 4 that see and
-hear. What it does not know are the text models of 3n and 4 (`gemma3n_text`, `gemma4_text`), and it
-takes any matrix for any other with as many values. So the settings of Gemma 1 to 3 are KerasHub's
-reading, those of 3n and 4 stand in a table here, and the weights of all text models are read after
-`families`, each checked before the first is taken.
+hear. What it does not know are the text models of 3n and 4 (`gemma3n_text`, `gemma4_text`); it
+takes any matrix for any other with as many values, and passes over settings it has no argument for.
+So text models are built after `hugging_face_settings` and filled after `families`, each weight
+checked before the first is taken, and KerasHub's reading of the others is compared with both.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 
-from gemma_keras_tune.building import backbone_class, causal_lm, without_values
+from gemma_keras_tune.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError
-from gemma_keras_tune.families import FAMILIES, Family, Piece, Weight, family_of, split
+from gemma_keras_tune.families import FAMILIES, Piece, Weight, family_of, split
+from gemma_keras_tune.hugging_face_settings import backbone_arguments, check_reading, completed
+from gemma_keras_tune.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -35,50 +38,15 @@ TEXT_MODEL_TYPES = {
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
-
-# transformers' name of a setting, and KerasHub's.
-FIELDS: Mapping[str, Mapping[str, str]] = {
-    "gemma3n": {
-        "vocab_size": "text_vocab_size",
-        "hidden_size": "text_hidden_size",
-        "final_logit_softcapping": "final_logit_soft_cap",
-        **{
-            name: name
-            for name in (
-                "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "intermediate_size", "layer_types", "sliding_window", "rms_norm_eps",
-                "max_position_embeddings", "vocab_size_per_layer_input",
-                "hidden_size_per_layer_input", "altup_num_inputs", "altup_active_idx",
-                "altup_coef_clip", "altup_correct_scale", "laurel_rank", "num_kv_shared_layers",
-                "activation_sparsity_pattern", "attention_bias", "attention_dropout",
-            )
-        },
-    },
-    "gemma4": {
-        "vocab_size": "vocabulary_size",
-        "hidden_size": "hidden_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_query_heads",
-        "num_key_value_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "global_head_dim": "global_head_dim",
-        "num_global_key_value_heads": "num_global_key_value_heads",
-        "intermediate_size": "intermediate_dim",
-        "layer_types": "layer_types",
-        "sliding_window": "sliding_window_size",
-        "rms_norm_eps": "layer_norm_epsilon",
-        "final_logit_softcapping": "final_logit_soft_cap",
-        "vocab_size_per_layer_input": "vocab_size_per_layer_input",
-        "hidden_size_per_layer_input": "hidden_size_per_layer_input",
-        "num_kv_shared_layers": "num_kv_shared_layers",
-        "use_double_wide_mlp": "use_double_wide_mlp",
-        "enable_moe_block": "enable_moe_block",
-        "num_experts": "num_experts",
-        "moe_intermediate_size": "expert_intermediate_dim",
-        "top_k_experts": "num_experts_per_token",
-    },
-}  # fmt: skip
-_ROPE_KINDS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+_HEAD = "lm_head.weight"
+# What lies beside the text model, what is computed and not learnt, and the keys and values that
+# Gemma 4's checkpoints hold for layers that take those of an earlier one.
+_BESIDE = re.compile(
+    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\."
+    r"|.*rotary_emb\.inv_freq$"
+)
+_SHARED = re.compile(r"(.*self_attn\.)(k_proj|v_proj|k_norm|v_norm)\.weight$")
+_ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +136,13 @@ def _text_name(name: str) -> str:
     return _PREFIX.sub("model.", name)
 
 
-def check_tensors(
-    folder: pathlib.Path, weights: Sequence[Weight], tensors: Mapping[str, Tensor]
+def _check_tensors(
+    folder: pathlib.Path,
+    config: Mapping[str, Any],
+    weights: Sequence[Weight],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Compare what a folder holds with what the model is built of.
-
-    Args:
-        folder: The folder, for the message.
-        weights: The text tower's weights.
-        tensors: The tensors found.
-
-    Raises:
-        LoadError: Weights are missing, of another shape, or of a dtype that is no float.
-    """
+    """Compare what a folder holds with what the model is built of."""
     groups = collections.defaultdict(list)
     for weight in weights:
         groups[_text_name(weight.hugging_face)].append(weight)
@@ -195,11 +157,55 @@ def check_tensors(
             problems.append(f"{tensor.name} has shape {tensor.shape}, expected {expected}")
         elif tensor.dtype not in _DTYPES:
             problems.append(f"{tensor.name} is {tensor.dtype}: quantized weights cannot be read")
+    problems += [
+        f"{tensor.name} is no weight of this model"
+        for name, tensor in tensors.items()
+        if name not in groups and not _idle(name, groups)
+    ]
+    if not problems:
+        problems = _head_problems(config, tensors)
     if problems:
         raise LoadError(
             f"The weights in {folder} do not fit the model its config.json describes.",
-            problems,
+            dict.fromkeys(problems),
             _AGAIN,
+        )
+
+
+def _idle(name: str, groups: Mapping[str, Any]) -> bool:
+    """Whether a tensor is never computed with, or not by the text model."""
+    if name.endswith(_HEAD) or _BESIDE.match(name):
+        return True
+    shared = _SHARED.match(name)
+    return (
+        shared is not None
+        and f"{shared[1]}q_proj.weight" in groups
+        and f"{shared[1]}k_proj.weight" not in groups
+    )
+
+
+def _head_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """KerasHub's Gemmas write with the embedding they read with."""
+    text = config.get("text_config") or {}
+    if config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False:
+        return []
+    head = next((tensor for name, tensor in tensors.items() if name.endswith(_HEAD)), None)
+    if head is not None and _same(head, tensors["model.embed_tokens.weight"]):
+        return []
+    return [f"tie_word_embeddings is false, and {_HEAD} is not the embedding: KerasHub ties them"]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two matrices hold the same bits; a few rows at a time are compared."""
+    from safetensors import safe_open
+
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with safe_open(one.file, "np") as first, safe_open(other.file, "np") as second:
+        parts = first.get_slice(one.name), second.get_slice(other.name)
+        return all(
+            parts[0][start : start + _ROWS].tobytes() == parts[1][start : start + _ROWS].tobytes()
+            for start in range(0, one.shape[0], _ROWS)
         )
 
 
@@ -211,41 +217,60 @@ def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def load_text_model(
-    folder: pathlib.Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    *,
-    dtype: str,
+def load_hugging_face(
+    folder: pathlib.Path, config: Mapping[str, Any], owner: type[Any], *, dtype: str
 ) -> keras.Model:
-    """Open a folder with a text model.
+    """Open a folder.
 
     Args:
         folder: The folder.
-        config: Its `config.json`, with a `model_type` of `TEXT_MODEL_TYPES`.
-        tensors: Its tensors, from `read_tensors`.
+        config: Its `config.json`, that of a Gemma.
+        owner: KerasHub's class for it, which reads the models that see and hear.
         dtype: Keras dtype of the weights.
 
     Returns:
         A KerasHub `CausalLM` with preprocessor and tokenizer.
 
     Raises:
-        LoadError: Settings are missing, or the tensors do not fit them.
+        LoadError: Settings are missing or none that KerasHub computes with, or the tensors do not
+            fit them.
     """
+    tensors = read_tensors(folder)
+    text = config if config["model_type"] in TEXT_MODEL_TYPES else config.get("text_config") or {}
+    _check_depth(folder, text, tensors)
+    if text is config:
+        return _load_text_model(folder, config, tensors, dtype)
+    family = FAMILIES[config["model_type"]]
+    backbone_arguments(folder, family, text)  # before anything is built
+    whole = {**config, "text_config": completed(family, text)}
+    with _with_config(folder, whole) as place:
+        model: keras.Model = owner.from_preset(str(place), dtype=dtype)
+    check_reading(folder, family, text, model.backbone.get_config())
+    _check_tensors(folder, config, family_of(model).weights(model), tensors)
+    return model
+
+
+@contextlib.contextmanager
+def _with_config(folder: pathlib.Path, config: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+    """A folder with the same files and another `config.json`."""
+    with tempfile.TemporaryDirectory(prefix="gemma_keras_tune") as name:
+        place = pathlib.Path(name)
+        for file in folder.iterdir():
+            if file.name != "config.json":
+                (place / file.name).symlink_to(file.resolve())
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield place
+
+
+def _load_text_model(
+    folder: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str
+) -> keras.Model:
     family = FAMILIES[TEXT_MODEL_TYPES[config["model_type"]]]
-    _check_depth(folder, config, tensors)
-    if family.name in FIELDS:
-        arguments = _arguments(folder, family, config)
-        backbone = without_values(lambda: backbone_class(family)(**arguments, dtype=dtype))
-    else:
-        backbone = without_values(
-            lambda: keras_hub.models.Backbone.from_preset(
-                str(folder.resolve()), load_weights=False, dtype=dtype
-            )
-        )
-    model = causal_lm(family, backbone, _proto(folder))
-    weights = family_of(model).weights(model)
-    check_tensors(folder, weights, tensors)
+    backbone = empty_backbone(family, backbone_arguments(folder, family, config), dtype)
+    weights = family.weights(backbone)
+    _check_tensors(folder, config, weights, tensors)
+    proto = folder_vocabulary(folder, weights[0].matrix_shape[0])
+    model = causal_lm(family, backbone, proto)
     _assign(weights, tensors)
     return model
 
@@ -261,14 +286,6 @@ def _check_depth(
             f"weights are those of {len(layers)}.",
             next_step=_AGAIN,
         )
-
-
-def _proto(folder: pathlib.Path) -> bytes:
-    file = folder / "tokenizer.model"
-    if file.is_file():
-        return file.read_bytes()
-    tokenizer: Any = keras_hub.tokenizers.Tokenizer.from_preset(str(folder.resolve()))
-    return tokenizer.proto
 
 
 def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
@@ -290,98 +307,3 @@ def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
                 if piece is not None:
                     value = split(value, piece, counts[weight.hugging_face])
                 weight.variable.assign(weight.from_matrix(value))
-
-
-# The settings of Gemma 3n and 4.
-
-
-def settings(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of transformers' configuration of a Gemma 3n or 4.
-
-    Args:
-        given: What the KerasHub backbone is built from.
-        family: Its generation.
-
-    Returns:
-        Fields by name. What transformers has no field for is not looked at.
-    """
-    fields = {theirs: given[ours] for theirs, ours in FIELDS[family.name].items()}
-    if family.name == "gemma3n":
-        # The names of before transformers 5, which later ones still read.
-        return fields | {name: given[name] for name in _ROPE_KINDS.values()}
-    shared = given["num_global_key_value_heads"] is not None
-    return fields | {
-        "attention_k_eq_v": shared,
-        "global_head_dim": given["global_head_dim"] or given["head_dim"],
-        "vocab_size_per_layer_input": given["vocab_size_per_layer_input"]
-        or given["vocabulary_size"],
-        "top_k_experts": given["num_experts_per_token"] if given["enable_moe_block"] else None,
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": given["global_rope_wavelength"] or 1_000_000.0,
-                "partial_rotary_factor": given["global_rope_partial_rotary_factor"],
-            },
-            "sliding_attention": {
-                "rope_type": "default",
-                "rope_theta": given["local_rope_wavelength"] or 10_000.0,
-            },
-        },
-    }
-
-
-def _arguments(folder: pathlib.Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a KerasHub backbone is built from; the inverse of `settings`."""
-    config = _flattened(config)
-    missing = [name for name in FIELDS[family.name] if name not in config]
-    if missing:
-        raise LoadError(
-            f"config.json in {folder} lacks settings of a {family.title}.",
-            [f"{name} is missing" for name in missing],
-            _AGAIN,
-        )
-    arguments = {ours: config[theirs] for theirs, ours in FIELDS[family.name].items()}
-    if family.name == "gemma3n":
-        return arguments | {
-            "rope_theta": config["rope_theta"],
-            "rope_local_base_freq": config["rope_local_base_freq"],
-            "hidden_activation": "gelu_approximate",
-            "pad_token_id": config.get("pad_token_id") or 0,
-        }
-    if not config.get("attention_k_eq_v"):
-        arguments["num_global_key_value_heads"] = None
-    if not arguments["enable_moe_block"]:
-        del arguments["num_experts_per_token"]
-    return arguments | {
-        "image_size": None,
-        "global_rope_wavelength": config["rope_theta"],
-        "local_rope_wavelength": config["rope_local_base_freq"],
-        "global_rope_partial_rotary_factor": config["partial_rotary_factor"],
-    }
-
-
-def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with those that transformers 5 nests beside the others."""
-    ropes = config.get("rope_parameters") or {}
-    flat: dict[str, Any] = {
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "partial_rotary_factor": 1.0,
-        "global_head_dim": config.get("head_dim"),
-        "num_global_key_value_heads": None,
-        "num_experts": None,
-        "moe_intermediate_size": None,
-        "top_k_experts": None,
-        "enable_moe_block": False,
-        "use_double_wide_mlp": False,
-    }
-    for kind, name in _ROPE_KINDS.items():
-        if "rope_theta" in ropes.get(kind, {}):
-            flat[name] = ropes[kind]["rope_theta"]
-    whole = ropes.get("full_attention", {})
-    if "partial_rotary_factor" in whole:
-        flat["partial_rotary_factor"] = whole["partial_rotary_factor"]
-    for layer in (config.get("per_layer_config") or {}).values():
-        flat["global_head_dim"] = layer.get("head_dim", flat["global_head_dim"])
-        flat["num_global_key_value_heads"] = layer.get("num_key_value_heads")
-    return flat | dict(config)

@@ -21,17 +21,17 @@ import keras
 import keras_hub
 import platformdirs
 
-from gemma_keras_tune.errors import BackendError, LoadError, TemplateError
+from gemma_keras_tune.backend import check_backend
+from gemma_keras_tune.building import set_attention_scale
+from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import broken_weights, family_of, is_instruct, mark_origin
-from gemma_keras_tune.gguf_files import MAGIC, load_gguf
+from gemma_keras_tune.gguf_files import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.hugging_face_folders import (
     INDEX,
     TEXT_MODEL_TYPES,
     WEIGHTS,
-    check_tensors,
     is_plain,
-    load_text_model,
-    read_tensors,
+    load_hugging_face,
 )
 from gemma_keras_tune.jax_checkpoints import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.litert_files import FILE_NAME, load_litert
@@ -49,8 +49,11 @@ _CAUSAL_LMS = ("GemmaCausalLM", "Gemma3CausalLM", "Gemma3nCausalLM", "Gemma4Caus
 _BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backbone")
 _MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
-_TEXT_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-_INSTRUCT = re.compile(r"(^|[-_./])(it|instruct)($|[-_./])", re.IGNORECASE)
+_DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
+_MODEL_FILES = (".safetensors", ".litertlm", ".h5", ".json", "Modelfile", "tokenizer.model")
+# ShieldGemma is asked in the turn format, though its names do not say so.
+_INSTRUCT = re.compile(r"(^|[-_./])(it|instruct|shieldgemma)($|[-_./])", re.IGNORECASE)
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
 _BFLOAT16_CAPABILITY = 8.0
 
@@ -109,7 +112,7 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
             says which and what to do.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
     """
-    _check_backend()
+    check_backend()
     if isinstance(source, keras.Model):
         return _checked(source)
     if not isinstance(source, str | os.PathLike):
@@ -134,22 +137,6 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
     if path.is_file():
         return _load_file(path, dtype)
     raise _not_found(path)
-
-
-def _check_backend() -> None:
-    backend = keras.config.backend()
-    if backend != "jax":
-        raise BackendError(
-            f"Keras must run on JAX. It runs on {backend}.",
-            next_step="Set KERAS_BACKEND=jax in the environment before Keras is imported, and "
-            "start again.",
-        )
-    if keras.config.floatx() != "float32":
-        raise BackendError(
-            f"Keras keeps floats in {keras.config.floatx()}, where token ids are rounded.",
-            next_step="Call `keras.config.set_floatx('float32')`, and pass `dtype` to `load` for "
-            "smaller weights.",
-        )
 
 
 def _automatic_dtype() -> str:
@@ -177,6 +164,7 @@ def _checked(model: keras.Model) -> keras.Model:
             next_step="A backbone alone does not generate text: wrap it, with a preprocessor, in "
             "its `keras_hub.models.…CausalLM`.",
         )
+    set_attention_scale(model.backbone)
     if model.preprocessor is None:
         raise LoadError(
             f"The {type(model).__name__} has no preprocessor, and so no tokenizer.",
@@ -274,37 +262,51 @@ def _sha256(path: pathlib.Path) -> str:
 def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
     with path.open("rb") as file:
         magic = file.read(len(MAGIC))
-    if magic != MAGIC and path.suffix != ".gguf":
-        raise LoadError(
-            f"{path} is not a GGUF file.",
-            next_step="Pass a .gguf file, or the folder that holds the model with its config.json.",
-        )
-    return load_gguf(path, dtype=dtype)
+    if magic == MAGIC or path.suffix == ".gguf":
+        return load_gguf(path, dtype=dtype)
+    next_step = "Pass a .gguf file, or the folder that holds the model with its config.json."
+    if path.name.endswith(_ADAPTERS):
+        next_step = "It is an adapter: load its base model, then `load_adapter(model, ...)`."
+    elif path.name.endswith(_MODEL_FILES):
+        next_step = f"Pass the folder that holds the whole model: {path.parent}"
+    raise LoadError(f"{path} is not a GGUF file.", next_step=next_step)
 
 
 def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1 and not (path / "config.json").is_file():
-        return _load_file(files[0], dtype)
+    files = [] if (path / "config.json").is_file() else _gguf_models(path)
+    if len(files) == 1:
+        return load_gguf(files[0], dtype=dtype)
     if (path / PARAMETERS).is_dir():
         model = load_gemma_jax(path, dtype=dtype)
     elif (path / FILE_NAME).is_file():
         model = load_litert(path, dtype=dtype)
     else:
         model = _load_config_folder(path, dtype)
-    broken = broken_weights(_checked(model))
-    if broken:
-        raise LoadError(
-            f"The weights in {path} hold NaN or infinite values.",
-            broken,
-            next_step="The training they come from has diverged, or the files are damaged.",
-        )
-    mark_origin(model, str(path), _folder_instruct(path))
+    _refuse_broken(_checked(model), str(path))
+    instruct = None
     try:
+        instruct = _folder_instruct(path)
         attach_template(model, read_template(path))
     except TemplateError as error:
         warnings.warn(f"{path}: its template is left out. {error}", UserWarning, stacklevel=3)
+    mark_origin(model, str(path), instruct)
     return model
+
+
+def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
+    """The GGUF files in a folder that hold models: no adapters, no later parts of split ones."""
+    files = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
+    return [file for file in files if is_model(file)] if len(files) > 1 else files
+
+
+def _refuse_broken(model: keras.Model, source: str) -> None:
+    broken = broken_weights(model)
+    if broken:
+        raise LoadError(
+            f"The weights in {source} hold NaN or infinite values.",
+            broken,
+            next_step="The training they come from has diverged, or the files are damaged.",
+        )
 
 
 def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
@@ -312,12 +314,11 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     config = _folder_config(path)
     _check_gemma(str(path), config)
     _check_files(path, config)
-    foreign = "registered_name" not in config
-    tensors = read_tensors(path) if foreign else {}
+    owner = _causal_lm(config)
     try:
-        if config.get("model_type") in TEXT_MODEL_TYPES:
-            return load_text_model(path, config, tensors, dtype=dtype)
-        model = _causal_lm(config).from_preset(str(path.resolve()), dtype=dtype)
+        if "registered_name" not in config:
+            return load_hugging_face(path, config, owner, dtype=dtype)
+        model: keras.Model = owner.from_preset(str(path.resolve()), dtype=dtype)
     except LoadError:
         raise
     except Exception as error:
@@ -327,8 +328,6 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
             next_step="A file in it is damaged, cut off or of another model: copy or download the "
             "folder again.",
         ) from error
-    if foreign:
-        check_tensors(path, family_of(model).weights(model), tensors)
     return model
 
 
@@ -347,7 +346,7 @@ def _causal_lm(config: Mapping[str, Any]) -> type[keras_hub.models.CausalLM]:
 def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
     file = path / "config.json"
     if not file.is_file():
-        others = sorted(path.glob("*.gguf"))
+        others = _gguf_models(path)
         adapter = (path / "adapter_config.json").is_file()
         raise LoadError(
             f"The folder {path} holds no model: config.json is missing.",
@@ -383,7 +382,7 @@ def _check_gemma(source: str, config: Mapping[str, Any]) -> None:
         found = str(config.get("model_type"))
         known = _MODEL_TYPES
         text = config.get("text_config") or config
-        embeds = text.get("use_bidirectional_attention") is True
+        embeds = text.get("use_bidirectional_attention") in (True, "all")
     if found not in known:
         raise LoadError(
             f"{source} is not a Gemma that generates text. Received: {found}",
@@ -489,17 +488,18 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         # KerasHub takes every failure here for a missing file.
         config = _parsed(pathlib.Path(_download_config(scheme, rest)))
         _check_gemma(source, config)
-        if scheme == "hf" and config.get("model_type") in TEXT_MODEL_TYPES:
+        if scheme == "hf" and "registered_name" not in config:
             model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
         else:
             model = _causal_lm(config).from_preset(source, dtype=dtype)
+            _refuse_broken(_checked(model), source)
     except LoadError:
         raise
     except Exception as error:
         # Without the chain: what the hub's client says may hold credentials.
         raise _hub_error(source, rest, hub, error) from None
     named = _handle_instruct(source, handle)
-    mark_origin(_checked(model), source, is_instruct(model) if named is None else named)
+    mark_origin(model, source, is_instruct(model) if named is None else named)
     return model
 
 
@@ -519,7 +519,7 @@ def _download_config(scheme: str, rest: str) -> str:
 
 def _download_folder(repository: str) -> str:
     client = importlib.import_module("huggingface_hub")
-    return client.snapshot_download(repo_id=repository, allow_patterns=list(_TEXT_MODEL_FILES))
+    return client.snapshot_download(repo_id=repository, allow_patterns=list(_DOWNLOADED))
 
 
 def _hub_error(source: str, rest: str, hub: _Hub, error: Exception) -> LoadError:
