@@ -178,7 +178,8 @@ def test_tensorflow_datasets_give_the_same_pairs():
 
 @pytest.mark.slow
 def test_hugging_face_datasets_give_the_same_pairs():
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     dataset = datasets.Dataset.from_list(dicts(PAIRS))
     assert texts(dataset) == PAIRS
     assert texts(dataset.with_format("numpy")) == PAIRS
@@ -738,6 +739,8 @@ def test_wrong_arguments():
     assert "`output_column` needs `input_column`" in message
     assert "`limit` must be an integer of at least 1. Received: 0" in message
     assert "`on_error` must be 'raise' or 'skip'. Received: 'ignore'" in message
+    message = error(PAIRS, input_column=["a"], output_column=3, system_column=b"s")
+    assert message.count("must be a name, a string") == 3
     with pytest.raises(PairsError, match="have been opened already"):
         read_pairs(read_pairs(PAIRS), limit=3)
 
@@ -961,6 +964,21 @@ def test_a_split_of_a_file_holds_no_rows_and_equals_that_of_a_list(tmp_path):
     assert sides[1].name == "rows.jsonl [validation]"
     inner = split_pairs(sides[0], 0.5)
     assert sorted(p.row for side in inner for p in side) == [p.row for p in sides[0]]
+
+
+def test_a_split_takes_few_bytes_of_memory(tmp_path):
+    peaks = []
+    for count in (1000, 4000):
+        rows = dicts((f"question {i}", "a") for i in range(count))
+        path = write_lines(tmp_path / "rows.jsonl", rows)
+        del rows
+        tracemalloc.start()
+        try:
+            split_pairs(path, 0.1)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 3000 < 130
 
 
 def test_a_split_reports_problems(tmp_path):
