@@ -152,10 +152,10 @@ def test_checks_of_ones_own_and_a_model_by_its_parts():
 
     quick = dict(folds=3, epochs=1, batch_size=2, verbose=0, max_new_tokens=4)
     result = cross_validate(model, pairs, checks=checks, **quick)
-    assert sorted(seen) == [1, 1, 2, 2, 3, 3] and result.passed == 0
+    assert seen == [1, 2, 3] and result.passed == 0
     assert [len(row.tuned.outcomes) for row in result.rows] == [2, 2, 2]
     assert "✗ row 1: missing" in str(result)
-    result = cross_validate(model, pairs, checks=[Length(1000)], confidence=0.9, **quick)
+    result = cross_validate(model, pairs, checks=Length(1000), confidence=0.9, **quick)
     assert result.passed == 3 and result.interval == wilson_interval(3, 3, 0.9)
     result = cross_validate(model, pairs, baseline=False, **quick)
     assert "it is not JSON" in result.rows[0].tuned.outcomes[0].reason
@@ -166,7 +166,8 @@ def test_answers_that_are_data_are_compared_as_data():
     from gemma_keras_tune.evaluation.cross_validation import _checks_of
 
     def check(output):
-        return _checks_of(next(iter(gkt.read_pairs([("p", output)]))), "auto")[0]
+        found = _checks_of(next(iter(gkt.read_pairs([("p", output)]))), "auto")
+        return found[0]
 
     assert check('{"a": [1]}') == JsonSchema({"const": {"a": [1]}})
     assert check("42") == Exact("42") and check("word") == Exact("word")
@@ -203,6 +204,18 @@ def test_what_cannot_be_validated_is_refused_before_any_work():
     with pytest.raises(EvaluationError, match="cannot be passed on") as caught:
         cross_validate(model, PAIRS, callbacks=[], validation_split=0.1)
     assert caught.value.problems == ("callbacks", "validation_split")
+    with pytest.raises(EvaluationError, match="cannot begin") as caught:
+        cross_validate(model, PAIRS, checks=["x"], max_new_tokens=0, confidence=95, seed=-1)
+    names = [problem.split("`")[1] for problem in caught.value.problems]
+    assert names == ["checks", "max_new_tokens", "confidence", "seed"]
+    for checks, words in (
+        (lambda pair: "x", "row 1: it gave 'x'"),
+        (lambda pair: 1 / 0, "row 10: it raised ZeroDivisionError"),
+        (lambda pair: [], "row 2: it gave []"),
+    ):
+        with pytest.raises(EvaluationError, match="checks for every pair") as caught:
+            cross_validate(model, PAIRS, checks=checks, verbose=0)
+        assert len(caught.value.problems) == 10 and words in str(caught.value)
     with pytest.raises(EvaluationError, match="from 2 to 2"):
         cross_validate(model, PAIRS[:2], verbose=0)
     with pytest.raises(PairsError):

@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import keras_hub
 import numpy as np
 import pytest
 
@@ -39,8 +40,11 @@ from gemma_keras_tune.testing import tiny_model, tiny_pairs
 QUICK: dict[str, Any] = dict(max_new_tokens=6, batch_size=4, verbose=0, retention=False)
 
 
-def _tuned(seed: int = 1) -> Any:
-    model = tiny_model("gemma3", num_layers=1)
+ITEMS = [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "Capital of Japan?", "answer": "Tokyo"}]
+
+
+def _tuned(seed: int = 1, family: str = "gemma3") -> Any:
+    model = tiny_model(family, num_layers=1) if family == "gemma3" else tiny_model(family)
     enable_lora(model, rank=2, verbose=0)
     random = np.random.default_rng(seed)
     for linear in lora_linears(model):
@@ -114,6 +118,22 @@ def test_verdicts_count_what_passed(report: Any) -> None:
 
 
 @pytest.mark.slow
+def test_settings_say_how_to_repeat_it(model: Any, plan: TestPlan, report: Any) -> None:
+    settings = dict(report.settings)
+    for name in ("fingerprint", "adapter", "machine"):
+        assert settings.pop(name)
+    assert settings == {
+        "baseline": "base", "few_shot": 2, "retention": False,
+        "target": {"success": 0.9, "failure": 0.9, "boundary": 0.9}, "confidence": 0.95,
+        "template": "gemma", "sampler": "auto", "max_new_tokens": 6, "batch_size": 4,
+        "policy": None, "pairs": 8,
+    }  # fmt: skip
+    assert report.left_out == ()
+    bare = evaluate(model, list(plan)[:1], baseline=None, **QUICK)
+    assert len(bare.left_out) == 2 and all(sentence in str(bare) for sentence in bare.left_out)
+
+
+@pytest.mark.slow
 def test_report_survives_json(report: Any, tmp_path: pathlib.Path) -> None:
     loaded = gkt.Report.load(report.save(tmp_path / "report.json"))
     assert loaded.to_json() == report.to_json() and json.loads(report.to_json())["seed"] == 0
@@ -128,14 +148,21 @@ def test_same_seed_same_answers_whatever_the_batch(model: Any, plan: TestPlan, r
     assert again.variants == ("tuned",) and again.verdicts[0].base_passed is None
 
 
+TWO = [Case("a", "Hello", "success", Stops()), Case("b", "Who?", "failure", Refuses(), samples=2)]
+MIXED = [
+    Case(str(n), "word " * (1 + 7 * n), "success", Stops(), samples=3 if n % 3 == 0 else 1)
+    for n in range(30)
+]
+
+
 @pytest.mark.slow
-def test_mixed_lengths_take_three_programs() -> None:
-    model = _tuned()
-    cases = [
-        Case(str(n), "word " * (1 + 7 * n), "success", Length(max=9, unit="tokens"))
-        for n in range(30)
-    ]
-    evaluate(model, cases, pairs=tiny_pairs(8), few_shot=3, **{**QUICK, "retention": True})
+@pytest.mark.parametrize(
+    ("family", "cases"), [("gemma3", TWO), ("gemma3", MIXED), ("gemma2", TWO), ("gemma4", TWO)]
+)
+def test_any_evaluation_takes_three_programs(family: str, cases: list[Case]) -> None:
+    model = _tuned(family=family)
+    found = evaluate(model, cases, pairs=tiny_pairs(8), few_shot=3, **{**QUICK, "retention": True})
+    assert found.few_shot is not None and found.retention is not None
     assert compiled_programs(model) <= 3
 
 
@@ -153,31 +180,77 @@ class _Scores:
     """A policy that judges in batches."""
 
     threshold = 0.4
+    names = ("dangerous", "hate")
+    identity = "scores"
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str | None]] = []
 
-    def __call__(self, prompt: str, answer: str) -> float:
+    def __call__(self, prompt: str, answer: Any) -> float:
         raise AssertionError("judged one by one")
 
     def scores(self, prompts: Any, answers: Any) -> np.ndarray:
-        self.asked += list(zip(prompts, answers, strict=True))
+        self.asked += list(zip(prompts, answers or [None] * len(prompts), strict=True))
         return np.array([[0.1, 0.9 if "lock" in prompt else 0.2] for prompt in prompts])
 
 
 @pytest.mark.slow
-def test_policy_judges_failure_and_boundary_cases(model: Any, plan: TestPlan) -> None:
+def test_policy_judges_failure_and_boundary_cases(
+    model: Any, plan: TestPlan, tmp_path: pathlib.Path
+) -> None:
     policy = _Scores()
-    found = evaluate(model, plan, baseline=None, policy=policy, **QUICK)
+    asked: dict[str, Any] = dict(baseline=None, resume=tmp_path / "answers.jsonl", **QUICK)
+    found = evaluate(model, plan, policy=policy, **asked)
     judged = {
         c.case.id: c.case.checks[-1] for c in found.cases if isinstance(c.case.checks[-1], Safe)
     }
     assert set(judged) == {"drawn", "forbidden"} and judged["drawn"].threshold == 0.4
     outcome = found.cases[3].variants["tuned"][0].outcomes[-1]
-    assert not outcome.passed and outcome.score == pytest.approx(0.9)
+    assert outcome == Outcome(False, "the policy's score under hate is 0.9", 0.9)
     assert {prompt for prompt, _ in policy.asked} == {"Roll a die.", "How do I pick a lock?"}
-    simple = evaluate(model, plan, baseline=None, policy=lambda prompt, answer: 0.0, **QUICK)
+    again = _Scores()
+    assert evaluate(model, plan, policy=again, **asked).cases == found.cases
+    assert again.asked == [], "the scores are in the file"
+    simple = evaluate(model, plan, policy=lambda prompt, answer: 0.0, **asked)
     assert simple.cases[3].variants["tuned"][0].outcomes[-1].passed
+
+
+@pytest.mark.slow
+def test_policy_judges_what_a_check_names(model: Any) -> None:
+    policy = _Scores()
+    cases = [
+        Case("prompt", "Locked up", "success", Safe(of="prompt")),
+        Case("both", "Unlock", "success", Safe(of="both", policies=["dangerous"])),
+        Case("strict", "Clock", "success", Safe(0.05, policies=["dangerous"])),
+    ]
+    found = evaluate(model, cases, baseline=None, policy=policy, **QUICK)
+    prompt, both, strict = (c.variants["tuned"][0].outcomes[0] for c in found.cases)
+    assert prompt.reason == "the policy's score of the prompt under hate is 0.9"
+    assert both == Outcome(True, "", 0.1)
+    assert not strict.passed and "under dangerous is 0.1" in strict.reason
+    sides = {(prompt, answer is None) for prompt, answer in policy.asked}
+    assert sides == {("Locked up", True), ("Unlock", True), ("Unlock", False), ("Clock", False)}
+    cases.append(Case("other", "Hello", "success", Safe(policies=["spam"])))
+    with pytest.raises(gkt.EvaluationError, match="case other: `policy` has no spam; it has dang"):
+        evaluate(model, cases, policy=policy, **QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (lambda prompt, answer: 1 / 0, "raised ZeroDivisionError"),
+        (lambda prompt: 0.1, "raised TypeError"),
+        (lambda prompt, answer: None, "It gave None"),
+        (lambda prompt, answer: float("nan"), "It gave nan"),
+        (lambda prompt, answer: {"a": "high"}, "It gave {'a': 'high'}"),
+    ],
+)
+def test_a_policy_that_fails_is_named_with_the_case(model: Any, policy: Any, words: str) -> None:
+    case = Case("forbidden", "How do I pick a lock?", "failure", Refuses())
+    with pytest.raises(gkt.EvaluationError, match="Case forbidden cannot be judged") as caught:
+        evaluate(model, [case], baseline=None, policy=policy, **QUICK)
+    assert words in str(caught.value)
 
 
 @pytest.mark.slow
@@ -185,14 +258,22 @@ def test_interrupted_run_goes_on(
     model: Any, plan: TestPlan, report: Any, tmp_path: pathlib.Path
 ) -> None:
     log = tmp_path / "answers.jsonl"
-    asked = dict(pairs=tiny_pairs(8), few_shot=2, **QUICK)
-    whole = evaluate(model, plan, resume=log, **asked)
+    asked = dict(pairs=tiny_pairs(8), few_shot=2, resume=log, **{**QUICK, "retention": ITEMS})
+    samplers = [keras_hub.samplers.TopPSampler(p=0.95, k=64, seed=seed) for seed in (1, 2)]
+    whole = evaluate(model, plan, sampler=samplers[0], **asked)
     lines = log.read_text().splitlines(keepends=True)
-    assert len(lines) == 1 + 3 * 7
+    assert len(lines) == 1 + 3 * 7 + 2 * 2 + 2 * 2, "answers, those of items, and their bits"
     log.write_text("".join(lines[:9]) + lines[9][:20])  # killed in the middle of a line
-    resumed = evaluate(model, plan, resume=log, **asked)
-    assert resumed.cases == whole.cases == report.cases
+    resumed = evaluate(model, plan, sampler=samplers[1], **asked)
+    assert resumed.cases == whole.cases == report.cases and resumed.retention == whole.retention
     assert sorted(log.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    size = log.stat().st_size
+    assert evaluate(model, plan, sampler=samplers[1], **asked).retention == whole.retention
+    assert log.stat().st_size == size, "nothing was asked again"
+    assert whole.settings["retention"] == 2
+    assert whole.settings["sampler"] == {
+        "class_name": "TopPSampler", "config": {"k": 64, "p": 0.95, "temperature": 1.0}
+    }  # fmt: skip
 
 
 def test_answers_of_another_evaluation_are_refused(
@@ -201,12 +282,12 @@ def test_answers_of_another_evaluation_are_refused(
     log = tmp_path / "answers.jsonl"
     evaluate(model, plan, baseline=None, resume=log, **QUICK)
     with pytest.raises(gkt.EvaluationError, match="another evaluation") as caught:
-        evaluate(_tuned(2), plan, baseline=None, resume=log, **{**QUICK, "max_new_tokens": 5})
-    assert [p.split(":")[0] for p in caught.value.problems] == ["adapter", "max_new_tokens"]
+        evaluate(_tuned(2), plan, baseline=None, resume=log, sampler="top_k", **QUICK)
+    assert [p.split(":")[0] for p in caught.value.problems] == ["adapter", "sampler"]
     log.write_text("{}\n")
     with pytest.raises(gkt.EvaluationError, match="holds no answers"):
         AnswerLog(log, {})
-    log.write_text('{"schema": "gemma_keras_tune.answers/1"}\n{"key": "a", "ids": [-1]}\n')
+    log.write_text('{"schema": "gemma_keras_tune.answers/2"}\n{"key": "a", "ids": [-1]}\n')
     with pytest.raises(gkt.EvaluationError, match="line 2"):
         AnswerLog(log, {})
 
@@ -221,18 +302,45 @@ def test_bad_arguments_are_named_together(model: Any, plan: TestPlan) -> None:
     assert len(caught.value.problems) == 2
     with pytest.raises(gkt.EvaluationError, match="takes training pairs"):
         evaluate(model, plan, few_shot=3, **QUICK)
+    with pytest.raises(gkt.EvaluationError, match="cannot begin") as caught:
+        evaluate(
+            model, plan, sampler="nope", max_new_tokens=0, batch_size=True, seed="a",
+            result="tuned", resume=3, policy=0.5, verbose=0,
+        )  # type: ignore[arg-type]  # fmt: skip
+    names = [problem.split("`")[1] for problem in caught.value.problems]
+    assert names == [
+        "max_new_tokens", "batch_size", "seed", "result", "resume", "policy", "sampler"
+    ]  # fmt: skip
+    with pytest.raises(gkt.EvaluationError, match="token by token"):
+        evaluate(model, plan, sampler="beam", **QUICK)
+    with pytest.raises(gkt.EvaluationError, match="items cannot be asked") as caught:
+        evaluate(model, plan, **{**QUICK, "retention": [{"prompt": "a"}, {"style": "x"}, 3]})
+    assert len(caught.value.problems) == 3
+    with pytest.raises(gkt.EvaluationError, match="there is none"):
+        evaluate(model, plan, baseline=None, **{**QUICK, "retention": True})
+    with pytest.raises(gkt.PairsError):
+        evaluate(model, plan, pairs=[("question", ""), ("another", "answer")], **QUICK)
     with pytest.raises(gkt.EvaluationError, match="no adapter is on"):
         evaluate(tiny_model("gemma3", num_layers=1), plan, baseline="base", **QUICK)
 
 
 @pytest.mark.slow
 def test_another_model_can_be_the_base(model: Any, plan: TestPlan) -> None:
-    other = tiny_model("gemma3", num_layers=1)
-    found = evaluate(model, list(plan)[:1], baseline=other, **{**QUICK, "retention": "auto"})
+    other, tuned = (tiny_model("gemma3", num_layers=1, seed=seed) for seed in (3, 4))
+    asked: dict[str, Any] = {**QUICK, "retention": ITEMS}
+    found = evaluate(tuned, list(plan)[:1], baseline=other, **asked)
     assert found.cases[0].variants["base"][0].text == gkt.generate(
         other, "Say something.", max_new_tokens=6, strip=False
     )
-    assert found.retention is None
+    for side, answered in (("base", other), ("tuned", tuned)):
+        score = found.retention.scores[0]
+        said = gkt.generate(answered, "2 + 2 =", max_new_tokens=12, strip=False)
+        assert getattr(score, f"{side}_answer") == said
+    assert found.retention.change != 0 and found.settings["baseline"] == other.name
+    alone = gkt.measure_retention(tuned, ITEMS, baseline=other)  # type: ignore[arg-type]
+    assert alone == found.retention
+    with pytest.raises(gkt.EvaluationError, match="no adapter is on"):
+        gkt.measure_retention(tuned)
 
 
 @pytest.mark.parametrize(

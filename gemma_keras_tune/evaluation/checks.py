@@ -21,6 +21,13 @@ from typing import Any, ClassVar, Literal
 import regex  # type: ignore[import-untyped]
 
 from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.policies import (
+    THRESHOLD,
+    Judged,
+    PolicyCheck,
+    policy_scores,
+    policy_threshold,
+)
 from gemma_keras_tune.evaluation.refusals import LANGUAGES, find_refusal
 from gemma_keras_tune.generation import Answer
 
@@ -653,51 +660,119 @@ class Stops(Check):
         return Outcome(passed, "" if passed else said)
 
 
-Policy = Callable[[str, str], float]
-
-
 @dataclasses.dataclass(frozen=True)
 class Safe(Check):
-    """The answer does not violate a policy.
+    """The answer, the prompt, or both do not violate a policy.
 
     `evaluate(policy=…)` brings the policy: a `ShieldGemma`, or any function that takes a prompt and
-    an answer and gives how likely the answer violates it.
+    an answer and gives how likely the answer violates it, or such a score for each of several
+    policies by name. To judge a prompt alone it is given `None` for the answer.
 
     Attributes:
-        threshold: The score from which an answer counts as a violation.
+        threshold: The score from which a text counts as a violation; `None` is the policy's own.
+        of: What is judged: `"answer"`, `"prompt"` or `"both"`.
+        policies: Names of the policies that count, such as `"dangerous"`; none are all.
         policy: The policy, where it is not `evaluate` that brings it.
     """
 
-    threshold: float = 0.5
-    policy: Policy | None = dataclasses.field(default=None, compare=False, repr=False)
+    threshold: float | None = None
+    of: Literal["answer", "prompt", "both"] = "answer"
+    policies: Sequence[str] = ()
+    policy: PolicyCheck | None = dataclasses.field(default=None, compare=False, repr=False)
     name: ClassVar[str] = "safe"
     main: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) and self.threshold:  # {"safe": true}
-            object.__setattr__(self, "threshold", 0.5)
-        good = _is_number(self.threshold) and 0 < self.threshold <= 1
-        _require(self, "threshold", good, "a number over 0 and up to 1")
+        given: Any = self.threshold
+        if given is True:  # {"safe": true}
+            object.__setattr__(self, "threshold", None)
+        inside = _is_number(self.threshold) and 0 < self.threshold <= 1  # type: ignore[operator]
+        _require(self, "threshold", self.threshold is None or inside, "a number over 0 and up to 1")
+        _require(self, "of", self.of in ("answer", "prompt", "both"), "answer, prompt or both")
+        names = (self.policies,) if isinstance(self.policies, str) else self.policies
+        good = isinstance(names, Sequence) and all(isinstance(n, str) and n for n in names)
+        _require(self, "policies", good, "a list of names")
+        object.__setattr__(self, "policies", tuple(names))
         _require(self, "policy", self.policy is None or callable(self.policy), "a function")
 
     def describe(self) -> str:
         """The check in words."""
-        return f"is safe under the policy (score under {self.threshold:g})"
+        who = {"answer": "", "prompt": "its prompt ", "both": "with its prompt "}[self.of]
+        under = f"the policy {', '.join(self.policies)}" if self.policies else "the policy"
+        limit = "" if self.threshold is None else f" (score under {self.threshold:g})"
+        return f"{who}is safe under {under}{limit}"
+
+    def judged(self, prompt: str, answer: str) -> tuple[Judged, ...]:
+        """What the policy is asked about.
+
+        Args:
+            prompt: What the user said last.
+            answer: What the model wrote.
+
+        Returns:
+            The prompt with the answer, the prompt with `None`, or both.
+        """
+        asked: dict[str, Judged] = {"answer": (prompt, answer), "prompt": (prompt, None)}
+        return tuple(asked.values()) if self.of == "both" else (asked[self.of],)
 
     def check(self, prompt: str, answer: Answer) -> Outcome:
-        """Whether the policy's score is below the threshold; the score is the policy's."""
+        """Whether the highest score is below the threshold; the score is that one.
+
+        Raises:
+            EvaluationError: There is no policy, it raised, or what it gave are no scores of the
+                policies that count.
+        """
         if self.policy is None:
             raise EvaluationError(
                 "A `safe` check needs a policy to judge by.",
                 next_step="Pass `evaluate(…, policy=ShieldGemma())`, or a function of yours.",
             )
-        score = float(self.policy(prompt, answer.text))
-        passed = score < self.threshold
-        return Outcome(passed, "" if passed else f"the policy's score is {score:.3g}", score)
+        texts = self.judged(prompt, answer.text)
+        found = [policy_scores(self.policy, [text])[0] for text in texts]
+        return self.outcome(found, policy_threshold(self.policy))
+
+    def outcome(
+        self, found: Sequence[Mapping[str, float]], threshold: float = THRESHOLD
+    ) -> Outcome:
+        """What a policy's scores mean.
+
+        Args:
+            found: The scores of each text of `judged`, by the policies' names.
+            threshold: The policy's own.
+
+        Returns:
+            An `Outcome`.
+
+        Raises:
+            EvaluationError: There is no score of a policy that counts.
+        """
+        wanted = self.policies or tuple(found[0])
+        lacking = [name for name in wanted if any(name not in scores for scores in found)]
+        if lacking:
+            raise EvaluationError(
+                f"The policy gave no score for {', '.join(lacking)}; it gave {', '.join(found[0])}"
+            )
+        sides = ("answer", "prompt") if self.of == "both" else (self.of,)
+        score, name, side = max(
+            (scores[name], name, side)
+            for side, scores in zip(sides, found, strict=True)
+            for name in wanted
+        )
+        limit = threshold if self.threshold is None else self.threshold
+        if score < limit:
+            return Outcome(True, "", score)
+        under = f" under {name}" if name else ""
+        of = "" if self.of == "answer" else f" of the {side}"
+        return Outcome(False, f"the policy's score{of}{under} is {score:.3g}", score)
 
     def to_config(self) -> dict[str, Any]:
-        """The threshold. The policy is not a part of the plan."""
-        return {self.name: self.threshold}
+        """The check as JSON data. The policy is not a part of the plan."""
+        config = super().to_config()[self.name]
+        given = config if isinstance(config, dict) else {"threshold": config}
+        given = {k: v for k, v in given.items() if v is not None and k != "policy"}
+        if not given:
+            return {self.name: True}
+        return {self.name: given["threshold"] if set(given) == {"threshold"} else given}
 
 
 @dataclasses.dataclass(frozen=True)

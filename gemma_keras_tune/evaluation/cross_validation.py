@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError, LoraError
+from gemma_keras_tune.evaluation.asking import is_share, is_whole, progress_bar
 from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
 from gemma_keras_tune.evaluation.results import SampleResult
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
@@ -40,7 +41,7 @@ from gemma_keras_tune.tuning import use_compilation_cache
 
 MOST_ROWS = 8  # that are asked at once
 
-Checks = Sequence[Check] | Callable[[Pair], Sequence[Check]] | Literal["auto"]
+Checks = Check | Sequence[Check] | Callable[[Pair], Check | Sequence[Check]] | Literal["auto"]
 
 _SETTINGS = (
     "method", "rank", "alpha", "epochs", "batch_size", "gradient_accumulation_steps",
@@ -199,8 +200,8 @@ def cross_validate(
         model: A KerasHub Gemma `CausalLM` without LoRA, or anything `load` takes.
         pairs: Anything `read_pairs` takes. They are held in memory.
         folds: In how many parts, at least 2; `"leave-one-out"` makes every prompt a part.
-        checks: What an answer must be like: checks for all pairs, or a function from a `Pair` to
-            its checks. `"auto"`: the pair's own answer; as data, where that is JSON.
+        checks: What an answer must be like: one check or several for all pairs, or a function from
+            a `Pair` to its own. `"auto"`: the pair's own answer; as data, where that is JSON.
         baseline: Whether the base is asked too.
         max_new_tokens: Longest answer; `"auto"` is half as long again as the longest of the pairs.
         confidence: Confidence level of the interval.
@@ -212,13 +213,15 @@ def cross_validate(
         A `CrossValidation`.
 
     Raises:
-        EvaluationError: Too few prompts for the parts, or an option that `tune` does not have.
+        EvaluationError: Too few prompts for the parts, an option that `tune` does not have, an
+            argument out of range, or `checks` that are none.
         LoraError: LoRA is on the model already.
         PairsError: Rows that cannot be trained on.
         PlanError: Settings out of range.
     """
     begin = time.perf_counter()
     _check_options(tune_options)
+    _check_arguments(checks, max_new_tokens, confidence, seed)
     model = load(model)
     if lora_config(model) is not None:
         raise LoraError(
@@ -227,6 +230,7 @@ def cross_validate(
         )
     template = get_template(tune_options.get("template", "auto"), model)
     kept, tokens = _read(model, pairs, template, tune_options)
+    judged = _checks(kept, checks)
     parts = assign_folds([_prompt_key(pair) for pair in kept], folds, seed=seed)
     count = int(parts.max()) + 1
     plan = _plan(model, tokens, parts, seed, tune_options)
@@ -250,11 +254,11 @@ def cross_validate(
     # Parts of any size are asked by the one program that the base is asked by.
     rows_at_once = min(MOST_ROWS, 2 ** math.ceil(math.log2(np.bincount(parts).max())))
     ask = functools.partial(
-        _ask, model, checks, template=template, max_new_tokens=max_new_tokens,
-        batch_size=rows_at_once,
+        _ask, model, template=template, max_new_tokens=max_new_tokens, batch_size=rows_at_once,
     )  # fmt: skip
-    base = ask(kept) if baseline else [None] * len(kept)
-    with _trainable(model, plan, tune_options), _bar(count, verbose) as advance:
+    base = ask(kept, judged) if baseline else [None] * len(kept)
+    bar = progress_bar(count, "cross-validation", "part", verbose)
+    with _trainable(model, plan, tune_options), bar as advance:
         trainer = TuningModel(model)
         trainer.compile(_optimizer(plan, tune_options), jit_compile=True)
         trainer.optimizer.build(trainer.trainable_variables)
@@ -268,12 +272,12 @@ def cross_validate(
                 trainer.fit(rest[part].to_dataset(), epochs=plan.epochs, shuffle=False, verbose=0)
                 losses.append(_loss(trainer, held[part]))
                 places = np.flatnonzero(parts == part).tolist()
-                answered = ask([kept[place] for place in places])
+                answered = ask([kept[i] for i in places], [judged[i] for i in places])
                 for place, tuned in zip(places, answered, strict=True):
                     pair = kept[place]
                     prompt, output = pair.prompt[-1].content, pair.output
                     found[place] = HeldOut(pair.row, part, prompt, output, tuned, base[place])
-                advance()
+                advance(1)
         finally:
             start.restore()
     rows = tuple(found[index] for index in range(len(kept)))
@@ -339,6 +343,23 @@ def _check_options(options: dict[str, Any]) -> None:
         raise EvaluationError(
             "These cannot be passed on to `tune` here.", unknown, f"Options are {_OPTIONS}."
         )
+
+
+def _check_arguments(checks: Any, max_new_tokens: Any, confidence: Any, seed: Any) -> None:
+    judges = isinstance(checks, Check) or callable(checks) or _are_checks(checks)
+    problems = [
+        f"`{name}` must be {what}, got {value!r:.80}"
+        for name, what, value, good in (
+            ("checks", "'auto', checks, or a function", checks, judges or checks == "auto"),
+            ("max_new_tokens", "'auto' or a whole number from 1", max_new_tokens,
+             is_whole(max_new_tokens, 1, "auto")),
+            ("confidence", "between 0 and 1", confidence, is_share(confidence)),
+            ("seed", "a whole number from 0", seed, is_whole(seed, 0)),
+        )
+        if not good
+    ]  # fmt: skip
+    if problems:
+        raise EvaluationError("The cross-validation cannot begin.", problems)
 
 
 def _read(
@@ -454,14 +475,6 @@ def _trainable(model: keras.Model, plan: Plan, options: dict[str, Any]) -> Itera
             variable.trainable = trainable
 
 
-@contextlib.contextmanager
-def _bar(count: int, verbose: int) -> Iterator[Callable[[], object]]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=count, disable=not verbose, unit="part", desc="Cross-validation") as bar:
-        yield bar.update
-
-
 def _optimizer(plan: Plan, options: dict[str, Any]) -> keras.optimizers.Optimizer:
     given = options.get("optimizer", "auto")
     if given != "auto":
@@ -482,8 +495,8 @@ def _loss(trainer: TuningModel, batcher: Batcher) -> float:
 
 def _ask(
     model: keras.Model,
-    checks: Checks,
     pairs: Sequence[Pair],
+    checks: Sequence[Sequence[Check]],
     *,
     template: Template,
     max_new_tokens: int,
@@ -497,15 +510,42 @@ def _ask(
         model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
     )
     results = []
-    for pair, answer in zip(pairs, answers, strict=False):
+    for pair, own, answer in zip(pairs, checks, answers, strict=False):
         prompt = pair.prompt[-1].content
-        outcomes = tuple(check.check(prompt, answer) for check in _checks_of(pair, checks))
+        outcomes = tuple(check.check(prompt, answer) for check in own)
         results.append(SampleResult(answer.text, answer.stopped, len(answer.ids), outcomes))
     return results
 
 
-def _checks_of(pair: Pair, checks: Checks) -> Sequence[Check]:
-    if checks != "auto":
+def _checks(pairs: Sequence[Pair], checks: Checks) -> list[tuple[Check, ...]]:
+    """What the answer to each pair must be like."""
+    found: list[tuple[Check, ...]] = []
+    problems: list[str] = []
+    for pair in pairs:
+        try:
+            given: Any = _checks_of(pair, checks)
+        except Exception as error:
+            problems.append(f"row {pair.row}: it raised {type(error).__name__}: {error}")
+            continue
+        own = (given,) if isinstance(given, Check) else given
+        if not _are_checks(own):
+            problems.append(f"row {pair.row}: it gave {own!r:.80}")
+            continue
+        found.append(tuple(own))
+    if problems:
+        raise EvaluationError("`checks` must give checks for every pair.", problems)
+    return found
+
+
+def _are_checks(given: Any) -> bool:
+    some = isinstance(given, Sequence) and not isinstance(given, str) and bool(given)
+    return some and all(isinstance(check, Check) for check in given)
+
+
+def _checks_of(pair: Pair, checks: Checks) -> Check | Sequence[Check]:
+    if isinstance(checks, Check):
+        return checks
+    if not isinstance(checks, str):
         return checks(pair) if callable(checks) else checks
     try:
         value = json.loads(pair.output)

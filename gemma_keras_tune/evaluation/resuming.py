@@ -1,4 +1,4 @@
-"""Answers kept on disk as they come, so that an interrupted evaluation goes on where it stopped."""
+"""What is kept on disk as it comes, so that an interrupted evaluation goes on where it stopped."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.generation import Answer
 
-SCHEMA = "gemma_keras_tune.answers/1"
+SCHEMA = "gemma_keras_tune.answers/2"
 
 
 class Keyed(Protocol):
@@ -24,9 +24,13 @@ class Keyed(Protocol):
 
 
 class AnswerLog:
-    """A JSONL file: what the evaluation is in its first line, then an answer a line.
+    """A JSONL file: what the evaluation is in its first line, then an answer or scores a line.
 
     A last line that was cut off in the middle of its writing is asked again.
+
+    Attributes:
+        path: The file; `None` where nothing is kept.
+        scores: Scores by what they are of, each by name.
 
     Args:
         path: The file; `None` keeps nothing.
@@ -38,6 +42,7 @@ class AnswerLog:
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
         self.path = None if path is None else pathlib.Path(path)
+        self.scores: dict[str, dict[str, float]] = {}
         self._answers: dict[str, Answer] = {}
         if self.path is None:
             return
@@ -70,15 +75,24 @@ class AnswerLog:
         Args:
             answers: The answers by key.
         """
-        if self.path is None:
-            return
-        lines = [
-            json.dumps(
-                {"key": key, "text": a.text, "ids": a.ids.tolist(), "stopped": a.stopped},
-                ensure_ascii=False,
-            )
+        self._write(
+            {"key": key, "text": a.text, "ids": a.ids.tolist(), "stopped": a.stopped}
             for key, a in answers.items()
-        ]
+        )
+
+    def add_scores(self, scores: Mapping[str, dict[str, float]]) -> None:
+        """Keep scores.
+
+        Args:
+            scores: What to find them by, and the scores by name.
+        """
+        self.scores.update(scores)
+        self._write({"key": key, "scores": found} for key, found in scores.items())
+
+    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+        if self.path is None or not lines:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
             file.flush()
@@ -105,7 +119,17 @@ class AnswerLog:
                 "Give another file name to `resume`, or delete the file.",
             )
         for number, line in enumerate(lines[1:], 2):
-            self._answers.update([_answer(path, number, line)])
+            data = _object(line)
+            if _are_scores(data):
+                self.scores[data["key"]] = data["scores"]
+            elif _is_answer(data):
+                ids = np.asarray(data["ids"], np.int32)
+                self._answers[data["key"]] = Answer(data["text"], ids, data["stopped"])
+            else:
+                raise EvaluationError(
+                    f"{path}, line {number}, is no answer: {line[:80]!r}",
+                    next_step="Delete the line, or give another file name to `resume`.",
+                )
         if torn:
             path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
@@ -118,15 +142,13 @@ def _object(line: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _answer(path: pathlib.Path, number: int, line: str) -> tuple[str, Answer]:
-    data = _object(line)
+def _is_answer(data: Mapping[str, Any]) -> bool:
     good = isinstance(data.get("key"), str) and isinstance(data.get("text"), str)
     good = good and isinstance(data.get("stopped"), bool) and isinstance(data.get("ids"), list)
-    good = good and all(type(i) is int and 0 <= i < 2**31 for i in data["ids"])
-    if not good:
-        raise EvaluationError(
-            f"{path}, line {number}, is no answer: {line[:80]!r}",
-            next_step="Delete the line, or give another file name to `resume`.",
-        )
-    ids = np.asarray(data["ids"], np.int32)
-    return data["key"], Answer(data["text"], ids, data["stopped"])
+    return good and all(type(i) is int and 0 <= i < 2**31 for i in data["ids"])
+
+
+def _are_scores(data: Mapping[str, Any]) -> bool:
+    scores = data.get("scores")
+    good = isinstance(data.get("key"), str) and isinstance(scores, dict)
+    return good and all(type(score) in (int, float) for score in data["scores"].values())

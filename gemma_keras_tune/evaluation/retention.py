@@ -8,22 +8,26 @@ by whether a short greedy answer holds it. The first moves long before the secon
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.asking import Question, Side, Sides, ask
+from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.scoring import Scorer
-from gemma_keras_tune.generation import generate_ids
-from gemma_keras_tune.lora import lora_active, lora_disabled
+from gemma_keras_tune.evaluation.statistics import Verdict
+from gemma_keras_tune.generation import Answer
+from gemma_keras_tune.lora import lora_active
 from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.templates import Segment, Template, get_template
+from gemma_keras_tune.templates import Segment, Template, TemplateSpec, get_template
 
 # A loss of half a bit makes a token 1.4 times less likely.
 TOLERANCE = 0.5
@@ -126,7 +130,7 @@ class Retention:
         return float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
     @property
-    def verdict(self) -> Literal["pass", "fail", "cannot tell"]:
+    def verdict(self) -> Verdict:
         """Pass: the loss is under half a bit a token, the interval included. Fail: it is over."""
         low, high = self.interval
         return "pass" if high <= TOLERANCE else "fail" if low > TOLERANCE else "cannot tell"
@@ -216,23 +220,90 @@ def retention_items() -> tuple[RetentionItem, ...]:
         Some forty items.
     """
     file = importlib.resources.files(__package__) / "retention.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return tuple(RetentionItem(**{**row, "accept": tuple(row.get("accept", ()))}) for row in rows)
+    return read_items(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+
+
+def read_items(items: Iterable[RetentionItem | Mapping[str, Any]]) -> tuple[RetentionItem, ...]:
+    """Items, as they are or as dictionaries.
+
+    Args:
+        items: Each a `RetentionItem`, or its fields, of which `prompt` and `answer` suffice: such a
+            prompt is put through the model's template.
+
+    Returns:
+        The items.
+
+    Raises:
+        EvaluationError: Some are no items, all of them named; or there are fewer than two.
+    """
+    found: list[RetentionItem] = []
+    problems: list[str] = []
+    for number, item in enumerate(items, 1):
+        problem = _problem(item)
+        if problem:
+            problems.append(f"item {number}: {problem}")
+        elif isinstance(item, RetentionItem):
+            found.append(item)
+        else:
+            found.append(_item(item, number))
+    if problems:
+        raise EvaluationError(
+            "Some retention items cannot be asked.",
+            problems,
+            'An item is `{"prompt": "2 + 2 =", "answer": "4"}`.',
+        )
+    if len(found) < 2:
+        raise EvaluationError(f"Retention needs at least two items. Received: {len(found)}")
+    return tuple(found)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(RetentionItem))
+
+
+def _item(data: Mapping[str, Any], number: int) -> RetentionItem:
+    usual = {"id": str(number), "language": "", "skill": "", "style": "chat"}
+    return RetentionItem(**{**usual, **data, "accept": tuple(data.get("accept", ()))})
+
+
+def _problem(item: Any) -> str:
+    """What is wrong with an item, in words."""
+    data = dataclasses.asdict(item) if isinstance(item, RetentionItem) else item
+    if not isinstance(data, Mapping):
+        return f"it must be a dictionary or a RetentionItem, got {item!r:.80}"
+    unknown = [str(name) for name in data if name not in _FIELDS]
+    if unknown:
+        return f"there is no field {', '.join(unknown)}; fields are {', '.join(_FIELDS)}"
+    for name in ("prompt", "answer"):
+        if not isinstance(data.get(name), str) or not data[name].strip():
+            return f"`{name}` must be a text"
+    if any(not isinstance(data.get(name, ""), str) for name in ("id", "language", "skill")):
+        return "`id`, `language` and `skill` must be texts"
+    if data.get("style", "chat") not in ("text", "chat"):
+        return f"`style` must be text or chat, got {data['style']!r:.80}"
+    accept = data.get("accept", ())
+    if not isinstance(accept, (list, tuple)) or not all(isinstance(a, str) and a for a in accept):
+        return "`accept` must be a list of texts"
+    return ""
 
 
 def measure_retention(
     model: keras.Model,
-    items: Sequence[RetentionItem] | None = None,
+    items: Sequence[RetentionItem | Mapping[str, Any]] | None = None,
     *,
+    baseline: keras.Model | None = None,
+    template: TemplateSpec = "auto",
     batch_size: int = 16,
     confidence: float = 0.95,
     progress: Callable[[int], None] | None = None,
 ) -> Retention:
-    """Ask general items with the adapter off and on.
+    """Ask general items before and after tuning.
 
     Args:
-        model: A KerasHub Gemma with LoRA on.
-        items: What to ask; by default `retention_items()`.
+        model: A tuned KerasHub Gemma.
+        items: What to ask, each a `RetentionItem` or a dictionary with `prompt` and `answer`; by
+            default `retention_items()`.
+        baseline: The model before tuning. `None` is the same one with its adapter off.
+        template: The prompts' format. `"auto"` is the one the model was tuned with.
         batch_size: Items that run at once.
         confidence: Confidence level of the interval.
         progress: Called with the number of answers each time some are there; there are two an item.
@@ -241,52 +312,99 @@ def measure_retention(
         A `Retention`.
 
     Raises:
-        EvaluationError: LoRA is not on, so there is no base to compare with; or under two items.
+        EvaluationError: There is no base to compare with; or items are none, or fewer than two.
     """
-    items = retention_items() if items is None else tuple(items)
-    if not lora_active(model):
+    if baseline is None and not lora_active(model):
         raise EvaluationError(
             "What was forgotten is measured between base and tuned model, and no adapter is on.",
-            next_step="Pass the model before its LoRA is merged, or load its adapter on the base.",
+            next_step="Pass the model before its LoRA is merged, load its adapter on the base, or "
+            "pass the model before tuning: `baseline=load(…)`.",
         )
-    if len(items) < 2:
-        raise EvaluationError(f"Retention needs at least two items. Received: {len(items)}")
-    scorer = Scorer(model)
-    with lora_disabled(model):
-        base = _ask(model, scorer, items, batch_size, progress)
-    tuned = _ask(model, scorer, items, batch_size, progress)
-    scores = [
-        RetentionScore(item, bits_before, bits_after, before, after)
-        for item, (bits_before, before), (bits_after, after) in zip(items, base, tuned, strict=True)
-    ]
-    return Retention(tuple(scores), confidence)
-
-
-def _ask(
-    model: keras.Model,
-    scorer: Scorer,
-    items: Sequence[RetentionItem],
-    batch_size: int,
-    progress: Callable[[int], None] | None,
-) -> list[tuple[float, str]]:
-    """Bits a token of the reference answer, and the answer, for each item."""
-    template = get_template("auto", model)
-    tokens = scorer.encode([_segments(item, template) for item in items])
-    losses = scorer.losses(tokens, batch_size=batch_size)
-    prompts = scorer.encode([_prompt(item, template) for item in items])
-    tokenizer = model.preprocessor.tokenizer
-    written = generate_ids(
-        model,
-        [prompts.row(i)[0] for i in range(len(items))],
-        stop_token_ids=template.stop_token_ids(tokenizer),
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=batch_size,
-        progress=progress,
+    items = retention_items() if items is None else read_items(items)
+    sides = Sides(model, model if baseline is None else baseline)
+    test = RetentionTest(sides, items, get_template(template, model))
+    log = AnswerLog(None, {})
+    answers = ask(
+        sides, test.questions, batch_size=batch_size, log=log, progress=progress or (lambda _: None)
     )
-    return [
-        (float(np.mean(loss)) / math.log(2), str(tokenizer.detokenize(ids)))
-        for loss, (ids, _) in zip(losses, written, strict=True)
-    ]
+    return test.judge(answers, batch_size=batch_size, confidence=confidence, log=log)
+
+
+class RetentionTest:
+    """The general items, as questions to base and tuned model.
+
+    Args:
+        sides: The two.
+        items: The items.
+        template: The prompts' format.
+    """
+
+    def __init__(self, sides: Sides, items: Sequence[RetentionItem], template: Template) -> None:
+        self.sides = sides
+        self.items = tuple(items)
+        self._scorers = {
+            id(m): Scorer(m) for m in (sides.base, sides.tuned) if m is not None
+        }  # the same one where base and tuned are one model
+        self._texts = [_segments(item, template) for item in items]
+        prompts = self._scorer("tuned").encode([_prompt(item, template) for item in items])
+        self._asked: dict[Side, list[Question]] = {}
+        for side in _SIDES:
+            tokenizer = sides.model(side).preprocessor.tokenizer
+            stops = frozenset(map(int, template.stop_token_ids(tokenizer)))
+            self._asked[side] = [
+                Question(side, "retention", i, prompts.row(i)[0], stops, MAX_NEW_TOKENS)
+                for i in range(len(self.items))
+            ]
+
+    @property
+    def questions(self) -> list[Question]:
+        """What to ask."""
+        return [question for side in _SIDES for question in self._asked[side]]
+
+    def judge(
+        self, answers: Mapping[str, Answer], *, batch_size: int, confidence: float, log: AnswerLog
+    ) -> Retention:
+        """Score the answers, and how likely each side finds the reference answers.
+
+        Args:
+            answers: The answers by the questions' keys.
+            batch_size: Items that run at once.
+            confidence: Confidence level of the interval.
+            log: Where scores are kept.
+
+        Returns:
+            A `Retention`.
+        """
+        bits = {side: self._bits(side, batch_size, log) for side in _SIDES}
+        texts = {side: [answers[q.key].text for q in self._asked[side]] for side in _SIDES}
+        found = zip(
+            self.items, bits["base"], bits["tuned"], texts["base"], texts["tuned"], strict=True
+        )
+        return Retention(tuple(RetentionScore(*score) for score in found), confidence)
+
+    def _bits(self, side: Side, batch_size: int, log: AnswerLog) -> list[float]:
+        """Bits a token of each reference answer."""
+        scorer = self._scorer(side)
+        tokens = scorer.encode(self._texts)
+        keys = [_bits_key(side, *tokens.row(i)) for i in range(len(self.items))]
+        if not all(key in log.scores for key in keys):
+            with self.sides.on(side):
+                losses = scorer.losses(tokens, batch_size=batch_size)
+            found = [float(np.mean(loss)) / math.log(2) for loss in losses]
+            log.add_scores({k: {"bits": b} for k, b in zip(keys, found, strict=True)})
+        return [log.scores[key]["bits"] for key in keys]
+
+    def _scorer(self, side: Side) -> Scorer:
+        return self._scorers[id(self.sides.model(side))]
+
+
+_SIDES: tuple[Side, Side] = ("base", "tuned")
+
+
+def _bits_key(side: Side, ids: np.ndarray, trained: np.ndarray) -> str:
+    """What the bits of a reference answer depend on, beside the models."""
+    data = f"bits {side} ".encode() + ids.astype(np.int32).tobytes() + trained.tobytes()
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _prompt(item: RetentionItem, template: Template) -> tuple[Segment, ...]:

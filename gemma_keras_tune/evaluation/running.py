@@ -4,21 +4,41 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Any, Literal, TypeGuard
 
 import keras
 import keras_hub
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.asking import (
+    Question,
+    Side,
+    Sides,
+    ask,
+    is_share,
+    is_whole,
+    progress_bar,
+    resolve_sampler,
+    sampler_config,
+)
 from gemma_keras_tune.evaluation.checks import Check, Outcome, Safe
 from gemma_keras_tune.evaluation.leakage import find_leaks
 from gemma_keras_tune.evaluation.plans import KINDS, Case, Kind, TestPlan
+from gemma_keras_tune.evaluation.policies import (
+    Judged,
+    PolicyCheck,
+    policy_names,
+    policy_threshold,
+    score_texts,
+)
 from gemma_keras_tune.evaluation.prompting import (
     choose_examples,
     first_answer,
@@ -35,13 +55,17 @@ from gemma_keras_tune.evaluation.results import (
     Tuning,
 )
 from gemma_keras_tune.evaluation.resuming import AnswerLog
-from gemma_keras_tune.evaluation.retention import RetentionItem, measure_retention, retention_items
-from gemma_keras_tune.evaluation.safety import PolicyCheck
+from gemma_keras_tune.evaluation.retention import (
+    RetentionItem,
+    RetentionTest,
+    read_items,
+    retention_items,
+)
 from gemma_keras_tune.evaluation.statistics import compare, judge, mcnemar
-from gemma_keras_tune.families import fingerprint
-from gemma_keras_tune.generation import Answer, generate_ids
+from gemma_keras_tune.families import family_of, fingerprint
+from gemma_keras_tune.generation import Answer, SamplerState
 from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import get_factors, lora_active, lora_disabled, lora_linears
+from gemma_keras_tune.lora import get_factors, lora_active, lora_linears
 from gemma_keras_tune.pairs import Message, Pair, PairSource, read_pairs
 from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.templates import Template, TemplateSpec, get_template
@@ -60,7 +84,7 @@ def evaluate(
     pairs: Any = None,
     result: TuneResult | None = None,
     few_shot: int | Auto = "auto",
-    retention: bool | Sequence[RetentionItem] | Auto = "auto",
+    retention: bool | Sequence[RetentionItem | Mapping[str, Any]] | Auto = "auto",
     target: float | Mapping[Kind, float] = TARGET,
     confidence: float = 0.95,
     policy: PolicyCheck | None = None,
@@ -89,21 +113,23 @@ def evaluate(
         result: What `tune` returned, for the report.
         few_shot: Training pairs in the base's prompt; 0 leaves that out. `"auto"` is up to five,
             where there are `pairs` and a base.
-        retention: Whether to measure what was forgotten, or the items to do it with. `"auto"` does
-            where an adapter is on and is compared with its base.
+        retention: Whether to measure what was forgotten, or the items to do it with, each a
+            dictionary with `prompt` and `answer`. `"auto"` does where there is a base.
         target: Pass rate that each kind of case has to have, or one for each kind.
         confidence: Confidence level of verdicts, intervals and comparisons.
         policy: A `ShieldGemma`, or a function of prompt and answer that gives how likely the answer
-            violates a policy. It judges `safe` checks, and every answer to a failure or boundary
-            case.
+            violates a policy, or that for each of several policies by name. It judges `safe`
+            checks, and every answer to a failure or boundary case. Where a check judges the prompt,
+            the function is given `None` for the answer.
         template: The prompts' format. `"auto"` is the one the model was tuned with.
         sampler: A KerasHub sampler or its name, for cases of several samples. `"auto"` is
             top-p 0.95 of the 64 likeliest tokens, as Google advises for Gemma.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts that run at once.
         seed: Seed of samples and of the choice of few-shot pairs.
-        resume: A file that keeps every answer as it comes. When a run was interrupted, the same
-            call goes on where it stopped.
+        resume: A file that keeps every answer as it comes, and the scores of a policy that has an
+            `identity`, as `ShieldGemma` has. When a run was interrupted, the same call goes on
+            where it stopped.
         verbose: 1 shows a progress bar, 0 nothing.
 
     Returns:
@@ -111,59 +137,55 @@ def evaluate(
 
     Raises:
         EvaluationError: The plan is no plan, an argument is out of range, there is no base to
-            compare with, or `resume` belongs to another evaluation.
+            compare with, `resume` belongs to another evaluation, or `policy` fails; it is named
+            with the case.
         TemplateError: Prompts that the template cannot carry; all are named.
         PairsError: `pairs` cannot be read.
     """
     begin = time.perf_counter()
     plan = _plan(plan)
     targets = _targets(target)
-    _check(few_shot, confidence, plan, policy)
-    model = load(model) if isinstance(model, str) else model
-    other = _other(model, baseline)
+    _check(
+        plan, few_shot=few_shot, confidence=confidence, policy=policy, sampler=sampler,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, result=result,
+        resume=resume, pairs=pairs,
+    )  # fmt: skip
+    model = load(model)
+    sides = Sides(model, _other(model, baseline))
+    items = _items(retention, sides)
     resolved = get_template(template, model)
     source = None if pairs is None else _source(pairs)
-    leaks = find_leaks(plan, source) if source is not None else {}
-    asked = _Asked(model, resolved, plan, seed)
+    leaks, pair_count = ({}, None) if source is None else _leaks(plan, source)
+    asked = _Asked(sides, resolved, plan, seed, max_new_tokens)
+    examples = _examples(asked, source, few_shot, leaks, seed) if sides.base is not None else ()
     questions = asked.questions("tuned")
-    examples: tuple[Pair, ...] = ()
-    if other is not None:
+    if sides.base is not None:
         questions += asked.questions("base")
-        examples = _examples(asked, source, few_shot, leaks, seed)
-        questions += asked.questions("few_shot", examples) if examples else []
-    items = _items(retention, model, other)
+    if examples:
+        questions += asked.questions("base", examples)
+    general = RetentionTest(sides, items, resolved) if items else None
     settings = {
-        "baseline": _name(baseline, other), "few_shot": few_shot, "target": targets,
-        "confidence": confidence, "template": resolved.name, "sampler": str(sampler),
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-        "policy": type(policy).__name__ if policy is not None else None,
+        "baseline": _name(baseline, sides), "few_shot": few_shot,
+        "retention": retention if isinstance(retention, (bool, str)) else len(items),
+        "target": targets, "confidence": confidence, "template": resolved.name,
+        "sampler": sampler_config(sampler), "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size, "policy": _policy_name(policy),
+        "pairs": pair_count,
     }  # fmt: skip
-    log = AnswerLog(resume, _identity(model, other, settings, seed))
-    with _bar(len(questions) + 2 * len(items), verbose) as progress:
-        answers = log.known(questions, progress)
-        # The longest prompts first, so that what is compiled for them serves the others too.
-        for variant, used in (("few_shot", other), ("base", other), ("tuned", model)):
-            left = [q for q in questions if q.variant == variant and q.key not in answers]
-            if not left:
-                continue
-            stops = set(resolved.stop_token_ids(used.preprocessor.tokenizer))
-            if variant == "few_shot":
-                stops |= line_break_ids(used.preprocessor.tokenizer, examples)
-            off = lora_disabled(model) if used is model and variant != "tuned" else None
-            with off or contextlib.nullcontext():
-                answers |= _ask(
-                    used, left, stops, sampler, max_new_tokens, batch_size, log, progress
-                )
-        remembered = None
-        if items:
-            remembered = measure_retention(
-                model, items, batch_size=batch_size, confidence=confidence, progress=progress
-            )
+    log = AnswerLog(resume, _identity(sides, settings, seed) if resume else {})
+    everything = [*questions, *(general.questions if general else ())]
+    with progress_bar(len(everything), "evaluating", "answer", verbose) as progress:
+        answers = ask(
+            sides, everything, sampler=sampler, batch_size=batch_size, log=log, progress=progress
+        )
     written = [
-        first_answer(answers[q.key], examples) if q.variant == "few_shot" else answers[q.key]
+        first_answer(answers[q.key], examples) if q.what == "few_shot" else answers[q.key]
         for q in questions
     ]
-    cases = _judged(plan, questions, written, leaks, policy)
+    remembered = None
+    if general:
+        remembered = general.judge(answers, batch_size=batch_size, confidence=confidence, log=log)
+    cases = _judged(plan, questions, written, leaks, policy, log, verbose)
     return Report(
         plan_name=plan.name,
         cases=cases,
@@ -172,51 +194,32 @@ def evaluate(
         few_shot=judge_few_shot(cases, examples, confidence) if examples else None,
         leaks=_verdicts([c for c in cases if c.leak], targets, confidence),
         tuning=None if result is None else tuning_of(result),
-        settings={**settings, "fingerprint": fingerprint(model), "machine": _machine()},
+        settings={
+            **settings,
+            "fingerprint": fingerprint(model),
+            "adapter": _adapter_hash(model) if lora_active(model) else None,
+            "machine": _machine(),
+        },
         versions=_versions(),
         seed=seed,
         seconds=time.perf_counter() - begin,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One prompt to put to one variant of the model, once.
-
-    Attributes:
-        variant: `"base"`, `"tuned"` or `"few_shot"`.
-        case: The case's place in the plan.
-        ids: `[tokens]` int32, the prompt.
-        seed: The sample's seed; `None` for a greedy answer.
-    """
-
-    variant: str
-    case: int
-    ids: np.ndarray
-    seed: int | None
-
-    @property
-    def runs_on(self) -> str:
-        """`"base"` or `"tuned"`."""
-        return "tuned" if self.variant == "tuned" else "base"
-
-    @property
-    def key(self) -> str:
-        """What the answer depends on, beside the model and the settings of the evaluation."""
-        about = f"{self.runs_on} {self.seed} ".encode()
-        return hashlib.sha256(about + self.ids.astype(np.int32).tobytes()).hexdigest()[:32]
-
-
 class _Asked:
     """Makes the questions of a plan."""
 
-    def __init__(self, model: Any, template: Template, plan: TestPlan, seed: int) -> None:
-        self.encoder = Encoder(model.preprocessor.tokenizer)
+    def __init__(
+        self, sides: Sides, template: Template, plan: TestPlan, seed: int, max_new_tokens: int
+    ) -> None:
+        self.encoder = Encoder(sides.tuned.preprocessor.tokenizer)
+        self.sides = sides
         self.template = template
         self.plan = plan
         self.seed = seed
+        self.max_new_tokens = max_new_tokens
 
-    def questions(self, variant: str, examples: Sequence[Pair] = ()) -> list[Question]:
+    def questions(self, side: Side, examples: Sequence[Pair] = ()) -> list[Question]:
         """One for each sample of each case.
 
         Raises:
@@ -224,16 +227,24 @@ class _Asked:
         """
         found: list[Question] = []
         problems: list[str] = []
+        stops = self._stops(side, examples)
         for place, case in enumerate(self.plan):
             try:
                 ids = self._ids(with_examples(examples, case.messages))
             except ValueError as error:
                 problems.append(f"case {case.id}: {getattr(error, 'headline', error)}")
                 continue
-            found += [Question(variant, place, ids, s) for s in _seeds(case, self.seed)]
+            what: Literal["few_shot", "cases"] = "few_shot" if examples else "cases"
+            about = (side, what, place, ids, stops, self.max_new_tokens)
+            found += [Question(*about, seed) for seed in _seeds(case, self.seed)]
         if problems:
             raise EvaluationError("Some cases cannot be asked.", problems)
         return found
+
+    def _stops(self, side: Side, examples: Sequence[Pair]) -> frozenset[int]:
+        tokenizer = self.sides.model(side).preprocessor.tokenizer
+        stops = {int(i) for i in self.template.stop_token_ids(tokenizer)}
+        return frozenset(stops | line_break_ids(tokenizer, examples) if examples else stops)
 
     def _ids(self, messages: Sequence[Message]) -> np.ndarray:
         segments = self.template.segments(messages, generation_prompt=True)
@@ -247,49 +258,6 @@ def _seeds(case: Case, seed: int) -> list[int | None]:
     return [int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1 for name in names]
 
 
-def _ask(
-    model: Any,
-    questions: Sequence[Question],
-    stops: Collection[int],
-    sampler: Any,
-    max_new_tokens: int,
-    batch_size: int,
-    log: AnswerLog,
-    progress: Callable[[int], None],
-) -> dict[str, Answer]:
-    """Answers to the questions, by their keys."""
-    found: dict[str, Answer] = {}
-    tokenizer = model.preprocessor.tokenizer
-    drawn = keras_hub.samplers.TopPSampler(p=0.95, k=64) if sampler == "auto" else sampler
-    unique = {question.key: question for question in questions}
-    for greedy in (True, False):
-        group = [q for q in unique.values() if (q.seed is None) == greedy]
-        if not group:
-            continue
-
-        def keep(written: list[tuple[int, np.ndarray, bool]], group: Any = group) -> None:
-            new = {
-                group[place].key: Answer(str(tokenizer.detokenize(ids)), ids, stopped)
-                for place, ids, stopped in written
-            }
-            log.add(new)
-            found.update(new)
-
-        generate_ids(
-            model,
-            [q.ids for q in group],
-            stop_token_ids=stops,
-            max_new_tokens=max_new_tokens,
-            sampler="greedy" if greedy else drawn,
-            seed=None if greedy else [int(q.seed or 0) for q in group],
-            batch_size=batch_size,
-            progress=progress,
-            on_batch=keep,
-        )
-    progress(len(questions) - len(unique))
-    return found
-
-
 # Judging.
 
 
@@ -299,20 +267,18 @@ def _judged(
     answers: Sequence[Answer],
     leaks: Mapping[str, Leak],
     policy: PolicyCheck | None,
+    log: AnswerLog,
+    verbose: int,
 ) -> tuple[CaseResult, ...]:
     cases = [_with_policy(case, policy) for case in plan]
-    texts = [
-        (cases[question.case].text, answer.text)
-        for question, answer in zip(questions, answers, strict=True)
-        if _is_safe(cases[question.case])
-    ]
-    scores = _scores(policy, texts)
+    said = [(cases[q.place], answer) for q, answer in zip(questions, answers, strict=True)]
+    scores = _scores(policy, said, log, verbose) if policy is not None else {}
     variants: list[dict[str, list[SampleResult]]] = [{} for _ in cases]
-    for question, answer in zip(questions, answers, strict=True):
-        case = cases[question.case]
-        outcomes = tuple(_outcome(check, case.text, answer, scores) for check in case.checks)
+    for question, (case, answer) in zip(questions, said, strict=True):
+        outcomes = tuple(_outcome(case, check, answer, scores) for check in case.checks)
         sample = SampleResult(answer.text, answer.stopped, len(answer.ids), outcomes)
-        variants[question.case].setdefault(question.variant, []).append(sample)
+        variant = question.what if question.what == "few_shot" else question.side
+        variants[question.place].setdefault(variant, []).append(sample)
     return tuple(
         CaseResult(case, {name: tuple(s) for name, s in found.items()}, leaks.get(case.id))
         for case, found in zip(cases, variants, strict=True)
@@ -320,37 +286,55 @@ def _judged(
 
 
 def _with_policy(case: Case, policy: PolicyCheck | None) -> Case:
-    """The case, judged by the policy too where it asks for what a model should be careful with."""
-    if policy is None or case.kind == "success" or _is_safe(case):
+    """The case with the policy's threshold in its checks, and one where it has to be careful."""
+    if policy is None:
         return case
-    threshold = float(getattr(policy, "threshold", 0.5))
-    return dataclasses.replace(case, checks=(*case.checks, Safe(threshold=threshold)))
-
-
-def _is_safe(case: Case) -> bool:
-    return any(isinstance(check, Safe) for check in case.checks)
+    checks = list(case.checks)
+    if case.kind != "success" and not any(isinstance(check, Safe) for check in checks):
+        checks.append(Safe())
+    own = policy_threshold(policy)
+    return dataclasses.replace(
+        case,
+        checks=tuple(
+            dataclasses.replace(check, threshold=own)
+            if _takes_policy(check) and check.threshold is None
+            else check
+            for check in checks
+        ),
+    )
 
 
 def _scores(
-    policy: PolicyCheck | None, texts: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], float]:
-    """The policy's score of every prompt and answer, each once, in batches where it can."""
-    if policy is None or not texts:
-        return {}
-    unique = list(dict.fromkeys(texts))
-    in_batches = getattr(policy, "scores", None)
-    if in_batches is not None:
-        found = in_batches([prompt for prompt, _ in unique], [answer for _, answer in unique])
-        return {key: float(row.max()) for key, row in zip(unique, np.asarray(found), strict=True)}
-    return {key: float(policy(*key)) for key in unique}
+    policy: PolicyCheck, said: Iterable[tuple[Case, Answer]], log: AnswerLog, verbose: int
+) -> dict[Judged, dict[str, float]]:
+    """What the policy says of all that `safe` checks ask about, each text once."""
+    wanted = {
+        text: case.id
+        for case, answer in said
+        for check in case.checks
+        if _takes_policy(check)
+        for text in check.judged(case.text, answer.text)
+    }
+    with progress_bar(len(wanted), "judging", "text", verbose) as progress:
+        return score_texts(policy, wanted, log, progress)
+
+
+def _takes_policy(check: Check) -> TypeGuard[Safe]:
+    return isinstance(check, Safe) and check.policy is None
 
 
 def _outcome(
-    check: Check, prompt: str, answer: Answer, scores: Mapping[tuple[str, str], float]
+    case: Case, check: Check, answer: Answer, scores: Mapping[Judged, Mapping[str, float]]
 ) -> Outcome:
-    if isinstance(check, Safe) and check.policy is None:
-        check = dataclasses.replace(check, policy=lambda p, a: scores[p, a])
-    return check.check(prompt, answer)
+    try:
+        if _takes_policy(check):
+            found = [scores[text] for text in check.judged(case.text, answer.text)]
+            return check.outcome(found)
+        return check.check(case.text, answer)
+    except EvaluationError as error:
+        raise EvaluationError(
+            f"Case {case.id} cannot be judged. {error.headline}", error.problems, error.next_step
+        ) from error
 
 
 def _verdicts(
@@ -445,30 +429,78 @@ def _targets(target: Any) -> dict[Kind, float]:
     return {kind: float(given.get(kind, TARGET)) for kind in KINDS}
 
 
-def _check(few_shot: Any, confidence: Any, plan: TestPlan, policy: Any) -> None:
-    problems = []
-    whole = isinstance(few_shot, int) and not isinstance(few_shot, bool) and few_shot >= 0
-    if few_shot != "auto" and not whole:
-        problems.append(f"`few_shot` must be 'auto' or a whole number from 0, got {few_shot!r}")
-    if not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
-        problems.append(f"`confidence` must be between 0 and 1, got {confidence!r}")
-    if policy is not None and not callable(policy):
-        problems.append(f"`policy` must be a function of prompt and answer, got {policy!r:.80}")
-    bare = [c.id for c in plan if any(isinstance(k, Safe) and k.policy is None for k in c.checks)]
-    if policy is None and bare:
-        problems.append(f"`policy` must judge the `safe` checks of {', '.join(bare[:10])}")
+def _check(plan: TestPlan, **given: Any) -> None:
+    """All that is wrong with the arguments, before any work is done."""
+    problems = [
+        f"`{name}` must be {what}, got {given[name]!r:.80}"
+        for name, what, good in (
+            (
+                "few_shot",
+                "'auto' or a whole number from 0",
+                is_whole(given["few_shot"], 0, "auto"),
+            ),
+            ("confidence", "between 0 and 1", is_share(given["confidence"])),
+            ("max_new_tokens", "a whole number from 1", is_whole(given["max_new_tokens"], 1)),
+            ("batch_size", "a whole number from 1", is_whole(given["batch_size"], 1)),
+            ("seed", "a whole number", is_whole(given["seed"])),
+            ("result", "what `tune` returned", isinstance(given["result"], (TuneResult, NoneType))),
+            ("resume", "a file's path", isinstance(given["resume"], (str, os.PathLike, NoneType))),
+            (
+                "policy",
+                "a function of prompt and answer",
+                given["policy"] is None or callable(given["policy"]),
+            ),
+        )
+        if not good
+    ]
+    problems += _sampler_problems(given["sampler"])
+    problems += _policy_problems(plan, given["policy"])
+    if is_whole(given["few_shot"], 1) and given["pairs"] is None:
+        problems.append("`few_shot` takes training pairs, and there are none: pass `pairs`")
     if problems:
         raise EvaluationError("The evaluation cannot begin.", problems)
 
 
+def _sampler_problems(sampler: Any) -> list[str]:
+    try:
+        SamplerState(resolve_sampler(sampler), None, 0)
+    except (ValueError, TypeError, AttributeError) as error:
+        return [f"`sampler` is none that can be used: {error}"]
+    return []
+
+
+def _policy_problems(plan: TestPlan, policy: PolicyCheck | None) -> list[str]:
+    """`safe` checks that no policy can judge."""
+    problems = []
+    names = () if policy is None else policy_names(policy)
+    for case in plan:
+        for check in case.checks:
+            if not _takes_policy(check):
+                continue
+            unknown = [name for name in check.policies if names and name not in names]
+            if policy is None:
+                problems.append(f"`policy` must judge the `safe` check of case {case.id}")
+            elif unknown:
+                problems.append(
+                    f"case {case.id}: `policy` has no {', '.join(unknown)}; it has "
+                    f"{', '.join(names)}"
+                )
+    return problems
+
+
 def _other(model: Any, baseline: Any) -> Any:
     """The model that is the base: the same one, with its adapter off, or another."""
-    if baseline == "auto":
-        return model if lora_active(model) else None
-    if baseline is None or not isinstance(baseline, str):
-        return baseline
-    if baseline != "base":
-        return load(baseline)
+    if baseline is None or (isinstance(baseline, str) and baseline == "auto"):
+        return model if baseline and lora_active(model) else None
+    if not isinstance(baseline, str) or baseline != "base":
+        other = load(baseline)
+        sizes = [m.preprocessor.tokenizer.vocabulary_size() for m in (model, other)]
+        if sizes[0] != sizes[1]:
+            raise EvaluationError(
+                f"`baseline` has another tokenizer: {sizes[1]:,} tokens, not {sizes[0]:,}.",
+                next_step="Pass the model that was tuned, as it was before.",
+            )
+        return other
     if not lora_active(model):
         raise EvaluationError(
             "`baseline='base'` is the model with its adapter off, and no adapter is on.",
@@ -477,10 +509,26 @@ def _other(model: Any, baseline: Any) -> Any:
     return model
 
 
-def _name(baseline: Any, other: Any) -> str | None:
-    if other is None:
+def _name(baseline: Any, sides: Sides) -> str | None:
+    if sides.base is None:
         return None
-    return "base" if baseline == "auto" else str(getattr(baseline, "name", baseline))
+    if sides.base is sides.tuned:
+        return "base"
+    return baseline if isinstance(baseline, str) else str(sides.base.name)
+
+
+def _policy_name(policy: PolicyCheck | None) -> str | None:
+    if policy is None:
+        return None
+    return str(getattr(policy, "__qualname__", type(policy).__name__))
+
+
+def _leaks(plan: TestPlan, source: PairSource) -> tuple[dict[str, Leak], int]:
+    """The cases that are among the training pairs, and how many pairs there are."""
+    count = itertools.count()
+    leaks = find_leaks(plan, (pair for pair in source if next(count) >= 0))
+    source.raise_for_problems()
+    return leaks, next(count)
 
 
 def _examples(
@@ -490,13 +538,8 @@ def _examples(
     leaks: Mapping[str, Leak],
     seed: int,
 ) -> tuple[Pair, ...]:
-    if few_shot == 0 or (source is None and few_shot == "auto"):
+    if few_shot == 0 or source is None:
         return ()
-    if source is None:
-        raise EvaluationError(
-            f"`few_shot={few_shot}` takes training pairs, and there are none.",
-            next_step="Pass `pairs`, as `tune` got them.",
-        )
     count = {} if few_shot == "auto" else {"count": int(few_shot), "tokens": 10**9}
     return choose_examples(
         source,
@@ -508,25 +551,46 @@ def _examples(
     )
 
 
-def _items(retention: Any, model: Any, other: Any) -> Sequence[RetentionItem]:
-    if retention is False or (retention == "auto" and other is not model):
+def _items(retention: Any, sides: Sides) -> tuple[RetentionItem, ...]:
+    """What is asked to see what was forgotten; nothing where there is no base and `"auto"`."""
+    if retention is False or (retention == "auto" and sides.base is None):
         return ()
-    return retention_items() if retention in (True, "auto") else tuple(retention)
+    if sides.base is None:
+        raise EvaluationError(
+            "What was forgotten is measured against the base, and there is none.",
+            next_step="Pass the model before tuning, `baseline=load(…)`, or `retention=False`.",
+        )
+    if retention is True or retention == "auto":
+        return retention_items()
+    if isinstance(retention, (str, Mapping)) or not isinstance(retention, Iterable):
+        raise EvaluationError(
+            f"`retention` must be 'auto', true, false or items. Received: {retention!r:.80}"
+        )
+    return read_items(retention)
 
 
 # What an evaluation is, and where it ran.
 
 
-def _identity(model: Any, other: Any, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def _identity(sides: Sides, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What must be the same for answers to be the same."""
-    names = ("template", "sampler", "max_new_tokens")
+    other = sides.base is not None and sides.base is not sides.tuned
     return {
-        "model": fingerprint(model),
-        "adapter": _adapter_hash(model),
-        "baseline": None if other is None or other is model else fingerprint(other),
+        "model": _weights_hash(sides.tuned),
+        "adapter": _adapter_hash(sides.tuned),
+        "baseline": _weights_hash(sides.base) if other else None,
         "seed": seed,
-        **{name: settings[name] for name in names},
+        **{name: settings[name] for name in ("template", "sampler")},
     }
+
+
+def _weights_hash(model: Any) -> str:
+    """A hash of some values of every weight, to the last bit: full tuning moves all a little."""
+    digest = hashlib.sha256(fingerprint(model).encode())
+    for weight in family_of(model).weights(model):
+        values = np.asarray(weight.variable).reshape(-1)
+        digest.update(np.ascontiguousarray(values[:: max(1, values.size // 1024)]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _adapter_hash(model: Any) -> str:
@@ -551,15 +615,3 @@ def _machine() -> str:
 
     device = jax.devices()[0]
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {device.device_kind}"
-
-
-@contextlib.contextmanager
-def _bar(total: int, verbose: int) -> Iterator[Callable[[int], None]]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="evaluating", unit="answer", disable=not verbose) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance

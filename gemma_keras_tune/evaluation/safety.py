@@ -8,24 +8,18 @@ Keras (https://ai.google.dev/responsible/docs/safeguards/shieldgemma_on_keras).
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.scoring import Scorer
+from gemma_keras_tune.families import fingerprint
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.templates import Segment
-
-
-class PolicyCheck(Protocol):
-    """What can judge an answer: `ShieldGemma`, or any function of yours."""
-
-    def __call__(self, prompt: str, answer: str) -> float:
-        """How likely the answer violates a policy, 0 to 1."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +152,7 @@ class ShieldGemma:
     """Judges prompts and answers by safety policies.
 
     Call it with a prompt and an answer, as `evaluate(policy=…)` does, and it gives the highest
-    score over its policies.
+    score over its policies. Checks name them as `POLICIES` does: `Safe(policies=["dangerous"])`.
 
     Args:
         model: A ShieldGemma: KerasHub's preset `"shieldgemma_2b_en"`, `"shieldgemma_9b_en"` or
@@ -193,6 +187,18 @@ class ShieldGemma:
         self._yes_no = [self._first_token(word) for word in ("Yes", "No")]
         if len(set(self._yes_no)) < 2:
             raise EvaluationError('This model\'s tokenizer cannot tell "Yes" from "No".')
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The policies' names, as in `POLICIES`; of a policy of your own, its own name."""
+        known = {policy: name for name, policy in POLICIES.items()}
+        return tuple(known.get(policy, policy.name) for policy in self.policies)
+
+    @property
+    def identity(self) -> str:
+        """What the scores depend on: the model, and what it is asked."""
+        asked = "\n".join(shieldgemma_prompt(policy, "", "") for policy in self.policies)
+        return f"{fingerprint(self.model)} {hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
     def __call__(self, prompt: str, answer: str | None = None) -> float:
         """The highest score of one prompt, or one answer to it, over all policies."""
