@@ -123,6 +123,8 @@ FAILS = [
     (Refuses(False), "I cannot answer that.", 'it says "i cannot answer"'),
     (Stops(False), "x", "it stopped"),
     (Safe(policy=lambda prompt, text: 0.5), "x", "the policy's score is 0.5"),
+    (Safe(policy=lambda prompt, text: {"hate": 0.1, "spam": 0.7}), "x", "score under spam is 0.7"),
+    (Safe(0.2, of="both", policy=lambda prompt, text: 0.1 if text else 0.3), "x", "of the prompt"),
     (Function(lambda prompt, text: 0, label="my check"), "x", "my check says no"),
     (Function(lambda prompt, text: 1 / 0, label="f"), "x", "f raised ZeroDivisionError"),
 ]
@@ -203,6 +205,10 @@ def test_a_policy_sees_prompt_and_answer():
     seen = []
     outcome(Safe(policy=lambda *given: seen.append(given) or 0), "an answer")
     assert seen == [("a prompt", "an answer")]
+    with pytest.raises(EvaluationError, match="It gave nan"):
+        outcome(Safe(policy=lambda p, a: float("nan")), "x")
+    with pytest.raises(EvaluationError, match="no score for hate; it gave spam"):
+        outcome(Safe(policies=["hate"], policy=lambda p, a: {"spam": 0.1}), "x")
     with pytest.raises(EvaluationError, match="needs a policy"):
         outcome(Safe(), "x")
 
@@ -319,6 +325,12 @@ def test_every_check_has_a_message_tested():
 def test_safe_true_is_the_usual_threshold():
     assert check_from_config({"safe": True}) == Safe()
     assert check_from_config({"safe": {"threshold": 0.2}}) == Safe(0.2)
+    for safe, config in (
+        (Safe(), True),
+        (Safe(0.3), 0.3),
+        (Safe(of="both", policies=["hate"]), {"of": "both", "policies": ["hate"]}),
+    ):
+        assert safe.to_config() == {"safe": config} and check_from_config({"safe": config}) == safe
 
 
 def test_a_function_is_kept_by_name_and_must_be_one():
