@@ -312,7 +312,7 @@ def test_validation_rows_are_counted_listed_and_checked(watched):
     assert plan.validation_pairs == 3 and plan.validation_dropped == (4,)
     assert "validated on 3 other pairs" in watched.printed
     assert "validation rows left out as asked: 4" in watched.printed
-    assert any("rows 2, 3 are exact duplicates" in text for text in watched.warned)
+    assert any("rows 2-3 are exact duplicates" in text for text in watched.warned)
 
 
 @pytest.mark.slow

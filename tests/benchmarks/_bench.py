@@ -6,6 +6,9 @@ import json
 import os
 import pathlib
 import platform
+import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -18,10 +21,12 @@ import gemma_keras_tune as gkt
 MODEL = "package://gemma3_270m"
 
 
-def arguments(description: str, pairs: int = 64) -> argparse.Namespace:
+def arguments(description: str, pairs: int | None = 64) -> argparse.Namespace:
+    """The options `--json` and, where there are pairs to choose, `--pairs`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures there")
-    parser.add_argument("--pairs", type=int, default=pairs, help="pairs in an epoch")
+    if pairs is not None:
+        parser.add_argument("--pairs", type=int, default=pairs, help="pairs in an epoch")
     return parser.parse_args()
 
 
@@ -41,9 +46,12 @@ def kerashub_recipe(length: int) -> keras.Model:
     return model
 
 
-def ours(model: keras.Model) -> gkt.TuningModel:
-    """The same LoRA, rank 4 on query and value, with the same optimizer."""
-    gkt.enable_lora(model, 4, targets=["q_proj", "v_proj"], verbose=0)
+QUERY_AND_VALUE = ("q_proj", "v_proj")
+
+
+def ours(model: keras.Model, targets: Any = QUERY_AND_VALUE) -> gkt.TuningModel:
+    """LoRA of rank 4, with the same optimizer."""
+    gkt.enable_lora(model, 4, targets=targets, verbose=0)
     trainer = gkt.TuningModel(model)
     trainer.compile(gkt.make_optimizer(5e-5, updates=1000, weight_decay=0.01))
     return trainer
@@ -59,6 +67,21 @@ def state_of(trainer: keras.Model) -> tuple[list[Any], ...]:
         trainer.metrics_variables,
     )
     return tuple([v.value for v in group] for group in groups)
+
+
+def attempt(name: str, measure: Callable[[], Any]) -> Any:
+    """What a peer measures; `None` and the reason in print where it fails."""
+    try:
+        return measure()
+    except Exception as error:
+        print(f"{name} was not measured: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def shown(figure: float | None, form: str) -> str:
+    """A figure as a cell of a table, a dash where there is none."""
+    width = int("0" + re.match(r"\d*", form)[0])
+    return format(figure, form) if figure is not None else f"{'-':>{width}}"
 
 
 def forget() -> None:

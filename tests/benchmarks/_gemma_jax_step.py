@@ -9,6 +9,7 @@ all linear layers), cross entropy on the response, AdamW on the factors alone, a
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -49,8 +50,12 @@ def main(request: str, answer: str) -> None:
             factors, state, value = step(factors, state, frozen, batch, live)
         jax.block_until_ready(value)
         seconds.append(time.perf_counter() - begin)
-    rate = ids.shape[0] * ids.shape[1] / min(seconds[1:])
-    pathlib.Path(answer).write_text(json.dumps({"rate": rate}))
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(factors)[0]]
+    names = ["/".join(str(key.key) for key in path) for path in paths]
+    kinds = {re.sub(r"layer_\d+/|/lora/.*", "", name) for name in names}
+    size = sum(factor.size for factor in jax.tree.leaves(factors))
+    told = {"rate": asked["pairs"] / min(seconds[1:]), "layers": sorted(kinds), "parameters": size}
+    pathlib.Path(answer).write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ warm up, and the best of the next ones counts. KerasHub runs its documented reci
 (`sequence_length=256`, batch 1), and again with the length our pipeline chose and our batch. TRL
 runs `SFTTrainer` with PEFT on the same weights, loss on the completion alone, batch 8, and else its
 own defaults, of which gradient checkpointing is one; and again without that. The Gemma library for
-JAX runs a jitted step with its own LoRA on random weights, padded to our length; it may stand in an
-environment of its own, whose Python `GEMMA_JAX_PYTHON` names.
+JAX runs a jitted step on random weights, padded to our length. Its own LoRA knows no targets and
+goes on every linear layer, so it is compared with ours on all linear layers. It may stand in an
+environment of its own, whose Python `GEMMA_JAX_PYTHON` names. A contender that fails is left out,
+with its reason printed.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -44,16 +45,17 @@ def best_epoch(epoch: Callable[[], object], pairs: int) -> float:
     return pairs / min(seconds)
 
 
-def ours(pairs: Pairs, folder: str) -> dict[str, Any]:
+def ours(pairs: Pairs, targets: Any = ("q_proj", "v_proj")) -> dict[str, Any]:
     """Our pairs a second, and the longest length the pipeline chose."""
     import _bench
 
     model = _bench.gkt.load(_bench.MODEL)
-    trainer = _bench.ours(model)
+    trainer = _bench.ours(model, targets)
     data = _bench.gkt.make_dataset(pairs, model, batch_size=BATCH, template=TEMPLATE)
     length = max(int(x["token_ids"].shape[1]) for x, _, _ in data)
     rate = best_epoch(lambda: trainer.fit(data, epochs=1, shuffle=False, verbose=0), len(pairs))
-    return {"rate": rate, "length": length}
+    parameters = _bench.gkt.lora_config(model).parameters
+    return {"rate": rate, "length": length, "parameters": parameters}
 
 
 def kerashub(pairs: Pairs, length: int, batch: int) -> dict[str, Any]:
@@ -112,16 +114,15 @@ def trl(pairs: Pairs, folder: str, **changed: Any) -> dict[str, Any]:
 
 
 def gemma_jax(pairs: Pairs, length: int) -> dict[str, Any]:
-    """Pairs a second of the Gemma library for JAX; 0 where it is not installed."""
+    """Pairs a second of the Gemma library for JAX, and the layers its LoRA is on."""
     import _bench
     import numpy as np
 
-    if subprocess.run([GEMMA_JAX, "-c", "import gemma"], capture_output=True).returncode:
-        return {"rate": 0}
     model = _bench.gkt.load(_bench.MODEL)
     tokenizer = model.preprocessor.tokenizer
     bos, end = tokenizer.start_token_id, tokenizer.end_token_id
-    ids, mask = np.zeros((len(pairs), length), int), np.zeros((len(pairs), length - 1), int)
+    rows = -(-len(pairs) // BATCH) * BATCH  # empty rows fill the last batch
+    ids, mask = np.zeros((rows, length), int), np.zeros((rows, length - 1), int)
     for row, (prompt, response) in enumerate(pairs):
         asked = [bos, *tokenizer(prompt + "\n").tolist()]
         whole = [*asked, *tokenizer(response).tolist(), end][:length]
@@ -129,7 +130,8 @@ def gemma_jax(pairs: Pairs, length: int) -> dict[str, Any]:
         mask[row, len(asked) - 1 : len(whole) - 1] = 1
     with tempfile.TemporaryDirectory() as folder:
         request, answer = (pathlib.Path(folder, name) for name in ("request", "answer"))
-        batches = {"ids": ids.reshape(-1, BATCH, length).tolist(), "epochs": EPOCHS}
+        batches: dict[str, Any] = {"epochs": EPOCHS, "pairs": len(pairs)}
+        batches["ids"] = ids.reshape(-1, BATCH, length).tolist()
         batches["mask"] = mask.reshape(-1, BATCH, length - 1).tolist()
         request.write_text(json.dumps(batches))
         script = pathlib.Path(__file__).with_name("_gemma_jax_step.py")
@@ -139,13 +141,15 @@ def gemma_jax(pairs: Pairs, length: int) -> dict[str, Any]:
 
 
 def alone(contender: str, pairs: int, **options: Any) -> dict[str, Any]:
-    """What a contender measures in a process of its own."""
+    """What a contender measures in a process of its own; nothing, and why in print, if it fails."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, "--pairs", str(pairs), "--json", file.name]
         command += ["--contender", contender, "--options", json.dumps(options)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.exit(done.stderr)
+            reason = done.stderr.strip() or f"exit code {done.returncode}"
+            print(f"{contender} {options} was not measured:\n{reason}", file=sys.stderr)
+            return {}
         return json.loads(pathlib.Path(file.name).read_text())
 
 
@@ -180,45 +184,76 @@ def main() -> None:
     compare(options.pairs, options.json)
 
 
+class Table:
+    """Contenders in order: a name, pairs a second, and how many times as fast we are."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, name: str, found: dict[str, Any], mine: dict[str, Any]) -> float | None:
+        """Add a contender and return the ratio; `None` where one of the two was not measured."""
+        import _bench
+
+        rate, own = found.get("rate"), mine.get("rate")
+        ratio = own / rate if rate and own else None
+        self.lines.append(
+            f"  {name:46} {_bench.shown(rate, '7.2f')} pairs/s   {_bench.shown(ratio, '5.2f')} x"
+        )
+        return ratio
+
+
+def installed(python: str, *modules: str) -> bool:
+    """Whether a Python has some modules."""
+    names = ", ".join(modules)
+    return not subprocess.run([python, "-c", f"import {names}"], capture_output=True).returncode
+
+
 def compare(pairs: int, path: pathlib.Path | None) -> None:
     """Run every contender that is installed, print the table and write the figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        mine = alone("ours", pairs, folder=folder)
-        length = mine["length"]
-        rates = {
-            "gemma_keras_tune": mine["rate"],
-            f"KerasHub, padded to {length}, batch {BATCH}": alone(
-                "kerashub", pairs, length=length, batch=BATCH
-            )["rate"],
-            # The recipe is slow, and its rate does not depend on how many pairs there are.
-            "KerasHub's recipe, 256 tokens, batch 1": alone(
-                "kerashub", max(8, pairs // 8), length=256, batch=1
-            )["rate"],
-        }
-        same, recipe = list(rates.values())[1:]
-        figures: dict[str, float | None] = {
-            "vs_kerashub_recipe": mine["rate"] / recipe,
-            "vs_kerashub_same_length": mine["rate"] / same,
-            "vs_trl": None,
-            "vs_gemma_jax": None,
-            "pairs_per_second": mine["rate"],
-        }
-        if all(importlib.util.find_spec(name) for name in ("trl", "peft", "datasets")):
-            hugging_face_folder(folder)
-            rate = alone("trl", pairs, folder=folder)["rate"]
-            rates[f"TRL and PEFT, batch {BATCH}"] = rate
-            figures["vs_trl"] = mine["rate"] / rate
-            bare = alone("trl", pairs, folder=folder, gradient_checkpointing=False)["rate"]
-            rates["the same without gradient checkpointing"] = bare
-            figures["vs_trl_without_checkpointing"] = mine["rate"] / bare
-        if rate := alone("gemma_jax", pairs, length=length)["rate"]:
-            rates[f"Gemma library for JAX, batch {BATCH}"] = rate
-            figures["vs_gemma_jax"] = mine["rate"] / rate
     import _bench
 
+    table = Table()
+    mine = alone("ours", pairs)
+    if not mine:
+        sys.exit("Without our own figure there is nothing to compare.")
+    table.add("gemma_keras_tune", mine, mine)
+    length = mine["length"]
+    same = alone("kerashub", pairs, length=length, batch=BATCH)
+    # The recipe is slow, and its rate does not depend on how many pairs there are.
+    recipe = alone("kerashub", max(8, pairs // 8), length=256, batch=1)
+    figures: dict[str, float | None] = {
+        "vs_kerashub_same_length": table.add(
+            f"KerasHub, padded to {length}, batch {BATCH}", same, mine
+        ),
+        "vs_kerashub_recipe": table.add("KerasHub's recipe, 256 tokens, batch 1", recipe, mine),
+        "vs_trl": None,
+        "vs_trl_without_checkpointing": None,
+        "vs_gemma_jax": None,
+        "pairs_per_second": mine["rate"],
+    }
+    if installed(sys.executable, "trl", "peft", "datasets"):
+        with tempfile.TemporaryDirectory() as folder:
+            _bench.attempt("Hugging Face folder", lambda: hugging_face_folder(folder))
+            usual = alone("trl", pairs, folder=folder)
+            bare = alone("trl", pairs, folder=folder, gradient_checkpointing=False)
+        figures["vs_trl"] = table.add(f"TRL and PEFT, batch {BATCH}", usual, mine)
+        figures["vs_trl_without_checkpointing"] = table.add(
+            "the same without gradient checkpointing", bare, mine
+        )
+    if installed(GEMMA_JAX, "gemma"):
+        everywhere = alone("ours", pairs, targets="all")
+        table.add("gemma_keras_tune, LoRA on all linear layers", everywhere, everywhere)
+        found = alone("gemma_jax", pairs, length=length)
+        figures["vs_gemma_jax"] = table.add(
+            f"Gemma library for JAX, batch {BATCH}, the same", found, everywhere
+        )
+        if found:
+            layers = ", ".join(found["layers"])
+            table.lines.append(f"    its LoRA: {found['parameters']:,} parameters, on {layers}")
+            table.lines.append(f"    ours on all: {everywhere.get('parameters', 0):,} parameters")
     _bench.report(
         f"Training speed, {pairs} short pairs",
-        [f"  {n:42} {r:7.2f} pairs/s   {mine['rate'] / r:5.2f} x" for n, r in rates.items()],
+        table.lines,
         figures,
         path,
     )
