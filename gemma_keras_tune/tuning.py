@@ -13,7 +13,7 @@ import numpy as np
 from gemma_keras_tune._files import check_free
 from gemma_keras_tune._pictures import history_figure
 from gemma_keras_tune.adapters import save_adapter
-from gemma_keras_tune.errors import LoraError, PlanError
+from gemma_keras_tune.errors import LoraError, PairsError, PlanError
 from gemma_keras_tune.families import family_of
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import (
@@ -490,7 +490,12 @@ def _read(
 ) -> tuple[PairSource, PairSource | None]:
     source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs, **columns)
     if split:
-        return split_pairs(source, split, seed=seed)
+        try:
+            return split_pairs(source, split, seed=seed)
+        except PairsError:
+            if not (source.problems and source.repeatable):
+                raise
+            return source, None  # to be reported together with rows that are too long
     if validation_data is None or isinstance(validation_data, PairSource):
         return source, validation_data
     return source, read_pairs(validation_data, **columns)

@@ -199,6 +199,10 @@ def test_problems_of_training_and_validation_pairs_are_reported_at_once(model):
         "validation, row 2: the output is missing (its value is None)",
         "validation, row 1: 63 tokens",
     )
+    rows = [("a", "b"), ("", "x"), ("q" * 60, "y")]
+    with pytest.raises(gkt.PairsError) as split:
+        gkt.tune(model, rows, validation_split=0.5, template=PLAIN, sequence_length=20)
+    assert split.value.problems == ("row 2: the input is empty", "row 3: 63 tokens")
     assert caught.value.headline.startswith("Training: The list: 1 row cannot be trained on. Valid")
 
 
