@@ -581,14 +581,25 @@ class Family:
 
         Returns:
             The `Head`.
+
+        Raises:
+            LoadError: The logits are capped twice.
         """
         backbone = _backbone(model)
         if self.name == "gemma3n":
             text = backbone.language_model
             return Head(text.embed_tokens.embedding.embeddings, text.final_logit_soft_cap)
         layer = backbone.token_embedding
-        # Gemma 4 may cap once more in the task; two caps in a row are not one.
-        return Head(layer.embeddings, layer.logit_soft_cap)
+        # The task of Gemma 4 may cap, too.
+        caps = [layer.logit_soft_cap, getattr(model, "final_logit_cap", None)]
+        found = [cap for cap in caps if cap is not None]
+        if len(found) > 1:
+            raise LoadError(
+                f"The logits are capped twice, at {found[0]} by the backbone and at {found[1]} by "
+                "the task, which is not one cap.",
+                next_step="Make the `Gemma4CausalLM` without `final_logit_cap`.",
+            )
+        return Head(layer.embeddings, found[0] if found else None)
 
 
 _KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")

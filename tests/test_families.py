@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.families import Family, Weight, family_of, join, split
 from gemma_keras_tune.testing import tiny_model
 
@@ -179,3 +180,19 @@ def _transformers_shapes(model: Any, family: Family) -> dict[str, tuple[int, ...
     shapes = json.loads(done.stdout.splitlines()[-1])
     del shapes["lm_head.weight"]  # tied with the embedding
     return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def test_the_cap_of_gemma4_is_that_of_the_backbone_or_of_the_task() -> None:
+    import keras_hub
+
+    def capped(backbone_cap: float | None, task_cap: float | None) -> Any:
+        tiny = tiny_model("gemma4", num_layers=1, num_kv_shared_layers=0,
+                          final_logit_soft_cap=backbone_cap)  # fmt: skip
+        model = keras_hub.models.Gemma4CausalLM(
+            backbone=tiny.backbone, preprocessor=tiny.preprocessor, final_logit_cap=task_cap
+        )
+        return family_of(model).head(model).soft_cap
+
+    assert [capped(30.0, None), capped(None, 5.0), capped(None, None)] == [30.0, 5.0, None]
+    with pytest.raises(LoadError, match=r"at 30\.0 by the backbone and at 5\.0 by the task"):
+        capped(30.0, 5.0)
