@@ -303,9 +303,11 @@ def _test(options: argparse.Namespace) -> None:
 def _preview(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    pairs = gkt.read_pairs(options.pairs, **{name: getattr(options, name) for name in _COLUMNS})
     model = gkt.load(options.model, dtype=options.dtype)
-    print(gkt.preview(pairs, model, rows=options.rows, template=options.template))
+    columns = {name: getattr(options, name) for name in _COLUMNS}
+    print(
+        gkt.preview(options.pairs, model, rows=options.rows, template=options.template, **columns)
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ import keras
 from gemma_keras_tune._bases import base_record, wrong_base
 from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.adapter_layouts import CONFIG, PEFT_WEIGHTS, check_finite, read_adapter
+from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import AdapterError, ExportError, TemplateError
 from gemma_keras_tune.families import (
     family_of,
@@ -56,10 +57,11 @@ def save_preset(
 ) -> pathlib.Path:
     """Save the model as a KerasHub preset, with the LoRA that is on merged in.
 
-    `keras_hub.models.CausalLM.from_preset(path)` loads it in a process without this library. The
-    template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`, and
-    the files' hashes in `receipt.json`. The model in memory keeps its LoRA; where it is switched
-    off, the base is saved. The preset is under the Gemma terms of use.
+    `keras_hub.models.CausalLM.from_preset(path)` loads it in a process without this library, one of
+    Gemma 4 `Gemma4CausalLM.from_preset(path)`: KerasHub 0.32 has two classes with that backbone.
+    The template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`,
+    and the files' hashes in `receipt.json`. The model in memory keeps its LoRA; where it is
+    switched off, the base is saved. The preset is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
@@ -73,9 +75,11 @@ def save_preset(
         The folder.
 
     Raises:
+        BackendError: Keras does not run on JAX.
         ExportError: The folder exists, LoRA is on a quantized base, or the preset does not answer
             as the model does.
     """
+    check_backend()
     refuse_unknown_check(check)
     stored = str(family_of(model).head(model).embedding.dtype)
     with new_folder(path, overwrite=overwrite) as folder:

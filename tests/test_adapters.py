@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.families import backbone_inputs
+from gemma_keras_tune._bases import base_record, wrong_base
+from gemma_keras_tune.families import backbone_inputs, mark_origin
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.templates import attach_template, get_template, template_of
 
@@ -110,20 +111,91 @@ def refused(folder, model):
 @pytest.mark.slow
 def test_every_mismatch_is_listed_and_nothing_changes(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "adapter")
-    message = refused(folder, testing.tiny_model("gemma3", seed=1))
-    assert "fingerprint" in message
+    other = testing.tiny_model("gemma3", seed=1)
+    message = refused(folder, other)
+    assert "its base has other weights" in message and "check_base=False" in message
+    assert gkt.load_adapter(other, folder, check_base=False).rank == 2
     message = refused(folder, testing.tiny_model("gemma2"))
-    assert "trained on gemma3, this is gemma2" in message and "fingerprint" in message
-    message = refused(folder, testing.tiny_model("gemma3", num_query_heads=2))
+    assert "trained on gemma3, this is gemma2" in message and "other weights" in message
+    model = testing.tiny_model("gemma3", num_query_heads=2)
+    gkt.enable_lora(model, 4, verbose=0)
+    message = refused(folder, model)
     assert message.count("q_proj.lora_B") == 2 and message.count("o_proj.lora_A") == 2
+    assert "weights" in message and "remove_lora" in message
 
 
 @pytest.mark.slow
-def test_other_lora_on_the_model_is_refused(saved, tmp_path):
+@pytest.mark.parametrize("family", ["gemma3", "gemma3n"])
+def test_a_base_is_known_in_every_dtype_and_quantization(family, tmp_path):
+    trained_on = testing.tiny_model(family)
+    record = base_record(trained_on)
+    others = {}
+    for kind in ("bfloat16", "float16", "mixed_bfloat16", "int8", "int4"):
+        quantized = kind.startswith("int")
+        others[kind] = testing.tiny_model(family, dtype=None if quantized else kind)
+        if quantized:
+            others[kind].backbone.quantize(kind)
+        assert wrong_base(others[kind], record) is None, kind
+        assert wrong_base(trained_on, base_record(others[kind])) is None, kind
+    for kind in ("float32", "bfloat16"):
+        other = testing.tiny_model(family, seed=1, dtype=kind)
+        assert "other weights" in wrong_base(other, record)
+        assert "other weights" in wrong_base(other, base_record(others["int4"]))
+    gkt.enable_lora(trained_on, 2, verbose=0)
+    for linear in lora_linears(trained_on):
+        a, b, _ = get_factors(linear)
+        set_factors(linear, a, np.ones_like(b))
+    assert base_record(trained_on) == record
+    folder = gkt.save_adapter(trained_on, tmp_path / "adapter")
+    for kind in ("bfloat16", "int8"):
+        assert gkt.load_adapter(others[kind], folder).rank == 2
+
+
+@pytest.mark.parametrize("key", ["base_sample", "base_tolerance"])
+@pytest.mark.parametrize("value", [None, 3, "", "AAAA", "????", float("nan"), 1e9, [], {"a": 1}])
+def test_a_broken_sample_opens_no_door(tiny, key, value):
+    record = base_record(testing.tiny_model(seed=1)) | {key: value}
+    assert wrong_base(tiny, record) is not None
+
+
+def test_a_record_of_the_first_version_is_still_read(saved, tiny, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "adapter")
+    path = folder / "gemma_keras_tune.json"
+    record = json.loads(path.read_text())
+    del record["base_sample"], record["base_tolerance"]
+    path.write_text(json.dumps(record))
+    assert gkt.load_adapter(testing.tiny_model(), folder).rank == 2
+    path.write_text(json.dumps(record | {"base_fingerprint": "0" * 16}))
+    assert "fingerprint" in refused(folder, tiny)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_real_model_is_known_in_both_dtypes():
+    record = base_record(gkt.load("package://gemma3_270m", dtype="float32"))
+    bfloat16 = gkt.load("package://gemma3_270m", dtype="bfloat16")
+    assert bfloat16.dtype == "bfloat16" and wrong_base(bfloat16, record) is None
+
+
+def test_another_name_of_a_base_is_warned_of_and_ours_is_one_peft_can_open(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "adapter")
+    (folder / "gemma_keras_tune.json").unlink()
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["base_model_name_or_path"] is None
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "unsloth/gemma-3-270m"}))
     model = testing.tiny_model()
-    gkt.enable_lora(model, 4, verbose=0)
-    assert "remove_lora" in refused(folder, model)
+    mark_origin(model, "hf://google/gemma-3-270m", None)
+    gkt.load_adapter(model, folder)
+    mark_origin(model, "hf://google/gemma-3-270m-it", None)
+    with pytest.warns(UserWarning, match=r"names unsloth/gemma-3-270m .*came from google/"):
+        gkt.load_adapter(model, folder)
+    for source, name in {"hf://google/gemma-3-270m-it": "google/gemma-3-270m-it",
+                         "package://gemma3_270m": None, "gemma3_270m": None}.items():  # fmt: skip
+        mark_origin(model, source, None)
+        again = gkt.save_adapter(model, tmp_path / "again", overwrite=True)
+        config = json.loads((again / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == name
 
 
 @pytest.mark.parametrize(
