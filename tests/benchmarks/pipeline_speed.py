@@ -6,7 +6,8 @@ Pairs a second from texts to batches on the machine's cores, the tokenizer's wor
 KerasHub's own preprocessor, mapped over batches of 64 in `tf.data`: padded to the longest length
 our pipeline chose, which is what counts, and to the 256 tokens of its documented recipe. All take
 the same pairs and are read to their end; the better of two passes counts. Ours is timed from the
-raw pairs to the last batch of the first epoch, checks and shapes included.
+raw pairs to the last batch of the first epoch, checks and shapes included; later epochs, whose rows
+are tokenized already, have a line of their own. KerasHub's graph is traced before its clock starts.
 """
 
 import time
@@ -26,7 +27,7 @@ RECIPE_LENGTH = 256
 
 
 def rate(batches: Callable[[], Iterable[Any]], pairs: int) -> float:
-    """Pairs a second from nothing to the last batch, the better of two."""
+    """Pairs a second to the last batch, the better of two."""
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()
@@ -49,6 +50,12 @@ def kerashub(pairs: list[tuple[str, str]], model: Any, length: int) -> tf.data.D
     return data.map(model.preprocessor, num_parallel_calls=tf.data.AUTOTUNE).prefetch(2)
 
 
+def kerashub_rate(pairs: list[tuple[str, str]], model: Any, length: int) -> float:
+    """Pairs a second of KerasHub's preprocessor at a length."""
+    data = kerashub(pairs, model, length)
+    return rate(lambda: data, len(pairs))
+
+
 def mixed_pairs(count: int) -> list[tuple[str, str]]:
     """Pairs whose lengths spread from a few tokens to several hundred."""
     draw = np.random.default_rng(0)
@@ -67,11 +74,12 @@ def main() -> None:
     pairs = short_pairs(options.pairs)
     model = gkt.load(_bench.MODEL)
     mine = rate(lambda: ours(pairs, model), len(pairs))
-    length = max(int(x["token_ids"].shape[1]) for x, _, _ in ours(pairs, model))
+    tokenized = ours(pairs, model)
+    length = max(int(x["token_ids"].shape[1]) for x, _, _ in tokenized)
+    later = rate(lambda: tokenized, len(pairs))
     rates = {
         size: _bench.attempt(
-            f"KerasHub at {size}",
-            lambda size=size: rate(lambda: kerashub(pairs, model, size), len(pairs)),
+            f"KerasHub at {size}", lambda size=size: kerashub_rate(pairs, model, size)
         )
         for size in (length, RECIPE_LENGTH)
     }
@@ -81,6 +89,7 @@ def main() -> None:
         f"Pipeline, {len(pairs)} short pairs, batches of {BATCH}",
         [
             f"  gemma_keras_tune, up to {length} tokens        {mine:9,.0f} pairs/s",
+            f"    its later epochs                      {later:9,.0f} pairs/s",
             *(
                 f"  KerasHub's preprocessor, {size:3} tokens     {_bench.shown(theirs, '9,.0f')} "
                 f"pairs/s   {_bench.shown(ratios[size], '.2f')} x"
@@ -91,6 +100,8 @@ def main() -> None:
         {
             "vs_kerashub_preprocessor": ratios[length],
             "vs_kerashub_preprocessor_256": ratios[RECIPE_LENGTH],
+            "pairs_per_second": mine,
+            "pairs_per_second_later": later,
             "programs_for_1000_mixed_pairs": count,
         },
         options.json,
