@@ -86,6 +86,38 @@ def test_an_adapter_that_is_off_is_no_file(tmp_path):
         gkt.export(model, tmp_path / "x.gguf", format="gguf_adapter", verbose=0)
 
 
+@pytest.mark.parametrize(
+    "name, format",
+    [
+        ("x.safetensors", "auto"), ("x.keras", "auto"), ("x.h5", "keras"), ("x.tflite", "auto"),
+        ("x.litertlm", "litert"), ("x.GGUF", "ollama"), ("x.gguf", "safetensors"),
+    ],
+)  # fmt: skip
+def test_a_folder_does_not_get_the_name_of_a_file(name, format, tmp_path):
+    model = testing.tiny_model("gemma3", num_layers=1)
+    with pytest.raises(gkt.ExportError, match=r"has the name of a file.*\n.*such as 'x'"):
+        gkt.export(model, tmp_path / name, format=format, verbose=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_a_format_does_not_take_are_refused(tmp_path):
+    model = testing.tiny_model("gemma3", num_layers=1)
+    for format in ("gguf", "ollama", "gemma_jax", "litert", "gguf_adapter"):
+        with pytest.raises(gkt.ExportError, match="`shard_size` is for 'keras' and 'safetensors'"):
+            gkt.export(model, tmp_path / "out", format=format, shard_size="1GB", verbose=0)
+    with pytest.raises(gkt.ExportError, match="`quantization` is for 'gguf' and 'ollama'"):
+        gkt.export(model, tmp_path / "out", format="keras", quantization="Q8_0", verbose=0)
+
+
+def test_a_preset_is_cut_into_shards_and_the_bar_goes_to_its_end(tmp_path, capsys):
+    model = testing.tiny_model("gemma3", num_layers=2)
+    options = {"format": "keras", "shard_size": "40KB", "check": False}
+    path = gkt.export(model, tmp_path / "out", **options, verbose=1)
+    assert len(list(path.glob("*.weights.h5"))) > 1
+    assert_same(values_of(gkt.load(str(path))), values_of(model))
+    assert "writing out: 100%" in capsys.readouterr().err
+
+
 def test_broken_weights_are_all_named():
     model = testing.tiny_model("gemma3")
     for index in (0, 1):

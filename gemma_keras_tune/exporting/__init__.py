@@ -17,6 +17,7 @@ import keras
 
 from gemma_keras_tune._files import explained, new_folder
 from gemma_keras_tune.adapters import write_record
+from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import refuse_quantized, stored_dtype
 from gemma_keras_tune.families import family_of
@@ -95,9 +96,11 @@ def export(
         The folder or file.
 
     Raises:
+        BackendError: Keras does not run on JAX.
         ExportError: The name is taken, an argument is unknown, the target cannot carry this model,
             or what was written does not answer as the model does. Nothing stays on disk.
     """
+    check_backend()
     target = pathlib.Path(path)
     format = _format(target, format)
     module = _module(format)
