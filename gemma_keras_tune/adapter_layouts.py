@@ -274,7 +274,7 @@ def _add_matrices(
                 reading.problems.append(
                     f"{module}: LoRA of this library cannot stand there. Train with "
                     f"`target_modules={sorted({one.target for one in linears.values()})}`"
-                    if _place(module) in others
+                    if _place(module) in others - {""}
                     else f"{module}: this model has no such layer"
                 )
             continue
@@ -607,8 +607,8 @@ def _check_sizes(tree: Any, model: keras.Model) -> None:
 def _from_jax_tree(tree: Mapping[str, Any], model: keras.Model) -> _Reading:
     reading = _Reading("gemma_jax")
     family = family_of(model)
-    # Its LoRA does not know the layers of its own Gemma 3n.
-    if not family.jax_complete or family.name == "gemma3n":
+    # Its LoRA does not know the layers of its own Gemma 3n and 4.
+    if family.name not in ("gemma2", "gemma3"):
         raise AdapterError(
             f"Adapters of the Gemma library for JAX are read for Gemma 2 and 3, this is "
             f"{family.title}.",

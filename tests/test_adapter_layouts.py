@@ -154,6 +154,34 @@ def test_all_that_cannot_be_done_is_listed_at_once(model, tmp_path):
     assert all(any(name in text for text in problems) for name in refused)
 
 
+def test_a_path_that_is_no_adapter_says_what_to_pass(model, tmp_path, monkeypatch):
+    folder, updates = peft(model, tmp_path / "adapter")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_adds(read_adapter("~/adapter", model), updates)
+    with pytest.raises(gkt.AdapterError, match=f"Pass its folder: {folder}"):
+        read_adapter(folder / "adapter_model.safetensors", model)
+    with pytest.raises(gkt.AdapterError, match=r"There is no adapter at .*nowhere"):
+        read_adapter(tmp_path / "nowhere", model)
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [("gemma3n", "altup.correction_coefs"), ("gemma4", "per_layer_input_gate")],
+)
+def test_layers_that_lora_cannot_stand_on_are_told_from_unknown_ones(family, module, tmp_path):
+    """PEFT's "all-linear" puts factors on them."""
+    model = testing.tiny_model(family)
+    folder, _ = peft(model, tmp_path, names=["model.layers.0.self_attn.q_proj"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in (module, "nothing"):
+        full = f"base_model.model.model.layers.0.{name}"
+        tensors |= {f"{full}.lora_A.weight": drawn(2, 4), f"{full}.lora_B.weight": drawn(4, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    problems = read_adapter(folder, model).problems
+    assert any(f"{module}: LoRA of this library cannot stand" in p for p in problems), problems
+    assert any("nothing: this model has no such layer" in p for p in problems)
+
+
 def test_a_pickle_is_not_opened(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
@@ -231,6 +259,8 @@ ALL_OF_KERAS_HUB = [
         ("gemma3", None),
         pytest.param("gemma", ALL_OF_KERAS_HUB, marks=pytest.mark.slow),
         pytest.param("gemma3", ALL_OF_KERAS_HUB, marks=pytest.mark.slow),
+        pytest.param("gemma2", ALL_OF_KERAS_HUB, marks=pytest.mark.slow),
+        pytest.param("gemma4", ALL_OF_KERAS_HUB, marks=pytest.mark.slow),
         pytest.param(
             "gemma3n", ["q_proj", "o_proj", "gate_proj", "down_proj"], marks=pytest.mark.slow
         ),
@@ -277,6 +307,17 @@ def test_a_broken_file_of_keras_hub(model, tmp_path):
     problems = read_adapter(path, model).problems
     assert any("layer 11" in p and "expected shapes (1, 16, 2) and (2, 8)" in p for p in problems)
     assert any("layer 0" in p for p in problems)
+    liars = [
+        dict(data=np.float32("inf")),
+        dict(data=-2),
+        dict(data=[2]),
+        dict(shape=(10**13,), dtype="i8", chunks=(1000,)),  # a file of three kilobytes
+    ]
+    for rank in liars:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("lora/vars/rank", **rank)
+        with pytest.raises(gkt.AdapterError, match="rank is"):
+            read_adapter(path, model)
 
 
 def jax_tree(model):
@@ -331,6 +372,11 @@ def test_an_orbax_folder(model, tmp_path):
     with orbax.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "lora", tree)
     assert_adds(read_adapter(tmp_path / "lora", model), updates)
+    tree["layer_0"]["attn"]["q_einsum"]["_LoRAEinsum_0"]["lora"]["a"] = drawn(600, 600)
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "large", tree)
+    with pytest.raises(gkt.AdapterError, match=r"q_einsum.*\(600, 600\) is larger than any weight"):
+        read_adapter(tmp_path / "large", model)
     for file in (tmp_path / "lora").rglob("*"):
         if file.is_file() and file.name not in ("_METADATA", "_CHECKPOINT_METADATA"):
             file.write_bytes(b"broken")

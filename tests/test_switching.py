@@ -1,9 +1,11 @@
 """Several adapters on one base: each answers as it does alone, and nothing compiles again."""
 
+import gc
 import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,8 +107,25 @@ def test_scale_is_the_strength(model: Any) -> None:
     middle = (kernels[1.0] + kernels[0.0]) / 2
     np.testing.assert_allclose(kernels[0.5], middle, atol=1e-6)
     assert np.abs(kernels[1.0] - kernels[0.0]).max() > 0.01
-    with pytest.raises(gkt.AdapterError, match="finite"):
-        gkt.set_adapter(model, "one", scale=float("nan"))
+    for scale in (float("nan"), "0.5", None, True):
+        with pytest.raises(gkt.AdapterError, match="finite"):
+            gkt.set_adapter(model, "one", scale=scale)  # type: ignore[arg-type]
+
+
+def test_the_base_is_in_memory_once(folders: dict[str, pathlib.Path]) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    model = fresh()
+    gkt.load_adapter(model, folders["one"], name="first")
+    config = gkt.lora_config(model)
+    assert config is not None
+    before = held()
+    for number in range(6):
+        gkt.load_adapter(model, folders["one"], name=str(number))
+    most = 6 * 4 * config.parameters
+    assert held() - before <= most + 10_000 < 3 * 4 * config.total_parameters
 
 
 def test_saved_again_it_is_what_it_was(
@@ -165,8 +184,9 @@ def test_removed_is_gone(model: Any, alone: dict[str | None, np.ndarray]) -> Non
 @pytest.mark.slow
 def test_unknown_names_are_refused(model: Any) -> None:
     for call in (gkt.set_adapter, gkt.remove_adapter):
-        with pytest.raises(gkt.AdapterError, match="one, two, wide"):
-            call(model, "three")
+        for name in ("three", ["one"]):
+            with pytest.raises(gkt.AdapterError, match="one, two, wide"):
+                call(model, name)
     with pytest.raises(gkt.AdapterError, match="'three'"):
         gkt.generate(model, PROMPT, adapter="three")
     with pytest.raises(gkt.AdapterError, match="none"):
