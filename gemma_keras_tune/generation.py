@@ -27,6 +27,7 @@ from keras import ops
 
 from gemma_keras_tune._layouts import axes_of, pack, unpack
 from gemma_keras_tune._memory import kept_memory
+from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.families import Head, family_of
 from gemma_keras_tune.lora import lora_config, lora_enabled, lora_linears
@@ -196,6 +197,7 @@ def generate_ids(
         ValueError: A number is out of range, a row is empty, there is not a seed for each row, or
             the sampler is a search.
     """
+    check_backend()
     _check_numbers(rows, max_new_tokens, batch_size)
     results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.int32), False)] * len(rows)
     if not rows:

@@ -10,7 +10,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import collections
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -53,8 +52,8 @@ _MAX_NESTING = 4
 _MAX_SIZE = 1 << 24
 # The fewest bytes that a metadata entry and a tensor's entry take.
 _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-# Values dequantized at a time: what lies beside the result stays under some 25 MB.
-_CHUNK_VALUES = 1 << 20
+# Values dequantized at a time: what lies beside the result stays under some 100 MB.
+_CHUNK_VALUES = 1 << 22
 _SPLIT_COUNT = "split.count"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BROKEN = "Download or convert it again: the file is damaged or was cut off."
@@ -708,10 +707,7 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
         if piece is not None:
             matrix = split(matrix, piece, len(parts[weight.gguf]))
         value = weight.from_matrix(matrix - weight.gguf_offset if weight.gguf_offset else matrix)
-        # Converted here: JAX would do it later, and hold what it converts until then.
-        weight.variable.assign(np.ascontiguousarray(value, weight.variable.dtype))
-        del matrix, value
-        gc.collect(0)  # JAX gives arrays back that it has read when Python next collects.
+        weight.variable.assign(value)
     if broken:
         raise LoadError(
             f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=_BROKEN

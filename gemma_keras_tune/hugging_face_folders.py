@@ -203,10 +203,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return False
     with safe_open(one.file, "np") as first, safe_open(other.file, "np") as second:
         parts = first.get_slice(one.name), second.get_slice(other.name)
-        return all(
-            parts[0][start : start + _ROWS].tobytes() == parts[1][start : start + _ROWS].tobytes()
-            for start in range(0, one.shape[0], _ROWS)
-        )
+        count = one.shape[0]
+        ranges = (slice(at, min(at + _ROWS, count)) for at in range(0, count, _ROWS))
+        return all(parts[0][rows].tobytes() == parts[1][rows].tobytes() for rows in ranges)
 
 
 def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:

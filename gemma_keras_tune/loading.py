@@ -513,6 +513,9 @@ def _handle_instruct(source: str, handle: str) -> bool | None:
 def _download_config(scheme: str, rest: str) -> str:
     client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
     if scheme == "hf":
+        if not isinstance(client.try_to_load_from_cache(rest, "config.json"), str):
+            # Asks once; the download would ask again and again where there is no network.
+            client.get_hf_file_metadata(client.hf_hub_url(rest, "config.json"))
         return client.hf_hub_download(repo_id=rest, filename="config.json")
     return client.model_download(rest, "config.json")
 

@@ -24,6 +24,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import LoraError
 from gemma_keras_tune.families import Linear, family_of
 
@@ -109,6 +110,7 @@ def enable_lora(
             is already on, of this library or Keras's own, or a target layer is quantized to a form
             that cannot carry it.
     """
+    check_backend()
     if model in _states:
         raise LoraError(
             f"LoRA is already on this model: {_states[model].config}",

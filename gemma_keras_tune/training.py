@@ -15,7 +15,8 @@ import keras
 from keras import ops
 
 from gemma_keras_tune._memory import kept_memory
-from gemma_keras_tune.errors import BackendError, LoraError, PlanError
+from gemma_keras_tune.backend import check_backend
+from gemma_keras_tune.errors import LoraError, PlanError
 from gemma_keras_tune.families import backbone_inputs, family_of
 from gemma_keras_tune.lora import lora_config, lora_linears
 from gemma_keras_tune.losses import token_cross_entropy
@@ -37,7 +38,7 @@ class TuningModel(keras.Model):
     Raises:
         LoraError: LoRA is on but base weights train too (as after `model.trainable = True`), or
             nothing trains at all.
-        BackendError: Keras keeps floats in half precision, where token ids would be rounded.
+        BackendError: Keras does not run on JAX, or keeps floats in half precision.
 
     Example:
     ```python
@@ -50,7 +51,7 @@ class TuningModel(keras.Model):
 
     def __init__(self, model: keras.Model, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _check_floatx()
+        check_backend()
         _check_trainable(model)
         self.backbone = model.backbone
         # Held where Keras does not look, or it would track the variables twice.
@@ -293,15 +294,6 @@ class TuningProgress(keras.callbacks.Callback):
 def trainable_parameters(variables: Iterable[keras.Variable]) -> int:
     """Number of entries in the variables that train."""
     return sum(math.prod(v.shape) for v in variables if v.trainable)
-
-
-def _check_floatx() -> None:
-    if keras.config.floatx() != "float32":
-        raise BackendError(
-            f"Keras keeps floats in {keras.config.floatx()}, where token ids are rounded.",
-            next_step="Call `keras.config.set_floatx('float32')`, and load the model with "
-            "`dtype='bfloat16'` if it should compute in half precision.",
-        )
 
 
 def _check_trainable(model: keras.Model) -> None:
