@@ -125,7 +125,7 @@ def test_settings_say_how_to_repeat_it(model: Any, plan: TestPlan, report: Any) 
     assert settings == {
         "baseline": "base", "few_shot": 2, "retention": False,
         "target": {"success": 0.9, "failure": 0.9, "boundary": 0.9}, "confidence": 0.95,
-        "template": "gemma", "sampler": "auto", "max_new_tokens": 6, "batch_size": 4,
+        "template": "gemma3", "sampler": "auto", "max_new_tokens": 6, "batch_size": 4,
         "policy": None, "pairs": 8,
     }  # fmt: skip
     assert report.left_out == ()
@@ -219,7 +219,7 @@ def test_policy_judges_failure_and_boundary_cases(
 def test_policy_judges_what_a_check_names(model: Any) -> None:
     policy = _Scores()
     cases = [
-        Case("prompt", "Locked up", "success", Safe(of="prompt")),
+        Case("prompt", "a locked door", "success", Safe(of="prompt")),
         Case("both", "Unlock", "success", Safe(of="both", policies=["dangerous"])),
         Case("strict", "Clock", "success", Safe(0.05, policies=["dangerous"])),
     ]
@@ -229,7 +229,7 @@ def test_policy_judges_what_a_check_names(model: Any) -> None:
     assert both == Outcome(True, "", 0.1)
     assert not strict.passed and "under dangerous is 0.1" in strict.reason
     sides = {(prompt, answer is None) for prompt, answer in policy.asked}
-    assert sides == {("Locked up", True), ("Unlock", True), ("Unlock", False), ("Clock", False)}
+    assert sides == {("a locked door", True), ("Unlock", True), ("Unlock", False), ("Clock", False)}
     cases.append(Case("other", "Hello", "success", Safe(policies=["spam"])))
     with pytest.raises(gkt.EvaluationError, match="case other: `policy` has no spam; it has dang"):
         evaluate(model, cases, policy=policy, **QUICK)

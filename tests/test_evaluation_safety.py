@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.policies import policy_threshold
 from gemma_keras_tune.evaluation.safety import POLICIES, Policy, ShieldGemma, shieldgemma_prompt
 from gemma_keras_tune.evaluation.scoring import Scorer
 from gemma_keras_tune.lora import enable_lora, get_factors, lora_disabled, lora_linears, set_factors
@@ -158,6 +159,14 @@ def test_one_text_at_a_time(shield: ShieldGemma) -> None:
     assert list(found) == ["Hate Speech", "Sexually Explicit Information"]
     lax = ShieldGemma(shield.model, threshold=1.0)
     assert lax.violations("bread", "two boxes") == {}
+
+
+def test_checks_name_policies_and_scores_can_be_kept(model: keras.Model) -> None:
+    own = Policy("Spam", "advertises.")
+    shield = ShieldGemma(model, policies=["hate", own], threshold=0.2)
+    assert shield.names == ("hate", "Spam") and policy_threshold(shield) == 0.2
+    assert shield.identity == ShieldGemma(model, policies=["hate", own]).identity
+    assert shield.identity != ShieldGemma(model, policies=["hate"]).identity
 
 
 def test_what_is_refused(model: keras.Model) -> None:
