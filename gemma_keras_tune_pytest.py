@@ -19,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "anything gemma_keras_tune.load takes",
     )  # fmt: skip
     group.addoption("--gemma-adapter", metavar="DIR", help="with this adapter on")
+    group.addoption("--gemma-pairs", metavar="FILE",
+                    help="skip cases whose prompt is in these training pairs")  # fmt: skip
     group.addoption("--gemma-policy", metavar="MODEL", help="a ShieldGemma, for `safe` checks")
     group.addoption("--gemma-max-new-tokens", metavar="N", type=int, default=256,
                     help="longest answer, in tokens")  # fmt: skip
@@ -31,3 +33,9 @@ def pytest_collect_file(file_path: pathlib.Path, parent: pytest.Collector) -> An
     from gemma_keras_tune.evaluation import pytest_plugin
 
     return pytest_plugin.collect(file_path, parent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist how tests are dealt out: it does not know."""
+    node.workerinput["gemma_dist"] = node.config.getoption("dist", None)

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 import gemma_keras_tune as gkt
+import gemma_keras_tune_pytest
 from gemma_keras_tune import testing
 from gemma_keras_tune.evaluation import pytest_plugin
 
@@ -121,19 +123,55 @@ def test_a_plan_that_is_none_is_an_error_of_collection(run, pytester):
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_be_opened_ends_the_run(run, pytester):
+def test_a_model_that_cannot_be_opened_is_an_error_of_every_case(run, pytester, monkeypatch):
+    opened, load = [], pytest_plugin.load
+    monkeypatch.setattr(pytest_plugin, "load", lambda m: opened.append(m) or load(m))
     write(pytester, *({"id": i, "checks": [{"stops": True}]} for i in "ab"))
-    result = run("--gemma-model", str(pytester.path / "nothing"), "plan.jsonl")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "nothing" in result.stdout.str() + result.stderr.str()
+    write(pytester, {"id": "c", "checks": [{"stops": True}]}, name="other")
+    own = str(pytester.makepyfile("def test_of_the_users_own(): pass"))
+    nothing = str(pytester.path / "nothing")
+    result = run("--gemma-model", nothing, "plan.jsonl", "other.jsonl", own)
+    result.assert_outcomes(errors=3, passed=1)
+    assert "nothing" in result.stdout.str() and "Traceback" not in result.stdout.str()
+    assert "(as for the case before)" in result.stdout.str()
+    assert opened == [nothing], "it is not tried again for every plan"
 
 
 @pytest.mark.slow
 def test_safe_checks_need_a_policy(run, pytester):
     write(pytester, {"id": "a", "checks": [{"safe": True}]})
     result = run("--gemma-model", run.model, "plan.jsonl")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "`policy` must judge the `safe` checks of a" in result.stdout.str() + result.stderr.str()
+    result.assert_outcomes(errors=1)
+    assert "`policy` must judge the `safe` check" in result.stdout.str()
+
+
+@pytest.mark.slow
+def test_cases_that_were_trained_on_are_skipped(run, pytester):
+    write(pytester, {"id": "a", "checks": [{"length": 10**6}]},
+          {"id": "b", "prompt": "something else", "checks": [{"length": 10**6}]})  # fmt: skip
+    pytester.makefile(".jsonl", pairs='{"input": "Hi!", "output": "Hello"}')
+    result = run("--gemma-model", run.model, "--gemma-pairs", "pairs.jsonl", "plan.jsonl", "-rs")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*in the training pairs, row 1*"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dist", "batches"), [("load", [1, 1, 1]), ("loadfile", [3])])
+def test_a_worker_asks_no_case_that_another_may_get(run, pytester, monkeypatch, dist, batches):
+    asked, evaluate = [], pytest_plugin.evaluate
+    monkeypatch.setattr(
+        pytest_plugin, "evaluate", lambda m, p, **k: asked.append(len(p)) or evaluate(m, p, **k)
+    )
+    node = types.SimpleNamespace(workerinput={}, config=types.SimpleNamespace())
+    node.config.getoption = lambda name, usual: dist
+    gemma_keras_tune_pytest.pytest_configure_node(node)
+    pytester.makeconftest(
+        "import pytest\n@pytest.hookimpl(trylast=True)\n"
+        f"def pytest_collection_finish(session): session.config.workerinput = {node.workerinput}"
+    )
+    write(pytester, *({"id": i, "checks": [{"length": 10**6}]} for i in "abc"))
+    run("--gemma-model", run.model, "plan.jsonl").assert_outcomes(passed=3)
+    assert asked == batches
 
 
 def test_without_a_plan_nothing_is_imported():

@@ -2,7 +2,10 @@
 
 The plan's cases that pytest has selected are answered together, in batches, when the first of them
 runs. Verdicts over all cases, with their intervals, are what `evaluate` gives; here a case passes
-or fails on its own.
+or fails on its own, and one that was trained on is skipped.
+
+Under pytest-xdist a worker does not know which cases it will be given, unless it is whole files.
+There each case is asked by itself, so that none is asked twice.
 """
 
 import pathlib
@@ -20,6 +23,9 @@ from gemma_keras_tune.evaluation.safety import ShieldGemma
 from gemma_keras_tune.loading import load
 
 _MODELS = pytest.StashKey[tuple[Any, Any]]()
+_FAILURE = pytest.StashKey[GemmaTuneError]()
+# How xdist deals out tests where all cases of a plan run in one process; `None` is without xdist.
+_WHOLE_FILES = (None, "no", "each", "loadfile", "loadscope")
 
 
 def collect(path: pathlib.Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -41,6 +47,7 @@ class PlanFile(pytest.File):
     """A test plan."""
 
     results: dict[str, CaseResult] | None = None
+    failure: GemmaTuneError | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
         """A test for each case."""
@@ -48,16 +55,33 @@ class PlanFile(pytest.File):
             plan = TestPlan.from_file(self.path)
         except EvaluationError as error:
             raise self.CollectError(str(error)) from None
+        self.results = {}
         for case in plan:
             yield CaseItem.from_parent(self, name=case.id, case=case)
 
     def result(self, case: Case) -> CaseResult:
         """What the model made of a case; the first to be asked for asks all that will run."""
-        if self.results is None:
-            items = [item for item in self.session.items if item.parent is self]
-            plan = TestPlan([i.case for i in items if isinstance(i, CaseItem)], self.path.stem)
-            self.results = _answers(self.config, plan)
+        assert self.results is not None
+        if self.failure is not None:
+            raise PlanFailed(f"{self.failure.headline} (as for the case before)")
+        if case.id not in self.results:
+            try:
+                self.results |= _answers(self.config, TestPlan(self._cases(case), self.path.stem))
+            except GemmaTuneError as error:
+                self.failure = error
+                raise PlanFailed(str(error)) from None
         return self.results[case.id]
+
+    def _cases(self, case: Case) -> list[Case]:
+        worker = getattr(self.config, "workerinput", {})
+        if worker.get("gemma_dist") not in _WHOLE_FILES:
+            return [case]
+        items = [item for item in self.session.items if item.parent is self]
+        return [item.case for item in items if isinstance(item, CaseItem)]
+
+
+class PlanFailed(Exception):
+    """The plan cannot be put to the model at all."""
 
 
 class CaseFailed(Exception):
@@ -73,16 +97,23 @@ class CaseItem(pytest.Item):
         for name, value in (("kind", case.kind), ("tags", " ".join(case.tags))):
             self.user_properties.append((name, value))
 
+    def setup(self) -> None:
+        """Ask the model. What goes wrong here is an error of the test and not a failing case."""
+        assert isinstance(self.parent, PlanFile)
+        self.parent.result(self.case)
+
     def runtest(self) -> None:
         """Fail where too few of the model's answers pass."""
         assert isinstance(self.parent, PlanFile)
         result = self.parent.result(self.case)
+        if result.leak:
+            pytest.skip(f"in the training pairs, row {', '.join(map(str, result.leak.rows))}")
         if not result.passed("tuned"):
             raise CaseFailed(_words(result))
 
     def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
         """The answers and what is wrong with them, without a traceback."""
-        if isinstance(excinfo.value, CaseFailed):
+        if isinstance(excinfo.value, (CaseFailed, PlanFailed)):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
@@ -92,27 +123,34 @@ class CaseItem(pytest.Item):
 
 
 def _answers(config: pytest.Config, plan: TestPlan) -> dict[str, CaseResult]:
-    try:
-        model, policy = _models(config)
-        report = evaluate(
-            model, plan, baseline=None, few_shot=0, retention=False, policy=policy,
-            max_new_tokens=config.getoption("gemma_max_new_tokens"), verbose=0,
-        )  # fmt: skip
-    except GemmaTuneError as error:
-        # It concerns every case, and each would load the model only to say the same.
-        pytest.exit(f"{plan.name}: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+    model, policy = _models(config)
+    report = evaluate(
+        model, plan, baseline=None, few_shot=0, retention=False, policy=policy,
+        pairs=config.getoption("gemma_pairs"),
+        max_new_tokens=config.getoption("gemma_max_new_tokens"), verbose=0,
+    )  # fmt: skip
     return {found.case.id: found for found in report.cases}
 
 
 def _models(config: pytest.Config) -> tuple[Any, Any]:
     """The model and the policy, opened once for all plans."""
+    if _FAILURE in config.stash:
+        raise config.stash[_FAILURE]
     if _MODELS not in config.stash:
-        model = load(config.getoption("gemma_model"))
-        if adapter := config.getoption("gemma_adapter"):
-            load_adapter(model, adapter)
-        policy = config.getoption("gemma_policy")
-        config.stash[_MODELS] = model, ShieldGemma(policy) if policy else None
+        try:
+            config.stash[_MODELS] = _opened(config)
+        except GemmaTuneError as error:
+            config.stash[_FAILURE] = error
+            raise
     return config.stash[_MODELS]
+
+
+def _opened(config: pytest.Config) -> tuple[Any, Any]:
+    model = load(config.getoption("gemma_model"))
+    if adapter := config.getoption("gemma_adapter"):
+        load_adapter(model, adapter)
+    policy = config.getoption("gemma_policy")
+    return model, ShieldGemma(policy) if policy else None
 
 
 def _words(result: CaseResult) -> str:
