@@ -2,13 +2,14 @@
 
 python _peft_twin.py BASE REQUEST.json ANSWER.json
 
-The request names an adapter to load, or the arguments of a `LoraConfig` to train a new one with,
-and where to save that.
+The request names an adapter to load, or the arguments of a `LoraConfig` for a new one. Where it
+says where to save, the adapter is trained and saved there.
 """
 
 import json
 import pathlib
 import sys
+from typing import Any
 
 
 def main(base: str, request: str, answer: str) -> None:
@@ -21,19 +22,31 @@ def main(base: str, request: str, answer: str) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     if "adapter" in asked:
-        model = peft.PeftModel.from_pretrained(model, asked["adapter"])
+        trains = "save" in asked
+        model = peft.PeftModel.from_pretrained(model, asked["adapter"], is_trainable=trains)
     else:
         model = peft.get_peft_model(model, peft.LoraConfig(**asked["config"]))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        for _ in range(3):
-            model(ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    losses = train(model, ids) if "save" in asked else []
+    if "save" in asked:
         model.save_pretrained(asked["save"])
     model.eval()
     with torch.no_grad():
         logits = model(ids).logits
-    pathlib.Path(answer).write_text(json.dumps({"logits": logits.tolist()}))
+    pathlib.Path(answer).write_text(json.dumps({"logits": logits.tolist(), "losses": losses}))
+
+
+def train(model: Any, ids: Any) -> list[float]:
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
 
 
 if __name__ == "__main__":

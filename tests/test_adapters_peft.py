@@ -48,13 +48,17 @@ def logits_of(model):
 
 def peft_logits(model, folder, **request):
     """What PEFT computes on the exported base."""
+    return np.asarray(peft_answer(model, folder, **request)["logits"])
+
+
+def peft_answer(model, folder, **request):
     base = folder / "base"
     gkt.export(model, base, dtype="float32", check=False, verbose=0)
     (folder / "asked.json").write_text(json.dumps({"ids": ids_of().tolist(), **request}))
     script = pathlib.Path(__file__).with_name("_peft_twin.py")
     command = [sys.executable, script, base, folder / "asked.json", folder / "found.json"]
     subprocess.run(command, check=True)
-    return np.asarray(json.loads((folder / "found.json").read_text())["logits"])
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.parametrize(("name", "stabilized"), [(name, name == "gemma2") for name in MODELS])
@@ -87,6 +91,20 @@ def test_an_adapter_of_peft_is_tuned_further(tmp_path):
     assert before[-1] < before[0]
     gkt.save_adapter(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["r"] == 4
+
+
+def test_our_adapter_is_trained_further_in_peft(tmp_path):
+    base, model = tiny("gemma3"), tiny("gemma3")
+    gkt.tune(model, testing.tiny_pairs(8), epochs=2, rank=2, verbose=0)
+    gkt.save_adapter(model, tmp_path / "ours")
+    theirs = peft_answer(
+        base, tmp_path, adapter=str(tmp_path / "ours"), save=str(tmp_path / "theirs")
+    )
+    assert theirs["losses"][-1] < theirs["losses"][0] - 0.1
+    config = gkt.load_adapter(base, tmp_path / "theirs")
+    assert (config.rank, config.targets) == (2, gkt.lora_config(model).targets)
+    np.testing.assert_allclose(logits_of(base), theirs["logits"], atol=1e-4)
+    assert np.abs(logits_of(model) - theirs["logits"]).max() > 1e-2
 
 
 @pytest.mark.parametrize(
