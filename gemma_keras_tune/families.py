@@ -152,7 +152,7 @@ class Weight:
         input_axes: Axes that make its columns.
         jax: Full path in the Gemma library's tree for JAX, or `None` where the table has none;
             `entry.jax_piece` likewise.
-        jax_transposed: Whether that library holds it with its two axes exchanged.
+        jax_transposed: Whether that library holds it with its last two axes exchanged.
         jax_inner: Size of the inner one of the two axes it gives one of ours, or `None`.
         layer: The Keras layer that holds it; the variable itself where there is none.
         used: Whether the model reads it. Gemma 3n's checkpoints hold keys and values for layers
@@ -172,6 +172,11 @@ class Weight:
     jax_inner: int | None = None
     layer: Any = None
     used: bool = True
+
+    @property
+    def text_name(self) -> str:
+        """Its Hugging Face name in a text model, also where this one sees or hears."""
+        return self.hugging_face.replace("model.language_model.", "model.")
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -203,11 +208,13 @@ class Weight:
     @property
     def jax_shape(self) -> tuple[int, ...]:
         """The shape in which the Gemma library for JAX holds it, or its piece of a tensor."""
+        if self.entry.kind == "scalar":
+            return (1,)
         shape = self._jax_split_shape
         if self.entry.jax_first:
             axis = self.entry.jax_axis
             shape = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-        return shape[::-1] if self.jax_transposed else shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.jax_transposed else shape
 
     @property
     def _jax_split_shape(self) -> tuple[int, ...]:
@@ -218,15 +225,17 @@ class Weight:
 
     def to_jax(self, value: np.ndarray) -> np.ndarray:
         """The value as the Gemma library for JAX holds it (or its piece of a tensor)."""
+        if self.entry.kind == "scalar":
+            return value.reshape(1)
         if self.jax_inner is not None:
             value = value.reshape(self._jax_split_shape)
         if self.entry.jax_first:
             value = np.moveaxis(value, self.entry.jax_axis, 0)
-        return value.T if self.jax_transposed else value
+        return value.swapaxes(-1, -2) if self.jax_transposed else value
 
     def from_jax(self, value: np.ndarray) -> np.ndarray:
         """The inverse of `to_jax`."""
-        value = value.T if self.jax_transposed else value
+        value = value.swapaxes(-1, -2) if self.jax_transposed else value
         if self.entry.jax_first:
             value = np.moveaxis(value, 0, self.entry.jax_axis)
         return value.reshape(tuple(self.variable.shape))
@@ -428,35 +437,62 @@ _GEMMA3N_MODEL = (
           jax="altup_unembed_projection_{0}/altup_unembed_projection_{0}"),
     Entry("final_normalization", "norm", "output_norm", jax="final_norm/scale"),
 )  # fmt: skip
+
+
+def _in_jax(rows: tuple[Entry, ...], **names: str) -> tuple[Entry, ...]:
+    """Rows with other names in the Gemma library for JAX, by the last part of their Keras names."""
+    ends = ((row, row.keras.rpartition(".")[2]) for row in rows)
+    return tuple(dataclasses.replace(row, jax=names.get(end, row.jax)) for row, end in ends)
+
+
 # Rows from `post_ffw_norm_dense` on stand where a mixture of experts does.
 _GEMMA4_BLOCK = (
     *_LINEARS,
-    *_GEMMA3_NORMS,
-    *_PER_LAYER_BLOCK,
-    Entry("per_layer_up_proj", "per_layer_projection", "proj", "matrix"),
+    *_in_jax(_GEMMA3_NORMS, query_norm="attn/query_norm/scale", key_norm="attn/key_norm/scale"),
+    *_in_jax(
+        _PER_LAYER_BLOCK,
+        per_layer_input_gate="per_layer_input_gate/w",
+        post_per_layer_input_norm="post_per_layer_input_norm/scale",
+    ),
+    Entry("per_layer_up_proj", "per_layer_projection", "proj", "matrix",
+          jax="per_layer_projection/w"),
     Entry("layer_scalar", "layer_scalar", "layer_output_scale", "scalar",
-          suffixes=("", ".weight")),
-    Entry("post_ffw_norm_dense", "post_feedforward_layernorm_1", "post_ffw_norm_1"),
-    Entry("pre_ffw_norm_moe", "pre_feedforward_layernorm_2", "pre_ffw_norm_2"),
-    Entry("post_ffw_norm_moe_path", "post_feedforward_layernorm_2", "post_ffw_norm_2"),
+          suffixes=("", ".weight"), jax="skip_scale"),
+    Entry("post_ffw_norm_dense", "post_feedforward_layernorm_1", "post_ffw_norm_1",
+          jax="post_ffw2_norm/scale"),
+    Entry("pre_ffw_norm_moe", "pre_feedforward_layernorm_2", "pre_ffw_norm_2",
+          jax="pre_ffw_norm/scale"),
+    Entry("post_ffw_norm_moe_path", "post_feedforward_layernorm_2", "post_ffw_norm_2",
+          jax="post_ffw1_norm/scale"),
     Entry("moe_router.per_dim_scale", "router.scale", "ffn_gate_inp.scale", "vector",
-          suffixes=("", "")),
-    Entry("moe_router.proj", "router.proj", "ffn_gate_inp", "matrix"),
+          suffixes=("", ""), jax="mlp/router_scale"),
+    Entry("moe_router.proj", "router.proj", "ffn_gate_inp", "matrix", jax="mlp/router_logits/w"),
     Entry("moe_expert_bank.gate_proj", "experts.gate_up_proj", "ffn_gate_up_exps", "experts",
-          suffixes=("", ".weight"), piece=Piece(0, 1, False), gguf_piece=Piece(0, 1, False)),
+          suffixes=("", ".weight"), piece=Piece(0, 1, False), gguf_piece=Piece(0, 1, False),
+          jax="mlp/gating_einsum/w", jax_piece=Piece(0, 1)),
     Entry("moe_expert_bank.up_proj", "experts.gate_up_proj", "ffn_gate_up_exps", "experts",
-          suffixes=("", ".weight"), piece=Piece(1, 1, False), gguf_piece=Piece(1, 1, False)),
+          suffixes=("", ".weight"), piece=Piece(1, 1, False), gguf_piece=Piece(1, 1, False),
+          jax="mlp/gating_einsum/w", jax_piece=Piece(1, 1)),
     Entry("moe_expert_bank.down_proj", "experts.down_proj", "ffn_down_exps", "experts",
-          suffixes=("", ".weight")),
+          suffixes=("", ".weight"), jax="mlp/linear/w"),
     Entry("moe_expert_bank.per_expert_scale", "router.per_expert_scale", "ffn_down_exps.scale",
-          "vector", suffixes=("", "")),
+          "vector", suffixes=("", ""), jax="mlp/per_expert_scale"),
 )  # fmt: skip
 _GEMMA4_MODEL = (
     *_GEMMA_MODEL,
     Entry("per_layer_token_embedding", "embed_tokens_per_layer", "per_layer_token_embd",
-          "embedding"),
-    *_PER_LAYER_MODEL,
+          "embedding", jax="embedder/per_layer_embeddings",
+          jax_split="hidden_size_per_layer_input"),
+    *_in_jax(
+        _PER_LAYER_MODEL, per_layer_model_projection="embedder/per_layer_model_projection/w"
+    ),
 )  # fmt: skip
+# What that library calls otherwise in a block with experts: there its usual names are theirs.
+_BESIDE_EXPERTS = {
+    "mlp/gating_einsum": "mlp2/gating_einsum",
+    "mlp/linear": "mlp2/linear",
+    "pre_ffw_norm/scale": "pre_ffw2_norm/scale",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,6 +579,8 @@ class Family:
         layer = _resolve(owner, entry.keras)
         if layer is None:
             return None
+        if self.jax_complete:
+            entry = _in_this_block(owner, entry)
         in_matrix = entry.kind in ("linear", "matrix")
         outputs, inputs = _AXES[entry.heads] if in_matrix else ((), ())
         suffix, gguf_suffix = entry.suffixes
@@ -563,8 +601,10 @@ class Family:
         )
 
     def _jax_transposed(self, layer: Any, entry: Entry) -> bool:
-        if not self.jax_complete or entry.jax != "mlp/gating_einsum":
+        if not self.jax_complete or "gating_einsum" not in (entry.jax or ""):
             return False
+        if entry.kind == "experts":
+            return True
         # Gemma 2 2B alone was published the other way round.
         return not (self.name == "gemma2" and _kernel(layer).shape[0] == _GEMMA2_2B_WIDTH)
 
@@ -825,6 +865,17 @@ def _text_model(model: keras.Model) -> Any:
 def _shares_keys(block: Any) -> bool:
     """Whether a block takes the keys and values of an earlier one."""
     return bool(getattr(block, "is_kv_shared_layer", False))
+
+
+def _in_this_block(block: Any, entry: Entry) -> Entry:
+    """The row with the name the Gemma library for JAX has for it in a Gemma 4's block."""
+    keys = entry.keras == "attention.key_dense"
+    if keys and getattr(block.attention, "value_dense", None) is None:
+        # Keys serve as values.
+        return dataclasses.replace(entry, jax="attn/k_einsum/w", jax_piece=None)
+    if getattr(block, "moe_router", None) is not None and not entry.keras.endswith("_moe"):
+        return dataclasses.replace(entry, jax=_BESIDE_EXPERTS.get(str(entry.jax), entry.jax))
+    return entry
 
 
 def _expand(owner: Any, entry: Entry) -> list[Entry]:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune.building import backbone_class, causal_lm, without_values
+from gemma_keras_tune.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, split
 from gemma_keras_tune.templates import SIDECAR, read_sidecar
@@ -24,6 +24,8 @@ BACKBONE_KEY = "backbone"
 # The rows the library's embeddings have. Its Gemma 2 has some for tokens that do not exist; its
 # Gemma 3 and 3n have none for the ids Hugging Face keeps for pictures and sounds.
 VOCABULARIES = {256_000: 256_128, 262_208: 262_144, 262_400: 262_144}
+# Of a layer's keys and values.
+_KEYS = ("attn/kv_einsum/w", "attn/k_einsum/w", "attn/key_norm/scale")
 
 _NOT_RECORDED = (
     "name",
@@ -40,7 +42,7 @@ def backbone_record(model: Any) -> dict[str, Any]:
     """The settings a backbone is built from again, as JSON data.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 2, 3 or 3n.
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
 
     Returns:
         The backbone's arguments by name, those of its text tower, with the rows its checkpoint has.
@@ -79,10 +81,10 @@ def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Mod
         with orbax.StandardCheckpointer() as checkpointer:
             found = _shapes(checkpointer.metadata(path).item_metadata.tree)
             _check_depth(folder, config, found)
-            backbone = without_values(lambda: backbone_class(family)(**config, dtype=dtype))
+            backbone = empty_backbone(family, config, dtype)
             model = causal_lm(family, backbone, (folder / TOKENIZER).read_bytes())
             weights = family_of(model).weights(model)
-            _check_shapes(folder, weights, found)
+            _check_shapes(folder, weights, found, unread_weights(model))
             tree = dict(_flat(checkpointer.restore(path)))
     except LoadError:
         raise
@@ -144,19 +146,20 @@ def _check_depth(
 
 
 def _check_shapes(
-    folder: pathlib.Path, weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]]
+    folder: pathlib.Path,
+    weights: Sequence[Weight],
+    found: Mapping[str, tuple[int, ...]],
+    unread: Mapping[str, tuple[int, ...]],
 ) -> None:
-    weights = [weight for weight in weights if weight.used]
-    counts = collections.Counter(str(weight.jax) for weight in weights)
+    expected = _tree_shapes(weights)
     problems = []
-    for weight in weights:
-        name = str(weight.jax)
-        expected = _tree_shape(weight, counts[name])
+    for name, shape in expected.items():
         if name not in found:
             problems.append(f"{name} is missing")
-        elif found[name] != expected:
-            problems.append(f"{name} has shape {found[name]}, expected {expected}")
-    problems += [f"{name} is no weight of this model" for name in found if name not in counts]
+        elif found[name] != shape:
+            problems.append(f"{name} has shape {found[name]}, expected {shape}")
+    known = expected.keys() | unread.keys()
+    problems += [f"{name} is no weight of this model" for name in found if name not in known]
     if problems:
         raise LoadError(
             f"{folder}: the checkpoint does not fit the model the record describes.",
@@ -165,12 +168,44 @@ def _check_shapes(
         )
 
 
+def unread_weights(model: Any) -> dict[str, tuple[int, ...]]:
+    """What the library's Gemma 4 has for layers that take the keys of an earlier one, unread.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
+
+    Returns:
+        Shapes by path in the tree; empty for the other generations.
+    """
+    family = family_of(model)
+    if family.name != "gemma4":
+        return {}
+    given = model.backbone.get_config()
+    kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
+    shapes = _tree_shapes(family.weights(model))
+    found = {}
+    for layer in range(len(kinds) - shared, len(kinds)):
+        alike = [i for i in range(len(kinds) - shared) if kinds[i] == kinds[layer]]
+        for name in _KEYS:
+            for source in alike[-1:]:
+                if f"layer_{source}/{name}" in shapes:
+                    found[f"layer_{layer}/{name}"] = shapes[f"layer_{source}/{name}"]
+    return found
+
+
+def _tree_shapes(weights: Sequence[Weight]) -> dict[str, tuple[int, ...]]:
+    used = [weight for weight in weights if weight.used]
+    counts = collections.Counter(str(weight.jax) for weight in used)
+    return {str(weight.jax): _tree_shape(weight, counts[str(weight.jax)]) for weight in used}
+
+
 def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
     shape = weight.jax_shape
     if weight.entry.kind == "embedding":
         shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])
+    piece = weight.entry.jax_piece
     # All that hold several stack them on an axis of their own.
-    return shape if weight.entry.jax_piece is None else (count, *shape)
+    return shape if piece is None else (*shape[: piece.axis], count, *shape[piece.axis :])
 
 
 def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gemma_keras_tune.building import backbone_class, causal_lm, without_values
+from gemma_keras_tune.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of
 from gemma_keras_tune.jax_checkpoints import BACKBONE_KEY, backbone_record
@@ -53,9 +53,9 @@ def record_weights(
             # Most stand in the order of the layers.
             place = -1 if weight.entry.kind == "norm" else _find(data, matrix, end)
             if place < 0:
-                aside[weight.hugging_face] = matrix
+                aside[weight.text_name] = matrix
             else:
-                places[weight.hugging_face] = place
+                places[weight.text_name] = place
                 end = place + matrix.nbytes
     safetensors.numpy.save_file(aside, folder / ASIDE)
     (folder / TOKENIZER).write_bytes(model.preprocessor.tokenizer.proto)
@@ -96,7 +96,7 @@ def load_litert(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Model:
     try:
         aside = safetensors.numpy.load_file(folder / ASIDE)
         _check_depth(folder, config, [*places, *aside])
-        backbone = without_values(lambda: backbone_class(family)(**config, dtype=dtype))
+        backbone = empty_backbone(family, config, dtype)
         model = causal_lm(family, backbone, (folder / TOKENIZER).read_bytes())
         weights = family_of(model).weights(model)
     except LoadError:

@@ -8,12 +8,16 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from test_exporting_litert import LAY_DOWN
+from test_loading import HOSTILE
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
+from gemma_keras_tune.exporting import litert
 from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.families import backbone_inputs, family_of
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.receipts import read_receipt
 
 # Heads times width is not the model's width; several heads share keys; soft caps; both kinds of
 # attention, with rows longer than the window; a stretched rotary embedding.
@@ -115,6 +119,73 @@ def test_load_gives_the_same_weights(name, folders):
     assert gkt.template_of(again) == gkt.template_of(model)
 
 
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_the_real_270m_in_transformers(tmp_path):
+    model = gkt.load("package://gemma3_270m")
+    hostile = "\n".join(HOSTILE)
+    # Token ids, logits and greedy answers are compared.
+    path = gkt.export(
+        model, tmp_path / "out", prompts=["What is the capital of France?", hostile], check="run",
+        verbose=0,
+    )  # fmt: skip
+    outcome = read_receipt(path).outcome
+    assert outcome.verdict == "passed" and outcome.runtime.startswith("transformers")
+    assert any("logits differ by" in text for text in outcome.checked)
+
+
+# What transformers 5 reads for each generation.
+CLASSES = {
+    "gemma": ("gemma", "GemmaForCausalLM", 8192),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM", 8192),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM", 131_072),
+    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM", 32_768),
+    "gemma4": ("gemma4_text", "Gemma4ForCausalLM", 131_072),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_faults_of_kerashubs_exporter_are_not_ours(name, folders):
+    model, folder = folders[name]
+    files = {
+        file: json.loads((folder / file).read_text())
+        for file in ("config.json", "generation_config.json", "tokenizer_config.json",
+                     "special_tokens_map.json", "tokenizer.json")
+    }  # fmt: skip
+    config, generation = files["config.json"], files["generation_config.json"]
+    template = gkt.get_template("auto", model)
+    stops = {1, *template.stop_token_ids(model.preprocessor.tokenizer)}
+    # It exchanges the tokens that begin and end a text.
+    assert (config["bos_token_id"], config["pad_token_id"]) == (2, 0)
+    assert generation["bos_token_id"] == 2
+    # It leaves out the generation config, and with it the end of a turn.
+    assert set(config["eos_token_id"]) == set(generation["eos_token_id"]) == stops
+    # It leaves out the class, and the longest text.
+    kind, owner, longest = CLASSES[name.partition(" ")[0]]
+    assert (config["model_type"], config["architectures"]) == (kind, [owner])
+    assert config["max_position_embeddings"] == longest
+    # It ties no embeddings and rounds soft caps away.
+    assert config["tie_word_embeddings"] is True
+    cap = family_of(model).head(model).soft_cap
+    assert config.get("final_logit_softcapping") == cap
+    # It leaves out tokenizer.json, the chat template and the special tokens.
+    told = files["tokenizer_config.json"]
+    added = {int(id): token["content"] for id, token in told["added_tokens_decoder"].items()}
+    assert added == {t["id"]: t["content"] for t in files["tokenizer.json"]["added_tokens"]}
+    assert {"<pad>", "<eos>", "<bos>", *template.stop_tokens} <= set(added.values())
+    assert told["chat_template"] == (folder / "chat_template.jinja").read_text()
+    assert files["special_tokens_map.json"]["eos_token"] == "<eos>"
+    if name == "gemma3":
+        scaling = config.get("rope_scaling") or config["rope_parameters"]["full_attention"]
+        assert scaling == scaling | {"rope_type": "linear", "factor": 8.0}
+    if name.startswith("gemma4"):
+        # Full layers turn a part of each head, and may take keys as values.
+        assert config["rope_parameters"]["full_attention"]["rope_type"] == "proportional"
+        assert config["attention_k_eq_v"] is (name == "gemma4 moe")
+        assert config["enable_moe_block"] is (name == "gemma4 moe")
+
+
 def test_shards_and_their_index(tmp_path):
     from safetensors.numpy import load_file
 
@@ -179,8 +250,12 @@ def test_a_preset_and_a_gguf_file_by_name(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["safetensors", "gguf", "gemma_jax"])
-def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path):
+@pytest.mark.parametrize("format", ["safetensors", "gguf", "ollama", "gemma_jax", "litert"])
+def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path, monkeypatch):
+    if format == "gemma_jax":
+        pytest.importorskip("orbax.checkpoint")
+    monkeypatch.setattr(litert, "_CONVERT", LAY_DOWN)
+    monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
     from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder
 
     sight = Gemma3VisionEncoder(

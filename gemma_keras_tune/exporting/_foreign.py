@@ -141,7 +141,12 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 
 # A model of each generation in the Gemma library for JAX; the sizes come from the checkpoint.
-_PUBLISHED = {"gemma2": "Gemma2_2B", "gemma3": "Gemma3_1B", "gemma3n": "Gemma3n_E2B"}
+_PUBLISHED = {
+    "gemma2": "Gemma2_2B",
+    "gemma3": "Gemma3_1B",
+    "gemma3n": "Gemma3n_E2B",
+    "gemma4": "Gemma4_E2B",
+}
 
 
 def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -160,8 +165,10 @@ def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     generation = record["generation"]
     params = load(os.path.join(asked["path"], "params"))
     params = jax.tree.map(lambda leaf: leaf.astype("float32"), params)
-    kind = getattr(gm.nn, _PUBLISHED[generation])
-    configure = gemma3n_config if generation == "gemma3n" else gemma_config
+    kind = getattr(gm.nn, _PUBLISHED[generation], None)
+    if kind is None:
+        raise MissingError(f"gemma {gemma.__version__} has no {generation}: pip install -U gemma")
+    configure = {"gemma3n": gemma3n_config, "gemma4": gemma4_config}.get(generation, gemma_config)
     config = configure(kind.config, generation, record["backbone"], params)
     model = kind(config=config)
     tokenizer = getattr(gm.text, f"G{generation[1:]}Tokenizer")(
@@ -246,14 +253,59 @@ def gemma3n_config(published: Any, generation: str, given: dict[str, Any], param
         altup_coef_clip=given["altup_coef_clip"],
         per_layer_input_dim=given["hidden_size_per_layer_input"],
         laurel_rank=given["laurel_rank"],
-        kv_cache_sharing_config=dataclasses.replace(
-            published.kv_cache_sharing_config,
-            frac_shared_layers=given["num_kv_shared_layers"] / layers,
-        ),
+        kv_cache_sharing_config=shared_layers(published, given, layers),
         # Its published configuration leaves the cap out, which changes no greedy answer.
         final_logit_softcap=given["final_logit_soft_cap"],
         vision_encoder=None,
     )
+
+
+def gemma4_config(published: Any, generation: str, given: dict[str, Any], params: Any) -> Any:
+    """The same for Gemma 4, dense or with experts."""
+    import dataclasses
+
+    del generation
+    local, whole = published.attention_types[0], published.attention_types[4]
+    kinds = {"sliding_attention": local, "full_attention": whole}
+    width = given["intermediate_dim"]
+    experts = {
+        "enable_moe": True,
+        "num_experts": given["num_experts"],
+        "expert_dim": given["expert_intermediate_dim"],
+        "top_k_experts": given["num_experts_per_token"],
+        "moe_dense_hidden_dim": width,
+    }
+    return dataclasses.replace(
+        published,
+        num_embed=len(params["embedder"]["input_embedding"]),
+        embed_dim=given["hidden_dim"],
+        hidden_dim=width,
+        num_heads=given["num_query_heads"],
+        head_dim=given["head_dim"],
+        num_kv_heads=given["num_key_value_heads"],
+        global_key_size=given["global_head_dim"],
+        num_global_kv_heads=given["num_global_key_value_heads"],
+        k_eq_v_global=any("k_einsum" in layer.get("attn", {}) for layer in params.values()),
+        global_rope_proportion=given["global_rope_partial_rotary_factor"],
+        sliding_window_size=given["sliding_window_size"],
+        attention_types=tuple(kinds[kind] for kind in given["layer_types"]),
+        final_logit_softcap=given["final_logit_soft_cap"],
+        per_layer_input_dim=given["hidden_size_per_layer_input"],
+        kv_cache_sharing_config=shared_layers(published, given, given["num_layers"]),
+        override_kv_shared_ffw_hidden=2 * width if given["use_double_wide_mlp"] else None,
+        vision_encoder=None,
+        audio_encoder=None,
+        **(experts if given["enable_moe_block"] else {}),
+    )
+
+
+def shared_layers(published: Any, given: dict[str, Any], layers: int) -> Any:
+    """The library rounds down how many layers have keys and values of their own."""
+    import dataclasses
+
+    shared = given["num_kv_shared_layers"]
+    share = max(0.0, shared - 0.5) / layers
+    return dataclasses.replace(published.kv_cache_sharing_config, frac_shared_layers=share)
 
 
 def cut(ids: list[int], stops: tuple[int, ...]) -> list[int]:

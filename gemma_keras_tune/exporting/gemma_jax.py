@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.exporting._weights import merged_weights, rounded, stored_dtype
+from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.families import FAMILIES, Family, Piece, family_of, join
 from gemma_keras_tune.jax_checkpoints import (
     BACKBONE_KEY,
@@ -27,6 +27,7 @@ from gemma_keras_tune.jax_checkpoints import (
     TOKENIZER,
     VOCABULARIES,
     backbone_record,
+    unread_weights,
 )
 from gemma_keras_tune.templates import write_sidecar
 
@@ -48,8 +49,8 @@ def write(
     the dtype it is written in.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 2, 3 or 3n. Of a model that sees or hears, the text
-            tower.
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4. Of a model that sees or hears, the
+            text tower.
         folder: An existing folder.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
         progress: Called with each weight's name, how many are done, and how many there are.
@@ -78,7 +79,7 @@ def parameter_tree(
     """The parameters as the library's own model holds them.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 2, 3 or 3n.
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
         dtype: As in `write`.
         progress: As in `write`.
 
@@ -102,6 +103,8 @@ def parameter_tree(
             pieces = found.setdefault(weight.jax, {})
             pieces[weight.entry.jax_piece] = rounded(weight.path, value, stored)
         progress(weight.path, done, total)
+    for name, shape in unread_weights(model).items():
+        found[name] = {None: np.zeros(shape, DTYPES[stored])}
     return _nested(found)
 
 
@@ -123,9 +126,14 @@ def _supported(model: Any) -> Family:
     ]
     if family.name == "gemma3n":
         problems += _unlike_gemma3n(given)
+    if family.name in ("gemma3n", "gemma4"):
+        problems += _unlike_sharing(given)
     heads = given.get("num_query_heads", given.get("num_attention_heads"))
-    if heads == given["num_key_value_heads"]:
-        problems.append("every query head has its own key: no published Gemma 2 or 3 is built so")
+    if heads == given["num_key_value_heads"] and family.name != "gemma4":
+        problems.append(
+            f"every query head has a key of its own: no published {family.title} is built so, and "
+            "the library holds keys otherwise then"
+        )
     if problems:
         raise ExportError(
             f"The Gemma library for JAX cannot compute this {family.title}.", problems, instead
@@ -143,6 +151,19 @@ def _fixed(family: Family) -> dict[str, Any]:
             "attention_bias": False,
             "rms_norm_eps": 1e-6,
             "rope_scaling": None,
+        }
+    if family.name == "gemma4":
+        return {
+            "attention_logit_soft_cap": None,
+            "final_logit_soft_cap": 30.0,
+            "use_sliding_window_attention": True,
+            "local_rope_scaling_factor": 1.0,
+            "global_rope_scaling_factor": 1.0,
+            "local_rope_wavelength": None,
+            "global_rope_wavelength": None,
+            "layer_norm_epsilon": 1e-6,
+            "use_bidirectional_attention": False,
+            "is_embedding_model": False,
         }
     fixed: dict[str, Any] = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
     if family.name == "gemma2":
@@ -164,6 +185,10 @@ def _unlike_gemma3n(given: Mapping[str, Any]) -> Iterator[str]:
     rows, inputs = VOCABULARIES.get(tokens, tokens), given["vocab_size_per_layer_input"]
     if rows != inputs:
         yield f"its embeddings have {rows:,} and {inputs:,} rows; the library's have as many"
+
+
+def _unlike_sharing(given: Mapping[str, Any]) -> Iterator[str]:
+    """Layers that take keys and values of others than the library's would."""
     kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
     own = kinds[: len(kinds) - shared]
     # The library takes the keys and values of the last two layers that have some.

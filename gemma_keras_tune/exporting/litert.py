@@ -35,6 +35,8 @@ Progress = Callable[[str, int, int], None]
 _PREFILL_LENGTHS = (128,)
 _NOT_INSTALLED = 3
 _LAST_LINES = 12
+# Seconds: a 270M takes a few minutes.
+_TIMEOUT = 4 * 3600
 _CONVERT = f"""
 import importlib.util, sys
 names = ("litert_torch", "litert_lm_builder", "torch", "transformers")
@@ -112,7 +114,13 @@ def _convert(source: pathlib.Path, made: pathlib.Path) -> None:
             text=True,
             check=False,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"},
+            timeout=_TIMEOUT,
         )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(
+            f"Google's converter to LiteRT took more than {_TIMEOUT:,} seconds.",
+            next_step="Export 'safetensors', and convert that folder on a larger machine.",
+        ) from error
     except OSError as error:
         raise ExportError(f"{PYTHON_VARIABLE}={python} cannot be run: {error}") from error
     if done.returncode == _NOT_INSTALLED:

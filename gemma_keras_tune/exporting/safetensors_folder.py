@@ -263,17 +263,12 @@ def _write_weights(
         write_json(folder / INDEX, index)
 
 
-def _name(weight: Weight) -> str:
-    """The name in a text model, where the table's may be that in a model that sees."""
-    return weight.hugging_face.replace("model.language_model.", "model.")
-
-
 def _sizes(weights: tuple[Weight, ...], dtype: str) -> dict[str, int]:
     """Bytes of each tensor, in order."""
     sizes: dict[str, int] = {}
     for weight in weights:
         size = math.prod(weight.matrix_shape) * DTYPES[dtype].itemsize
-        sizes[_name(weight)] = sizes.get(_name(weight), 0) + size
+        sizes[weight.text_name] = sizes.get(weight.text_name, 0) + size
     return sizes
 
 
@@ -292,7 +287,7 @@ def _shards(sizes: dict[str, int], shard_size: int) -> list[list[str]]:
 
 def _tensors(model: keras.Model, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor, its pieces put together: they follow one another in the table."""
-    pairs = ((_name(weight), weight, value) for weight, value in merged_weights(model))
+    pairs = ((weight.text_name, weight, value) for weight, value in merged_weights(model))
     for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         pieces: dict[Piece | None, np.ndarray] = {
             weight.entry.piece: rounded(name, weight.to_matrix(value), dtype)
