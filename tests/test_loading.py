@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -396,6 +397,69 @@ def test_gguf_cut_off_anywhere_is_refused(model, tmp_path):
         assert "Download or convert it again" in message
 
 
+def test_gguf_with_weights_that_are_no_numbers_names_them(model, tmp_path):
+    path = write_gguf(model, tmp_path / "m.gguf")
+    data = bytearray(path.read_bytes())
+    file = read_header(path)
+    for name in ("output_norm.weight", "blk.1.ffn_up.weight"):
+        offset = file.tensors[name].offset
+        data[offset : offset + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    message = error(path)
+    assert "output_norm.weight" in message and "blk.1.ffn_up.weight" in message
+    assert "blk.0.ffn_up.weight" not in message
+
+
+def split_gguf(path):
+    """As llama.cpp's gguf-split leaves it: the metadata in the first of two parts."""
+    whole = gguf.GGUFReader(path)
+    names = [path.with_name(f"m-{part:05}-of-00002.gguf") for part in (1, 2)]
+    tensors = sorted(whole.tensors, key=lambda tensor: tensor.name)
+    for part, name in enumerate(names):
+        writer = gguf.GGUFWriter(name, "gemma3")
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", 2)
+        if part == 0:
+            copy_metadata(whole, writer)
+        for tensor in tensors[part * 9 : len(tensors) if part else 9]:
+            writer.add_tensor(tensor.name, np.array(tensor.data).reshape(tensor.shape[::-1]))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    path.unlink()
+    return names
+
+
+def copy_metadata(reader, writer):
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        kind = field.types[0]
+        item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), kind, item)
+
+
+def test_gguf_in_parts_is_read_whole(model, tmp_path):
+    first, second = split_gguf(write_gguf(model, tmp_path / "m.gguf"))
+    for source in (first, second, tmp_path):
+        loaded = load(source)
+        for a, b in zip(loaded.backbone.weights, model.backbone.weights, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6, err_msg=a.path)
+    second.rename(tmp_path / "other")
+    assert f"{second} is missing" in error(first)
+    (tmp_path / "other").rename(second)
+    first.rename(tmp_path / "renamed.gguf")
+    assert "llama-gguf-split --merge" in error(tmp_path / "renamed.gguf")
+
+
+def test_a_folder_with_a_model_and_its_adapter(model, tmp_path):
+    write_gguf(model, tmp_path / "model.gguf")
+    write_gguf(model, tmp_path / "adapter.gguf", general__type="adapter")
+    write_gguf(model, tmp_path / "mmproj.gguf", general__type="mmproj")
+    assert origin_of(load(tmp_path)).source == str(tmp_path / "model.gguf")
+
+
 def test_gguf_with_bytes_flipped_is_refused_or_read(model, tmp_path):
     data = bytearray(write_gguf(model, tmp_path / "m.gguf").read_bytes())
     random = np.random.default_rng(0)
@@ -413,7 +477,9 @@ def test_a_file_of_another_format(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"12345678")
     message = error(tmp_path / "model.safetensors")
     assert "is not a GGUF file" in message
-    assert "the folder that holds the model" in message
+    assert f"Pass the folder that holds the whole model: {tmp_path}" in message
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"12345678")
+    assert "load_adapter" in error(tmp_path / "adapter_model.safetensors")
 
 
 # Folders
@@ -587,6 +653,38 @@ def test_wrong_backend_is_told_before_any_work(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
     with pytest.raises(BackendError, match="KERAS_BACKEND=jax"):
         load("gemma3_270m")
+
+
+OTHER_BACKEND = """
+import gemma_keras_tune as gkt
+from gemma_keras_tune import testing
+model = testing.tiny_model("gemma3", num_layers=1)
+for work in (
+    lambda: gkt.load("gemma3_270m"),
+    lambda: gkt.enable_lora(model),
+    lambda: gkt.TuningModel(model),
+    lambda: gkt.generate(model, "part number"),
+    lambda: gkt.export(model, "m"),
+    lambda: gkt.save_preset(model, "p"),
+):
+    try:
+        work()
+    except gkt.BackendError as error:
+        print("KERAS_BACKEND=jax" in str(error))
+"""
+
+
+def test_every_way_in_refuses_another_backend(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", OTHER_BACKEND],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+    )
+    assert result.stdout.split() == ["True"] * 6
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_floatx_is_refused():
@@ -795,7 +893,7 @@ def test_unknown_package():
 
 
 MEASURE = """
-import resource, sys
+import resource
 import gemma_keras_tune
 from gemma_keras_tune.loading import load
 import keras
@@ -803,7 +901,7 @@ keras.ops.zeros(3)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-model = load("package://gemma3_270m", dtype=sys.argv[1])
+model = load("package://gemma3_270m", dtype="float32")
 size = sum(int(weight.value.nbytes) for weight in model.weights)
 print(before, peak(), size)
 print(model.generate("Paris is the capital of", max_length=12))
@@ -811,11 +909,10 @@ print(model.generate("Paris is the capital of", max_length=12))
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 1e9), ("bfloat16", 5e8)])
-def test_real_model_loads_in_little_memory(dtype, least):
+def test_real_model_loads_in_little_memory():
     loading._package_file()
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, dtype],
+        [sys.executable, "-c", MEASURE],
         capture_output=True,
         text=True,
         check=True,
@@ -823,7 +920,7 @@ def test_real_model_loads_in_little_memory(dtype, least):
     )
     figures, *answer = result.stdout.strip().splitlines()
     before, after, size = map(int, figures.split())
-    assert size > least
+    assert size > 1_000_000_000
     assert (after - before) / size < 1.5
     assert "France" in "".join(answer)
 

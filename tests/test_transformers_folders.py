@@ -37,8 +37,6 @@ COMPUTED = {
     "gemma3 27b": ("Gemma3", {"query_pre_attn_scalar": 4}),
     "gemma3 rope": ("Gemma3", {"rope_parameters": rope(**LINEAR)}),
     "gemma3 full": ("Gemma3", {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}),
-    "gemma3 sees": ("Gemma3", {"sees": True, "rope_parameters": rope(**LINEAR)}),
-    "gemma3 sees 27b": ("Gemma3", {"sees": True, "query_pre_attn_scalar": 4}),
     "gemma3n": ("Gemma3n", {}),
     "gemma3n thetas": ("Gemma3n", {"rope_parameters": rope(1e3, 1e2)}),
     "gemma4": ("Gemma4", {}),
@@ -124,12 +122,6 @@ def logits(model):
 def test_the_same_logits_and_ids(name, folders, tokenizer_model):
     folder = folders / name
     assert not (folder / "tokenizer.model").exists()  # what transformers 5 leaves out
-    if "sees" in name:
-        proto = tokenizer_model.preprocessor.tokenizer.proto
-        (folder / "tokenizer.model").write_bytes(proto)
-        (folder / "preprocessor_config.json").write_text(
-            '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "rescale_factor": 0.004}'
-        )
     model = gkt.load(str(folder))
     expected = np.load(f"{folder}.npy")
     np.testing.assert_allclose(logits(model), expected, atol=2e-4)
