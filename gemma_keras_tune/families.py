@@ -666,7 +666,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         Family(
             "gemma4", "Gemma 4", _GEMMA4_BLOCK, _GEMMA4_MODEL,
-            Turn("<|turn>", "<turn|>", system="system"), gguf_norm_offset=0.0,
+            Turn("<|turn>", "<turn|>", system="system"), gguf_norm_offset=0.0, jax_complete=True,
         ),
     )
 }  # fmt: skip

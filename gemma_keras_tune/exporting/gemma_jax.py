@@ -164,6 +164,9 @@ def _fixed(family: Family) -> dict[str, Any]:
             "layer_norm_epsilon": 1e-6,
             "use_bidirectional_attention": False,
             "is_embedding_model": False,
+            # Of models with experts, or with keys that serve as values, it computes other logits.
+            "enable_moe_block": False,
+            "num_global_key_value_heads": None,
         }
     fixed: dict[str, Any] = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
     if family.name == "gemma2":
