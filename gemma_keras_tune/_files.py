@@ -80,7 +80,7 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         )
     if pathlib.Path.cwd().is_relative_to(target.resolve()):
         raise ExportError(
-            f"{target} is, or holds, the folder this process works in: all of it would be replaced.",
+            f"{target} is, or holds, the folder this process works in, which would be replaced.",
             next_step="Name a folder inside it.",
         )
 
