@@ -24,6 +24,7 @@ from gemma_keras_tune.receipts import (
     Receipt,
     Recording,
     read_receipt,
+    receipt_path,
     sha256,
 )
 
@@ -284,7 +285,69 @@ def test_an_adapter_is_put_on_its_base(model, tmp_path):
     verdict = verify(path, base=base)
     assert verdict.passed and not verdict.skipped, verdict
     assert gkt.lora_config(base) is None and gkt.template_of(base) is None
-    assert not verify(path, base=testing.tiny_model("gemma3", num_layers=1, seed=3)).passed
+
+
+def with_recording(path, **changes):
+    """Let a receipt say that answers were recorded."""
+    receipt = dataclasses.replace(read_receipt(path), recordings=(ONE,), **changes)
+    receipt_path(path).write_text(receipt.to_json())
+    return path
+
+
+def test_a_base_that_cannot_be_one_is_told_apart_from_a_broken_adapter(model, tmp_path):
+    path = with_recording(gkt.save_adapter(model, tmp_path / "adapter"))
+    stock = testing.tiny_model("gemma3", num_layers=1)
+    stock.backbone.enable_lora(2)
+    (tmp_path / "gemma2").mkdir()
+    (tmp_path / "gemma2" / "config.json").write_text('{"model_type": "gemma2"}')
+    for base, words in (
+        (tmp_path / "nowhere", "There is no file or folder"),
+        (7, "must be a name"),
+        (testing.tiny_model("gemma2", num_layers=1), "trained on gemma3. Received: gemma2"),
+        (tmp_path / "gemma2", "trained on gemma3. Received: gemma2"),
+        (testing.tiny_model("gemma3", num_layers=1, seed=3), "has other weights"),
+        (stock, "Keras's own LoRA is on it"),
+    ):
+        with pytest.raises(gkt.ExportError, match=r"^`base`: ") as caught:
+            verify(path, base=base)
+        assert words in str(caught.value)
+    assert read_receipt(path).outcome == NOT_CHECKED
+
+
+@needs("xllamacpp")
+def test_a_base_of_a_gguf_adapter_is_a_gguf_file_of_its_generation(model, tmp_path):
+    options = {"check": False, "verbose": 0}
+    path = gkt.export(model, tmp_path / "adapter", format="gguf_adapter", **options)
+    with_recording(path)
+    lone = with_recording(
+        gkt.export(model, tmp_path / "lora.gguf", format="gguf_adapter", **options)
+    )
+    other = gkt.export(testing.tiny_model("gemma2"), tmp_path / "2.gguf", **options)
+    (tmp_path / "text").write_text("no model")
+    for base, words in (
+        (tmp_path / "nowhere", "there is no file or folder"),
+        (model, "is a GGUF file. Received: <Gemma3CausalLM"),
+        (tmp_path, "must hold one .gguf file. Found: 2"),
+        (tmp_path / "text", "not a sound GGUF file"),
+        (lone, "holds no model, but: 'adapter'"),
+        (other, "trained on gemma3. Received: gemma2"),
+    ):
+        for adapter in (path, lone):
+            with pytest.raises(gkt.ExportError, match=r"^`base`") as caught:
+                verify(adapter, base=base)
+            assert words in str(caught.value)
+    assert read_receipt(path).outcome == read_receipt(lone).outcome == NOT_CHECKED
+
+
+def test_receipts_of_what_was_not_written_are_refused(model, tmp_path):
+    with pytest.raises(gkt.ExportError, match=r"There is no file or folder .*nowhere"):
+        verify(tmp_path / "nowhere")
+    path = with_recording(gkt.save_adapter(model, tmp_path / "adapter"), format="nothing")
+    with pytest.raises(gkt.ExportError, match=r"format must be one of .* Received: 'nothing'"):
+        verify(path)
+    with_recording(path, format="gguf_adapter")
+    with pytest.raises(gkt.ExportError, match=r"must name one \.gguf file\. Found: 0"):
+        verify(path)
 
 
 @pytest.mark.slow

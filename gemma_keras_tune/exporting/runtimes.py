@@ -15,10 +15,14 @@ from typing import Any, Protocol, TypeAlias
 import keras
 import numpy as np
 
+from gemma_keras_tune._bases import wrong_base
 from gemma_keras_tune.adapters import load_adapter
-from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.errors import ExportError, GemmaTuneError, LoadError
 from gemma_keras_tune.exporting import gguf_file
+from gemma_keras_tune.families import family_of
+from gemma_keras_tune.gguf_files import read_header
 from gemma_keras_tune.loading import load
+from gemma_keras_tune.lora import lora_config
 from gemma_keras_tune.receipts import MAX_NEW_TOKENS, Receipt, answer_texts
 from gemma_keras_tune.switching import (
     active_adapter,
@@ -26,6 +30,7 @@ from gemma_keras_tune.switching import (
     remove_adapter,
     use_adapter,
 )
+from gemma_keras_tune.templates import read_sidecar
 
 _WORKER = pathlib.Path(__file__).with_name("_foreign.py")
 _TIMEOUT = 3600
@@ -55,6 +60,10 @@ class Runtime(Protocol):
 
 class NotRunError(Exception):
     """The runtime cannot be asked here, and why."""
+
+
+class WrongBaseError(ExportError):
+    """The adapter cannot be put on what was passed as `base`; nothing is said of the adapter."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,10 +98,9 @@ def ask(path: pathlib.Path, receipt: Receipt, *, base: Base = None) -> Asked:
 
     Raises:
         NotRunError: The runtime is not there.
+        WrongBaseError: The adapter does not belong on the base.
         ExportError: The runtime fails on the export.
     """
-    if receipt.format not in _RUNTIMES:
-        raise NotRunError(f"no runtime is known for {receipt.format!r}")
     return _RUNTIMES[receipt.format](path, receipt, base)
 
 
@@ -171,9 +179,9 @@ def _request(path: pathlib.Path, receipt: Receipt, base: Any) -> Mapping[str, An
 def _llama_cpp(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
     options: dict[str, Any] = {}
     if receipt.format == "gguf_adapter":
-        if not isinstance(base, (str, os.PathLike)):
+        if base is None:
             raise NotRunError("pass the GGUF file of its base as `base`")
-        path, options["adapter"] = pathlib.Path(base), _adapter_file(path)
+        path, options["adapter"] = _gguf_base(base, receipt), _adapter_file(path, receipt)
     longest = max(len(one.ids) for one in receipt.recordings) + MAX_NEW_TOKENS
     try:
         runtime = gguf_file.open_runtime(path, context_length=max(512, 2 * longest), **options)
@@ -197,13 +205,73 @@ def _llama_cpp(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
     return runtime.name, answers
 
 
-def _adapter_file(path: pathlib.Path) -> pathlib.Path:
-    return path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))))
+def _gguf_base(base: Any, receipt: Receipt) -> pathlib.Path:
+    """The base's file, looked at before llama.cpp is asked."""
+    if not isinstance(base, (str, os.PathLike)):
+        raise WrongBaseError(f"`base` of a GGUF adapter is a GGUF file. Received: {base!r:.80}")
+    path = pathlib.Path(base).expanduser()
+    if not path.exists():
+        raise WrongBaseError(f"`base`: there is no file or folder {path}.")
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise WrongBaseError(f"`base`: {path} must hold one .gguf file. Found: {len(files)}")
+    try:
+        metadata = read_header(files[0]).metadata
+    except LoadError as error:
+        raise _unusable(error) from error
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise WrongBaseError(f"`base`: {files[0]} holds no model, but: {kind!r}")
+    _check_generation(str(metadata.get("general.architecture")), receipt)
+    return files[0]
+
+
+def check_receipt(path: pathlib.Path, receipt: Receipt) -> None:
+    """Refuse a receipt of something that this library does not write.
+
+    Args:
+        path: The export.
+        receipt: Its receipt.
+
+    Raises:
+        ExportError: Its format is unknown, or what such an export is made of is not among its
+            files.
+    """
+    if receipt.format not in _RUNTIMES:
+        raise ExportError(
+            f"The receipt of {path} has a format this library does not write.",
+            [f"format must be one of {tuple(_RUNTIMES)}. Received: {receipt.format!r:.80}"],
+        )
+    if receipt.format == "gguf_adapter":
+        _adapter_file(path, receipt)
+
+
+def _adapter_file(path: pathlib.Path, receipt: Receipt) -> pathlib.Path:
+    files = [file.path for file in receipt.files if file.path.endswith(".gguf")]
+    if len(files) != 1:
+        raise ExportError(
+            f"The receipt of {path} is that of a GGUF adapter, and must name one .gguf file. "
+            f"Found: {len(files)}"
+        )
+    return path if path.is_file() else path / files[0]
+
+
+def _unusable(error: GemmaTuneError) -> WrongBaseError:
+    return WrongBaseError(f"`base`: {error.headline}", error.problems, error.next_step)
+
+
+def _check_generation(found: str, receipt: Receipt) -> None:
+    if found != receipt.generation:
+        raise WrongBaseError(
+            f"`base`: the adapter was trained on {receipt.generation}. Received: {found}"
+        )
 
 
 def _adapter(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
     """By PEFT where the base is a Hugging Face folder, and by this library on any other."""
     if isinstance(base, (str, os.PathLike)) and is_hugging_face(pathlib.Path(base)):
+        config = json.loads(pathlib.Path(base, "config.json").read_text(encoding="utf-8"))
+        _check_generation(str(config["model_type"]).removesuffix("_text"), receipt)
         with contextlib.suppress(NotRunError):
             return _foreign("transformers")(path, receipt, base)
     return _this_library(path, receipt, base)
@@ -219,7 +287,7 @@ def is_hugging_face(folder: pathlib.Path) -> bool:
 def _this_library(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
     if base is None:
         raise NotRunError("pass the model it belongs on as `base`")
-    model = base if isinstance(base, keras.Model) else load(base)
+    model = _base_model(base, path, receipt)
     name = "adapter to check"
     while name in list_adapters(model):
         name += "'"
@@ -237,6 +305,25 @@ def _this_library(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
         answers.append(Answered(other.ids, other.answer_ids, logits))
     version = importlib.metadata.version("gemma-keras-tune")
     return f"gemma_keras_tune {version}", answers
+
+
+def _base_model(base: Any, path: pathlib.Path, receipt: Receipt) -> keras.Model:
+    """The base, opened, and found to be the one the adapter belongs on."""
+    try:
+        model = load(base)
+        family = family_of(model)
+    except GemmaTuneError as error:
+        raise _unusable(error) from error
+    _check_generation(family.name, receipt)
+    if lora_config(model) is None and any(n.layer.lora_enabled for n in family.linears(model)):
+        raise WrongBaseError(
+            "`base`: Keras's own LoRA is on it.",
+            next_step="Load the base anew, without `enable_lora` of Keras or KerasHub.",
+        )
+    different = wrong_base(model, read_sidecar(path))
+    if different:
+        raise WrongBaseError(f"`base`: {different}.")
+    return model
 
 
 _RUNTIMES: Mapping[str, Callable[[pathlib.Path, Receipt, Base], Asked]] = {

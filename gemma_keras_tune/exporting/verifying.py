@@ -9,7 +9,14 @@ import tempfile
 from collections.abc import Iterator
 
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
-from gemma_keras_tune.exporting.runtimes import Answered, Base, NotRunError, ask
+from gemma_keras_tune.exporting.runtimes import (
+    Answered,
+    Base,
+    NotRunError,
+    WrongBaseError,
+    ask,
+    check_receipt,
+)
 from gemma_keras_tune.receipts import (
     FILE_NAME,
     FileRecord,
@@ -122,10 +129,15 @@ def verify(
         The verdict.
 
     Raises:
-        ExportError: There is no receipt, or it is none of this library.
+        ExportError: There is nothing of that name, no receipt, or one that is none of this
+            library; or `base` is missing, or is not what the adapter belongs on. The receipt keeps
+            the outcome it had.
     """
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).expanduser()
+    if not target.exists():
+        raise ExportError(f"There is no file or folder {target}.")
     receipt = read_receipt(target)
+    check_receipt(target, receipt)
     verdict = _verdict(target, receipt, base, run)
     outcome = verdict.outcome
     told = outcome.verdict != "not run" or receipt.outcome.verdict == "not run"
@@ -158,6 +170,8 @@ def _verdict(target: pathlib.Path, receipt: Receipt, base: Base, run: bool) -> V
             checks += right
         except NotRunError as reason:
             skipped.append(f"the export was not opened: {reason}")
+        except WrongBaseError:
+            raise
         except GemmaTuneError as error:
             problems += [error.headline, *error.problems]
     found = (tuple(problems), tuple(checks), tuple(skipped))
