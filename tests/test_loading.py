@@ -674,6 +674,7 @@ for work in (
 """
 
 
+@pytest.mark.slow
 def test_every_way_in_refuses_another_backend(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", OTHER_BACKEND],
