@@ -51,6 +51,7 @@ def save_preset(
     model: keras.Model,
     path: str | os.PathLike[str],
     *,
+    adapter: str | Active | None = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
     check: Check = False,
@@ -66,6 +67,8 @@ def save_preset(
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
+        adapter: Which adapter is merged in: one of `list_adapters(model)`, or `None` for the base.
+            Left out, what is on.
         overwrite: Whether to replace an existing folder.
         prompts: What to record answers to; `None` takes a few general prompts.
         check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
@@ -76,13 +79,14 @@ def save_preset(
 
     Raises:
         BackendError: Keras does not run on JAX.
+        AdapterError: There is no such adapter.
         ExportError: The folder exists, LoRA is on a quantized base, or the preset does not answer
             as the model does.
     """
     check_backend()
     refuse_unknown_check(check)
     stored = str(family_of(model).head(model).embedding.dtype)
-    with new_folder(path, overwrite=overwrite) as folder:
+    with use_adapter(model, adapter), new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
         write_receipt(model, folder, format="keras", dtype=stored, prompts=prompts, check=check)
     return pathlib.Path(path)

@@ -24,12 +24,12 @@ from gemma_keras_tune.families import backbone_inputs, family_of, fingerprint, q
 from gemma_keras_tune.generation import generate_ids
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
-from gemma_keras_tune.switching import active_adapter, adapter_config
+from gemma_keras_tune.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.templates import Segment, Template, get_template
 
-SCHEMA = "gemma_keras_tune.receipt/2"
-# Without an outcome.
-_OLD_SCHEMA = "gemma_keras_tune.receipt/1"
+SCHEMA = "gemma_keras_tune.receipt/3"
+# The first is without an outcome; both are without the version of the format.
+_OLD_SCHEMAS = ("gemma_keras_tune.receipt/1", "gemma_keras_tune.receipt/2")
 FILE_NAME = "receipt.json"
 PROMPTS = (
     "Hello!",
@@ -44,6 +44,19 @@ _LENGTH_STEP = 32
 # A receipt of a few prompts takes a few kilobytes.
 _MOST_BYTES = 1 << 26
 _PACKAGES = ("gemma-keras-tune", "keras", "keras-hub", "jax", "numpy")
+# What writes a format, and what opens it, where that is installed beside this library.
+_TARGET_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "keras": ("h5py",),
+    "safetensors": ("safetensors", "transformers"),
+    "gguf": ("gguf", "xllamacpp"),
+    "gguf_adapter": ("gguf", "xllamacpp"),
+    "ollama": ("gguf", "xllamacpp"),
+    "gemma_jax": ("orbax-checkpoint", "gemma"),
+    "litert": ("litert-torch", "litert-lm-api", "safetensors"),
+    "adapter": ("safetensors", "peft"),
+}
+# Files that begin with a name and the version of their format.
+_VERSIONED: Mapping[str, tuple[bytes, int]] = {".gguf": (b"GGUF", 1), ".litertlm": (b"LITERTLM", 3)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,11 +137,15 @@ class Receipt:
         template: Name of the prompt template.
         stop_tokens: What ends an answer.
         stop_token_ids: Their ids.
-        adapter: Rank, alpha and targets of the LoRA that was on, or `None`.
+        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`, `targets` and
+            `rank_stabilized`, the `scale` that comes to, and its `strength`, by which that was
+            multiplied; `None` for the base.
         packages: Versions by package.
         files: All files, but for the receipt.
         recordings: Empty where the model was not run.
         outcome: Of the check.
+        format_version: Of GGUF and LiteRT-LM files, the version they begin with; `None` where the
+            format has none of its own.
     """
 
     format: str
@@ -145,6 +162,7 @@ class Receipt:
     files: tuple[FileRecord, ...]
     recordings: tuple[Recording, ...]
     outcome: Outcome = NOT_CHECKED
+    format_version: str | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -185,7 +203,7 @@ def write_receipt(
         ExportError: As from `record`; or what was written does not answer as the model does.
     """
     template = get_template("auto", model)
-    lora = adapter_config(model) if active_adapter(model) is not None else None
+    files = tuple(_describe(folder, file_name))
     tokenizer: Any = getattr(model, "preprocessor", None) and model.preprocessor.tokenizer
     receipt = Receipt(
         format=format,
@@ -197,10 +215,11 @@ def write_receipt(
         template=template.name,
         stop_tokens=tuple(template.stop_tokens),
         stop_token_ids=tuple(template.stop_token_ids(tokenizer)) if tokenizer else (),
-        adapter=dataclasses.asdict(lora) if lora else None,
-        packages=_versions(),
-        files=tuple(_describe(folder, file_name)),
+        adapter=_adapter_on(model),
+        packages=_versions(format),
+        files=files,
         recordings=record(model, prompts) if check else (),
+        format_version=next(filter(None, (_format_version(folder / f.path) for f in files)), None),
     )
     (folder / file_name).write_text(receipt.to_json(), encoding="utf-8")
     return _run(model, folder, file_name) if check == "run" else receipt
@@ -244,9 +263,27 @@ def _computed_in(model: Any) -> str:
     return modes[0] if modes else str(model.compute_dtype)
 
 
-def _versions() -> dict[str, str]:
+def _adapter_on(model: keras.Model) -> dict[str, Any] | None:
+    name, own = active_adapter(model), adapter_config(model)
+    if name is None or own is None:
+        return None
+    more = {"name": name, "scale": own.scale, "strength": adapter_strength(model)}
+    return more | dataclasses.asdict(own)
+
+
+def _format_version(path: pathlib.Path) -> str | None:
+    if path.suffix not in _VERSIONED:
+        return None
+    name, numbers = _VERSIONED[path.suffix]
+    with path.open("rb") as file:
+        is_one = file.read(len(name)) == name
+        versions = np.frombuffer(file.read(4 * numbers), "<u4")
+    return ".".join(map(str, versions)) if is_one else None
+
+
+def _versions(format: str) -> dict[str, str]:
     found = {}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_TARGET_PACKAGES.get(format, ())):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -505,13 +542,13 @@ class _Reader:
 def _receipt(reader: _Reader, data: Any) -> Receipt:
     values = reader.mapping(data, "the receipt", Receipt)
     schema = values.get("schema")
-    if schema not in (SCHEMA, _OLD_SCHEMA):
+    if schema not in (SCHEMA, *_OLD_SCHEMAS):
         reader.say("schema", repr(SCHEMA), schema)
         values = {}
     if not values:
         return Receipt("", "", None, "", "", "", "", (), (), None, {}, (), ())
     get, text = values.get, reader.text
-    quantization, adapter = get("quantization"), get("adapter")
+    quantization, adapter, version = get("quantization"), get("adapter"), get("format_version")
     packages = reader.mapping(get("packages"), "packages")
     receipt = Receipt(
         format=text(get("format"), "format"),
@@ -529,7 +566,8 @@ def _receipt(reader: _Reader, data: Any) -> Receipt:
         recordings=reader.many(
             lambda v, w: _recording(reader, v, w), get("recordings"), "recordings"
         ),
-        outcome=NOT_CHECKED if schema == _OLD_SCHEMA else _outcome(reader, get("outcome")),
+        outcome=NOT_CHECKED if schema == _OLD_SCHEMAS[0] else _outcome(reader, get("outcome")),
+        format_version=None if version is None else text(version, "format_version"),
     )
     names = [file.path for file in receipt.files]
     if not names:

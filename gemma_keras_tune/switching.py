@@ -128,6 +128,23 @@ def adapter_config(model: keras.Model) -> LoraConfig | None:
     return bank.adapters[bank.active].config if bank else None
 
 
+def adapter_strength(model: keras.Model) -> float:
+    """The strength of the adapter that is on, or was last.
+
+    Args:
+        model: A model.
+
+    Returns:
+        The `scale` it was switched to with, 1 where it was trained since or LoRA is not on the
+        model.
+    """
+    bank = _bank(model)
+    if bank is None:
+        return 1.0
+    _keep_trained(model, bank)
+    return bank.scale
+
+
 def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> None:
     """Switch to an adapter, with the template it was tuned with.
 

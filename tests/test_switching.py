@@ -8,10 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import gemma_keras_tune as gkt
+from gemma_keras_tune.errors import AdapterError
+from gemma_keras_tune.families import family_of
 from gemma_keras_tune.generation import compiled_programs
+from gemma_keras_tune.gguf_files import read_header
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.receipts import read_receipt
+from gemma_keras_tune.switching import adapter_strength
 from gemma_keras_tune.testing import tiny_model, tiny_pairs
 
 PROMPT = "Say something."
@@ -269,3 +275,65 @@ def test_adapters_come_and_go_within_a_context(folders: dict[str, pathlib.Path])
     with gkt.use_adapter(model, "wide"):
         gkt.remove_adapter(model, "wide")
     assert gkt.list_adapters(model) == () and gkt.lora_config(model) is None
+
+
+def test_what_is_exported_is_the_one_asked_for(
+    model: Any, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    gkt.set_adapter(model, "two", scale=0.5)
+
+    def exported(of: Any, name: str, **options: Any) -> pathlib.Path:
+        return gkt.export(of, tmp_path / name, check=False, verbose=0, **options)
+
+    for name, adapter in (("one", "one"), ("base", None)):
+        single = fresh()
+        if adapter:
+            gkt.load_adapter(single, folders[adapter])
+        expected = load_file(exported(single, f"{name} alone") / "model.safetensors")
+        folder = exported(model, name, adapter=adapter)
+        for key, value in load_file(folder / "model.safetensors").items():
+            np.testing.assert_allclose(value, expected[key], atol=1e-7, err_msg=key)
+        assert read_receipt(folder).template == gkt.get_template("auto", single).name
+    receipt = read_receipt(tmp_path / "base")
+    assert receipt.adapter is None and receipt.packages["safetensors"]
+    preset = gkt.save_preset(model, tmp_path / "preset", adapter="one")
+    again = {linear.path: linear for linear in family_of(model).linears(gkt.load(preset))}
+    with gkt.use_adapter(model, "one"):
+        for linear in lora_linears(model):
+            kernel = np.asarray(again[linear.path].layer.kernel)
+            np.testing.assert_allclose(kernel, np.asarray(linear.layer.kernel), atol=1e-7)
+    assert read_receipt(preset).adapter["name"] == "one"  # type: ignore[index]
+    assert gkt.active_adapter(model) == "two" and adapter_strength(model) == 0.5
+    with pytest.raises(AdapterError, match="no adapter 'nobody'"):
+        exported(model, "nobody", adapter="nobody")
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_a_gguf_adapter_has_its_own_rank(
+    model: Any, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    gkt.set_adapter(model, "two", scale=0.5)
+    for name, options in (("wide", {"adapter": "wide"}), ("one", {"adapter": "one"}), ("two", {})):
+        path = gkt.export(model, tmp_path / f"{name}.gguf", format="gguf_adapter", verbose=0,
+                          check=False, **options)  # fmt: skip
+        file, strength = read_header(path), 1.0 if options else 0.5
+        own = load_file(folders[name] / "adapter_model.safetensors")
+        alpha, rank = (12.0, 3) if name == "wide" else (2.0, 2)
+        assert file.metadata["adapter.lora.alpha"] == alpha
+        assert len(file.tensors) == len(own)
+        for linear in lora_linears(model):
+            for part, times in (("a", 1.0), ("b", strength)):
+                theirs = own.get(
+                    f"base_model.model.{linear.hugging_face}.lora_{part.upper()}.weight"
+                )
+                if theirs is not None:
+                    mine = file.read(f"{linear.gguf}.weight.lora_{part}")
+                    np.testing.assert_allclose(mine, times * theirs, rtol=1e-6)
+        receipt = read_receipt(path)
+        entry = receipt.adapter
+        assert entry is not None and receipt.packages["gguf"] and receipt.format_version == "3"
+        assert (entry["name"], entry["rank"], entry["alpha"]) == (name, rank, alpha)
+        assert (entry["scale"], entry["strength"]) == (alpha / rank, strength)
+        assert entry["targets"] == (["q_proj", "v_proj"] if name == "wide" else entry["targets"])
+    with pytest.raises(gkt.ExportError, match="no adapter to write"):
+        gkt.export(model, tmp_path / "base.gguf", format="gguf_adapter", adapter=None, verbose=0)

@@ -22,6 +22,7 @@ from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import refuse_quantized, stored_dtype
 from gemma_keras_tune.families import family_of
 from gemma_keras_tune.receipts import FILE_NAME, Check, refuse_unknown_check, write_receipt
+from gemma_keras_tune.switching import ACTIVE, Active, use_adapter
 
 __all__ = ["FORMATS", "export"]
 
@@ -54,6 +55,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     format: str = "auto",
+    adapter: str | Active | None = ACTIVE,
     dtype: str = "auto",
     quantization: str | None = None,
     shard_size: int | str | None = None,
@@ -79,6 +81,8 @@ def export(
             GGUF file with its Modelfile), `"gemma_jax"` (an Orbax checkpoint for the Gemma library
             for JAX), `"litert"` (a file for LiteRT-LM), or `"auto"`: `"gguf"` where the path ends
             in `.gguf`, else `"safetensors"`.
+        adapter: Which adapter is merged in, or written: one of `list_adapters(model)`, or `None`
+            for the base. Left out, what is on.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
         quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's own quantizer is
@@ -97,6 +101,7 @@ def export(
 
     Raises:
         BackendError: Keras does not run on JAX.
+        AdapterError: There is no such adapter.
         ExportError: The name is taken, an argument is unknown, the target cannot carry this model,
             or what was written does not answer as the model does. Nothing stays on disk.
     """
@@ -132,14 +137,18 @@ def export(
             file_name=file_name,
         )
 
-    if target.suffix.lower() == ".gguf":
-        _write_file(module, model, target, overwrite, verbose, options, finish)
-        return target
-    with new_folder(target, overwrite=overwrite) as folder, _Progress(target, verbose) as progress:
-        module.write(model, folder, progress=progress, **options)
-        if format != "keras":  # A preset brings its record.
-            write_record(model, folder)
-        finish(folder)
+    with use_adapter(model, adapter):
+        if target.suffix.lower() == ".gguf":
+            _write_file(module, model, target, overwrite, verbose, options, finish)
+            return target
+        with (
+            new_folder(target, overwrite=overwrite) as folder,
+            _Progress(target, verbose) as progress,
+        ):
+            module.write(model, folder, progress=progress, **options)
+            if format != "keras":  # A preset brings its record.
+                write_record(model, folder)
+            finish(folder)
     return target
 
 

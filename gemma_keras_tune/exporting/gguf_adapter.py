@@ -1,4 +1,4 @@
-"""The LoRA of a model as a GGUF adapter, for `llama.cpp --lora`.
+"""The adapter of a model that is on, as a GGUF adapter for `llama.cpp --lora`.
 
 Written after llama.cpp's `convert_lora_to_gguf.py`. llama.cpp scales by `alpha / rank`, so what is
 written as `alpha` is the model's scale times the rank, also where it was divided by a square root.
@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import keras
+import numpy as np
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import refuse_broken
@@ -22,7 +23,8 @@ from gemma_keras_tune.exporting.gguf_file import (
     put,
 )
 from gemma_keras_tune.families import family_of
-from gemma_keras_tune.lora import get_factors, lora_active, lora_linears
+from gemma_keras_tune.lora import lora_active, lora_linears
+from gemma_keras_tune.switching import adapter_factors, adapter_strength
 
 FORMAT = "gguf_adapter"
 FILE_NAME = "adapter.gguf"
@@ -38,9 +40,10 @@ def write(
     progress: Progress = lambda name, done, total: None,
     file_name: str = FILE_NAME,
 ) -> None:
-    """Write the LoRA of a model as a GGUF adapter.
+    """Write the adapter that is on as a GGUF adapter, at its own rank.
 
-    Open it with `open_runtime(base, adapter=file)`, where `base` is the base model's GGUF file.
+    Its strength, where that is not 1, is multiplied into `B`. Open it with
+    `open_runtime(base, adapter=file)`, where `base` is the base model's GGUF file.
 
     Args:
         model: A KerasHub `CausalLM` with LoRA on.
@@ -60,24 +63,25 @@ def write(
             next_step="Export the merged model with `format='gguf'`.",
         )
     kind = _kind(dtype)
-    linears = lora_linears(model) if lora_active(model) else ()
-    if not linears:
+    if not lora_active(model):
         raise ExportError(
             "There is no adapter to write: LoRA is not on this model, or is switched off.",
             next_step="Tune with `method='lora'`, switch to an adapter with `set_adapter`, or "
             "write the whole model with `format='gguf'`.",
         )
     refuse_broken(model)
+    config, factors = adapter_factors(model)
+    strength = np.float32(adapter_strength(model))
+    linears = [linear for linear in lora_linears(model) if linear.hugging_face in factors]
     writer = gguf.GGUFWriter(folder / file_name, family.name)
     try:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_string("general.license", "gemma")
+        writer.add_float32("adapter.lora.alpha", config.scale * config.rank)
         for done, linear in enumerate(linears, 1):
-            a, b, scale = get_factors(linear)
-            if done == 1:
-                writer.add_float32("adapter.lora.alpha", scale * len(a))
-            for name, factor in (("lora_a", a), ("lora_b", b)):
+            a, b = factors[linear.hugging_face]
+            for name, factor in (("lora_a", a), ("lora_b", strength * b)):
                 full = f"{linear.gguf}.weight.{name}"
                 writer.add_tensor(full, encode(full, factor, {full: kind}), raw_dtype=kind)
             progress(linear.gguf, done, len(linears))
