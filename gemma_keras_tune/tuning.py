@@ -190,7 +190,7 @@ def tune(
         validation_split=validation_split, early_stopping=early_stopping, optimizer=optimizer,
         seed=seed,
     )  # fmt: skip
-    settings = _settled(settings, plan, callbacks, validation_data)
+    settings = settle(settings, plan, callbacks, validation_data)
     columns = dict(
         input_column=input_column, output_column=output_column, system_column=system_column
     )
@@ -199,14 +199,14 @@ def tune(
     run = _prepare(model, pairs, validation_data, columns, settings)
     if verbose:
         print(run.plan)
-    _prepare_weights(model, run.plan, verbose)
+    prepare_weights(model, run.plan, verbose)
     attach_template(model, run.template)
     if compilation_cache:
         use_compilation_cache()
     prepared = time.perf_counter() - begin
     trainer = TuningModel(model)
-    trainer.compile(_optimizer(run.plan) if optimizer == "auto" else optimizer, jit_compile=True)
     plan = run.plan
+    trainer.compile(planned_optimizer(plan) if optimizer == "auto" else optimizer, jit_compile=True)
     progress = TuningProgress(plan.batches, plan.tokens * plan.epochs, disable=not verbose)
     history = trainer.fit(
         run.batcher.to_dataset(),
@@ -332,10 +332,23 @@ def use_compilation_cache(folder: str | None = None) -> str:
     return folder
 
 
-def _settled(
-    settings: dict[str, Any], plan: Any, callbacks: Any, validation_data: Any
+def settle(
+    settings: dict[str, Any], plan: Any, callbacks: Any = (), validation_data: Any = None
 ) -> dict[str, Any]:
-    """The settings checked, and those of the plan in their place where there is one."""
+    """The settings checked, and those of the plan in their place where there is one.
+
+    Args:
+        settings: Every setting of `Plan.settings`, as `tune` takes them.
+        plan: The plan of an earlier run, or `None`.
+        callbacks: As `tune` takes them.
+        validation_data: As `tune` takes it.
+
+    Returns:
+        The settings by name, those of the plan where there is one.
+
+    Raises:
+        PlanError: Settings out of range, or against those of the plan.
+    """
     method = plan.method if isinstance(plan, Plan) else settings["method"]
     problems = _wrong_callbacks(callbacks, method)
     if plan is not None and not isinstance(plan, Plan):
@@ -572,7 +585,14 @@ def _fill_in(plan: Plan, batcher: Batcher, held_out: Batcher | None) -> Plan:
     return filled
 
 
-def _prepare_weights(model: keras.Model, plan: Plan, verbose: int) -> None:
+def prepare_weights(model: keras.Model, plan: Plan, verbose: int) -> None:
+    """Make trainable what a plan trains: every weight, or LoRA, put on where there is none.
+
+    Args:
+        model: A KerasHub Gemma.
+        plan: The plan.
+        verbose: 1 prints what LoRA is on, 0 nothing.
+    """
     if plan.method == "full":
         model.trainable = True
     elif lora_config(model) is None:
@@ -585,7 +605,15 @@ def _prepare_weights(model: keras.Model, plan: Plan, verbose: int) -> None:
         print(f"Going on with the LoRA that is on this model: {adapter_config(model)}")
 
 
-def _optimizer(plan: Plan) -> keras.optimizers.Optimizer:
+def planned_optimizer(plan: Plan) -> keras.optimizers.Optimizer:
+    """The optimizer of a plan that names none of the user's.
+
+    Args:
+        plan: The plan, filled in.
+
+    Returns:
+        AdamW with the plan's schedule.
+    """
     return make_optimizer(
         plan.learning_rate,
         updates=plan.updates,

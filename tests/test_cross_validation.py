@@ -1,5 +1,6 @@
 """Cross-validation: every pair held out once, by models tuned as `tune` tunes, in one program."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing, training
 from gemma_keras_tune.errors import EvaluationError, LoraError, PairsError, PlanError
+from gemma_keras_tune.evaluation import cross_validation
 from gemma_keras_tune.evaluation.checks import Contains, Exact, JsonSchema, Length
 from gemma_keras_tune.evaluation.cross_validation import assign_folds, cross_validate
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.generation import compiled_programs
+from gemma_keras_tune.planning import plan_settings
 
 # The same answer every time: what was learnt from some pairs holds for the others.
 PAIRS = [(f"part number for roll {i}", "yes") for i in range(10)]
@@ -84,7 +87,7 @@ def test_one_program_serves_all_parts(done):
 def test_the_plan_is_that_of_the_largest_rest(done):
     plan = done[-1].plan
     assert (plan.pairs, plan.epochs, plan.batch_size, plan.method) == (7, 12, 4, "full")
-    assert plan.updates == 2 * 12 and plan.seed == 1 and plan.template == "custom"
+    assert plan.updates == 2 * 12 and plan.seed == 1 and plan.template == "{input}\n{output}"
 
 
 @pytest.mark.slow
@@ -101,18 +104,21 @@ def test_told_in_words_and_as_data(done):
 
 @pytest.mark.slow
 def test_each_part_is_tuned_as_tune_tunes():
-    """The losses are those of `tune` on the others, with the same seed."""
+    """The losses are those of `tune` on the others, with the same plan."""
     model = testing.tiny_model()
     before = weights(model)
     settings = dict(
-        rank=4, epochs=3, batch_size=4, learning_rate=1e-2, template="{input}\n{output}"
-    )
-    result = cross_validate(model, PAIRS, folds=2, seed=1, verbose=0, baseline=False, **settings)
+        rank=4, targets="attention", rank_stabilized=True, epochs=3, batch_size=4,
+        learning_rate=1e-2, template="{input}\n{output}",
+    )  # fmt: skip
+    plan = plan_settings(model, len(PAIRS), 64, seed=1, **settings)
+    result = cross_validate(model, PAIRS, folds=2, seed=1, verbose=0, baseline=False, plan=plan)
+    assert result.plan.settings() == plan.settings()
     for part in range(2):
         rest = [PAIRS[r.row - 1] for r in result.rows if r.fold != part]
         held = [PAIRS[r.row - 1] for r in result.rows if r.fold == part]
         tuned = testing.tiny_model()
-        gkt.tune(tuned, rest, seed=1, verbose=0, **settings)
+        gkt.tune(tuned, rest, verbose=0, plan=plan)
         trainer = gkt.TuningModel(tuned)
         trainer.compile("sgd")
         data = gkt.make_dataset(held, tuned, batch_size=4, shuffle=False)
@@ -121,6 +127,52 @@ def test_each_part_is_tuned_as_tune_tunes():
     assert gkt.lora_config(model) is None
     for old, new in zip(before, weights(model), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+class _Planned(Exception):
+    """Nothing is to be compiled."""
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """The plan as it is printed, without tuning after it."""
+
+    def stop():
+        raise _Planned
+
+    monkeypatch.setattr(cross_validation, "use_compilation_cache", stop)
+
+    def plan(model, pairs=PAIRS, **options):
+        with pytest.raises(_Planned):
+            cross_validate(model, pairs, folds=2, **options)
+        return capsys.readouterr().out
+
+    return plan
+
+
+@pytest.mark.filterwarnings("ignore::gemma_keras_tune.errors.PairsWarning")
+def test_settings_of_a_plan_hold_as_in_tune(printed):
+    model = testing.tiny_model()
+    long = [*PAIRS, ("a question that is longer than all the others by far, and then some", "yes")]
+    plan = plan_settings(
+        model, 10, 64, rank=3, targets=("v_proj", "q_proj"), rank_stabilized=True, epochs=2,
+        template="{input} -> {output}", overlong="drop", sequence_length=24, validation_split=0.1,
+    )  # fmt: skip
+    text = printed(model, long, plan=plan)
+    assert "LoRA rank 3, alpha 3, rank-stabilized on v_proj, q_proj, 2 epochs over 5" in text
+    assert "template '{input} -> {output}'" in text and "1 rows left out as asked: 11" in text
+    # Settings left at their defaults are those of the plan, as `tune` has it.
+    assert printed(model, long, plan=plan, targets="auto", overlong="error") == text
+    assert "alpha 8 on all" in printed(model, targets="auto", rank_stabilized="auto")
+    with pytest.raises(PlanError, match="contradict the plan") as caught:
+        cross_validate(model, long, plan=plan, rank=4, template="chatml")
+    assert len(caught.value.problems) == 2
+    with pytest.raises(PlanError, match="stops early"):
+        cross_validate(model, long, plan=dataclasses.replace(plan, early_stopping=2))
+    with pytest.raises(PlanError, match="must be a `Plan`"):
+        cross_validate(model, long, plan={"rank": 3})
+    with pytest.raises(PairsError, match="11"):
+        cross_validate(model, long, sequence_length=24, verbose=0)
 
 
 @pytest.mark.slow

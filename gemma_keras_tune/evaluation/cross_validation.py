@@ -18,14 +18,14 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from gemma_keras_tune.errors import EvaluationError, LoraError
+from gemma_keras_tune.errors import EvaluationError, LoraError, PlanError
 from gemma_keras_tune.evaluation.asking import is_share, is_whole, progress_bar
 from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
 from gemma_keras_tune.evaluation.results import SampleResult
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.generation import generate_answers
 from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import enable_lora, lora_config, remove_lora
+from gemma_keras_tune.lora import lora_config, remove_lora
 from gemma_keras_tune.pairs import Pair, PairSource, read_pairs
 from gemma_keras_tune.pipeline import (
     Batcher,
@@ -34,24 +34,28 @@ from gemma_keras_tune.pipeline import (
     choose_shapes,
     tokenize_pairs,
 )
-from gemma_keras_tune.planning import Plan, check_updates, plan_settings
+from gemma_keras_tune.planning import Plan, check_updates, plan_settings, template_setting
 from gemma_keras_tune.templates import Template, get_template
-from gemma_keras_tune.training import TuningModel, make_optimizer
-from gemma_keras_tune.tuning import use_compilation_cache
+from gemma_keras_tune.training import TuningModel
+from gemma_keras_tune.tuning import (
+    planned_optimizer,
+    prepare_weights,
+    settle,
+    tune,
+    use_compilation_cache,
+)
 
 MOST_ROWS = 8  # that are asked at once
 
 Checks = Check | Sequence[Check] | Callable[[Pair], Check | Sequence[Check]] | Literal["auto"]
 
 _SETTINGS = (
-    "method", "rank", "alpha", "epochs", "batch_size", "gradient_accumulation_steps",
-    "learning_rate", "warmup_updates", "weight_decay", "sequence_length",
+    "method", "rank", "alpha", "targets", "rank_stabilized", "epochs", "batch_size",
+    "gradient_accumulation_steps", "learning_rate", "warmup_updates", "weight_decay",
+    "sequence_length", "overlong", "template", "optimizer",
 )  # fmt: skip
-_LORA = ("targets", "rank_stabilized")
 _COLUMNS = ("input_column", "output_column", "system_column")
-_OPTIONS = (
-    *_SETTINGS, *_LORA, *_COLUMNS, "template", "overlong", "optimizer", "plan", "compilation_cache",
-)  # fmt: skip
+_OPTIONS = (*_SETTINGS, *_COLUMNS, "plan", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +212,7 @@ def cross_validate(
         seed: Seed of the parts, of shuffling and of LoRA's start.
         verbose: 1 prints the plan and a progress bar, 0 nothing.
         **tune_options: Arguments of `tune`, but for those about validation, callbacks and seeds.
+            Of a `plan`, all settings but the seed and the validation split hold.
 
     Returns:
         A `CrossValidation`.
@@ -217,23 +222,27 @@ def cross_validate(
             argument out of range, or `checks` that are none.
         LoraError: LoRA is on the model already.
         PairsError: Rows that cannot be trained on.
-        PlanError: Settings out of range.
+        PlanError: Settings out of range or against those of the plan, or a plan that stops early.
     """
     begin = time.perf_counter()
     _check_options(tune_options)
     _check_arguments(checks, max_new_tokens, confidence, seed)
+    settings = _settings(tune_options, seed)
     model = load(model)
     if lora_config(model) is not None:
         raise LoraError(
             "The model has LoRA on it, and may have been tuned on the pairs to be held out.",
             next_step="Call `remove_lora(model)`, or load the base anew.",
         )
-    template = get_template(tune_options.get("template", "auto"), model)
-    kept, tokens = _read(model, pairs, template, tune_options)
+    template = get_template(settings["template"], model)
+    settings["template"] = template_setting(template)
+    columns = {name: tune_options[name] for name in _COLUMNS if name in tune_options}
+    kept, tokens = _read(model, pairs, columns, template, settings)
     judged = _checks(kept, checks)
     parts = assign_folds([_prompt_key(pair) for pair in kept], folds, seed=seed)
     count = int(parts.max()) + 1
-    plan = _plan(model, tokens, parts, seed, tune_options)
+    largest = len(parts) - int(np.bincount(parts).min())
+    plan = plan_settings(model, largest, int(tokens.lengths.max()), **settings)
     shapes = _shared_shapes(tokens, parts, plan)
     pad_id = int(model.preprocessor.tokenizer.pad_token_id)
     batch = functools.partial(
@@ -244,7 +253,7 @@ def cross_validate(
     held = [
         batch(_take(tokens, np.flatnonzero(parts == part)), shuffle=False) for part in range(count)
     ]
-    plan = _fill_in(plan, rest, shapes, template)
+    plan = _fill_in(plan, rest, shapes, tokens)
     if verbose:
         print(f"{count} parts, each held out once.\n{plan}")
     if tune_options.get("compilation_cache", True):
@@ -258,9 +267,12 @@ def cross_validate(
     )  # fmt: skip
     base = ask(kept, judged) if baseline else [None] * len(kept)
     bar = progress_bar(count, "cross-validation", "part", verbose)
-    with _trainable(model, plan, tune_options), bar as advance:
+    optimizer = tune_options.get("optimizer", "auto")
+    with _trainable(model, plan), bar as advance:
         trainer = TuningModel(model)
-        trainer.compile(_optimizer(plan, tune_options), jit_compile=True)
+        trainer.compile(
+            planned_optimizer(plan) if optimizer == "auto" else optimizer, jit_compile=True
+        )
         trainer.optimizer.build(trainer.trainable_variables)
         start = _Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
         losses, base_losses = [], []
@@ -362,19 +374,39 @@ def _check_arguments(checks: Any, max_new_tokens: Any, confidence: Any, seed: An
         raise EvaluationError("The cross-validation cannot begin.", problems)
 
 
+def _settings(options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The settings of `tune`, those of the plan where there is one."""
+    plan = options.get("plan")
+    if isinstance(plan, Plan):
+        if plan.early_stopping is not None:
+            raise PlanError(
+                "The plan stops early, on validation pairs; here every pair is trained on or held "
+                "out.",
+                next_step="Pass `plan=dataclasses.replace(plan, early_stopping=None)`.",
+            )
+        plan = dataclasses.replace(plan, validation_split=0.0, seed=seed)
+    defaults = tune.__kwdefaults__ or {}
+    names = (*_SETTINGS, "validation_split", "early_stopping")
+    given = {name: options.get(name, defaults[name]) for name in names}
+    return settle({**given, "seed": seed}, plan)
+
+
 def _read(
-    model: keras.Model, pairs: Any, template: Template, options: dict[str, Any]
+    model: keras.Model,
+    pairs: Any,
+    columns: dict[str, Any],
+    template: Template,
+    settings: dict[str, Any],
 ) -> tuple[list[Pair], TokenizedPairs]:
-    columns = {name: options[name] for name in _COLUMNS if name in options}
     source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs, **columns)
     by_row: dict[int, Pair] = {}
-    length = options.get("sequence_length", "auto")
+    length = settings["sequence_length"]
     tokens = tokenize_pairs(
         source,
         model,
         template=template,
         max_length=None if length == "auto" else length,
-        overlong=options.get("overlong", "error"),
+        overlong=settings["overlong"],
         on_pair=lambda pair: by_row.__setitem__(pair.row, pair),
     )
     return [by_row[int(row)] for row in tokens.rows], tokens
@@ -384,20 +416,6 @@ def _prompt_key(pair: Pair) -> tuple[str, ...]:
     """What stands before the first answer, apart from case and white space."""
     first = next(i for i, message in enumerate(pair.messages) if message.role == "assistant")
     return tuple(" ".join(m.content.casefold().split()) for m in pair.messages[:first])
-
-
-def _plan(
-    model: keras.Model,
-    tokens: TokenizedPairs,
-    parts: np.ndarray,
-    seed: int,
-    options: dict[str, Any],
-) -> Plan:
-    settings: dict[str, Any] = {name: options[name] for name in _SETTINGS if name in options}
-    if options.get("plan") is not None:
-        settings = options["plan"].settings()
-    largest = len(parts) - int(np.bincount(parts).min())
-    return plan_settings(model, largest, int(tokens.lengths.max()), **{**settings, "seed": seed})
 
 
 def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:
@@ -435,7 +453,7 @@ def _take(tokens: TokenizedPairs, indices: np.ndarray) -> TokenizedPairs:
 
 
 def _fill_in(
-    plan: Plan, rest: Sequence[Batcher], shapes: tuple[Shape, ...], template: Template
+    plan: Plan, rest: Sequence[Batcher], shapes: tuple[Shape, ...], tokens: TokenizedPairs
 ) -> Plan:
     largest = max(rest, key=lambda batcher: (batcher.batches_per_epoch, len(batcher.tokens)))
     batches = largest.batches_per_epoch * plan.epochs
@@ -450,22 +468,18 @@ def _fill_in(
         shapes=shapes,
         batches=batches,
         updates=batches // plan.gradient_accumulation_steps,
-        template=template.name,
+        dropped=tokens.dropped,
+        truncated=tokens.truncated,
     )
     check_updates(filled)
     return filled
 
 
 @contextlib.contextmanager
-def _trainable(model: keras.Model, plan: Plan, options: dict[str, Any]) -> Iterator[None]:
+def _trainable(model: keras.Model, plan: Plan) -> Iterator[None]:
     """Within the context, what the plan trains is trainable."""
     flags = [(variable, variable.trainable) for variable in model.variables]
-    if plan.method == "full":
-        model.trainable = True
-    else:
-        chosen = {name: options[name] for name in _LORA if name in options}
-        assert plan.rank is not None
-        enable_lora(model, plan.rank, alpha=plan.alpha, seed=plan.seed, verbose=0, **chosen)
+    prepare_weights(model, plan, verbose=0)
     try:
         yield
     finally:
@@ -473,19 +487,6 @@ def _trainable(model: keras.Model, plan: Plan, options: dict[str, Any]) -> Itera
             remove_lora(model)
         for variable, trainable in flags:
             variable.trainable = trainable
-
-
-def _optimizer(plan: Plan, options: dict[str, Any]) -> keras.optimizers.Optimizer:
-    given = options.get("optimizer", "auto")
-    if given != "auto":
-        return given
-    return make_optimizer(
-        plan.learning_rate,
-        updates=plan.updates,
-        warmup_updates=plan.warmup_updates,
-        weight_decay=plan.weight_decay,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-    )
 
 
 def _loss(trainer: TuningModel, batcher: Batcher) -> float:
