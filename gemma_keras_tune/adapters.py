@@ -113,9 +113,27 @@ def write_preset(
             "Save the adapter with `save_adapter`, and the base within `lora_disabled(model)`. Or "
             "load the adapter onto the model before quantization, and save that.",
         )
+    if _scaled_otherwise(model):
+        warnings.warn(
+            "This model scales its queries by hidden size over heads, and KerasHub's decoder "
+            "blocks take the head size whatever a preset says: opened by KerasHub alone it will "
+            "compute something else. `load` opens the preset as it is; or export it to "
+            "'safetensors' or 'gguf'.",
+            UserWarning,
+            stacklevel=3,
+        )
     with _unmixed(model):
         model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
     write_record(model, folder)
+
+
+def _scaled_otherwise(model: Any) -> bool:
+    """Whether the queries are scaled as KerasHub's own blocks never do; see `building`."""
+    if family_of(model).name not in ("gemma", "gemma2", "gemma3"):
+        return False
+    backbone = model.backbone
+    by_head = backbone.transformer_layers[0].attention.query_head_dim_normalize
+    return not by_head and backbone.head_dim * backbone.num_query_heads != backbone.hidden_dim
 
 
 @contextlib.contextmanager

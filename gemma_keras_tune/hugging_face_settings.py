@@ -198,7 +198,7 @@ def _filled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     if period and not filled.get("layer_types") and "num_hidden_layers" in filled:
         if family.name == "gemma3":
             period = filled.get("sliding_window_pattern") or period
-        filled["layer_types"] = _layer_types(filled["num_hidden_layers"], period)
+        filled["layer_types"] = layer_types(filled["num_hidden_layers"], period)
     if family.name == "gemma4":
         # Saved by transformers 5, the layers that see everything have sizes of their own.
         for layer in (config.get("per_layer_config") or {}).values():
@@ -208,7 +208,16 @@ def _filled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _layer_types(layers: int, period: int) -> list[str]:
+def layer_types(layers: int, period: int) -> list[str]:
+    """What each layer attends to, where every so-manieth sees everything.
+
+    Args:
+        layers: Number of layers.
+        period: Of so many layers the last sees everything; with 1 all do.
+
+    Returns:
+        transformers' name for each layer.
+    """
     return [_SLIDING if (layer + 1) % period else _FULL for layer in range(layers)]
 
 
@@ -254,7 +263,7 @@ def _not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
 
 def _attention_not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
     layers, period = config["num_hidden_layers"], _PERIODS[family.name]
-    if config["layer_types"] not in (_layer_types(layers, period), [_FULL] * layers):
+    if config["layer_types"] not in (layer_types(layers, period), [_FULL] * layers):
         yield (
             f"layer_types is {config['layer_types']}, and of KerasHub's layers the "
             f"{period}th, {2 * period}th and so on see everything"

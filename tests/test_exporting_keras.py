@@ -69,3 +69,16 @@ def test_kerashub_alone_computes_the_same(name, presets, answers):
     np.testing.assert_allclose(answers[f"{path}:hidden"], np.asarray(ours), atol=1e-4)
     ids = np.asarray(model.preprocessor.tokenizer(TEXT))
     np.testing.assert_array_equal(answers[f"{path}:ids"], ids)
+
+
+@pytest.mark.slow
+def test_a_scale_that_kerashub_alone_does_not_compute_is_said(tmp_path, recwarn):
+    model = gkt.load(testing.tiny_model("gemma2", query_head_dim_normalize=False))
+    with pytest.warns(UserWarning, match="scales its queries by hidden size over heads"):
+        path = gkt.save_preset(model, tmp_path / "preset")
+    assert not gkt.load(path).backbone.transformer_layers[0].attention.query_head_dim_normalize
+    recwarn.clear()
+    # Hidden size over heads is the head size.
+    same = gkt.load(testing.tiny_model("gemma2", query_head_dim_normalize=False, head_dim=4))
+    gkt.save_preset(same, tmp_path / "same")
+    assert not [w for w in recwarn if "scales its queries" in str(w.message)]

@@ -227,10 +227,25 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     ):
         with pytest.raises(gkt.ExportError, match=message):
             gkt.export(model, tmp_path / "x", check=False, verbose=0, **options)
-    odd = testing.tiny_model("gemma3", use_query_key_norm=False)
-    with pytest.raises(gkt.ExportError, match="use_query_key_norm is False"):
+    odd = testing.tiny_model("gemma3", use_query_key_norm=False, layer_norm_epsilon=1e-3)
+    with pytest.raises(gkt.ExportError, match="use_query_key_norm is False") as caught:
         gkt.export(odd, tmp_path / "x", check=False, verbose=0)
+    # Of KerasHub's norms the last alone has it.
+    assert "layer_norm_epsilon is 0.001; transformers computes with 1e-06" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_a_gemma3_whose_layers_all_see_everything(tmp_path):
+    model = testing.tiny_model("gemma3", num_layers=2, use_sliding_window_attention=False)
+    folder = gkt.export(model, tmp_path / "out", prompts=["Hello!"], verbose=0)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["layer_types"] == ["full_attention"] * 2
+    assert config["sliding_window_pattern"] == 1 and config["rms_norm_eps"] == 1e-6
+    assert not gkt.load(folder).backbone.use_sliding_window_attention
+    verdict = gkt.verify(folder)
+    assert verdict.passed and not verdict.skipped, verdict
 
 
 def test_a_preset_and_a_gguf_file_by_name(tmp_path):

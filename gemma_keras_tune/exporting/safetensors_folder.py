@@ -22,7 +22,7 @@ from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded,
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
 from gemma_keras_tune.families import Family, Piece, Weight, family_of, is_instruct, join
 from gemma_keras_tune.hugging_face_folders import INDEX
-from gemma_keras_tune.hugging_face_settings import FIELDS, settings
+from gemma_keras_tune.hugging_face_settings import EPSILON, FIELDS, layer_types, settings
 from gemma_keras_tune.templates import Template, get_template, template_of
 
 FORMAT = "safetensors"
@@ -141,7 +141,7 @@ def _older_settings(given: dict[str, Any], family: Family) -> dict[str, Any]:
         "num_attention_heads": given["num_query_heads"],
         "num_key_value_heads": given["num_key_value_heads"],
         "head_dim": given["head_dim"],
-        "rms_norm_eps": given["layer_norm_epsilon"],
+        "rms_norm_eps": EPSILON,
         "rope_theta": 10_000.0,
     }
     if family.name != "gemma":
@@ -167,10 +167,12 @@ def _later_config(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3_config(given: dict[str, Any]) -> dict[str, Any]:
+    period = 6 if given["use_sliding_window_attention"] else 1
     config: dict[str, Any] = {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6,
+        "sliding_window_pattern": period,
+        "layer_types": layer_types(given["num_layers"], period),
         "use_bidirectional_attention": False,
     }
     factor = float(given["global_rope_scaling_factor"])
@@ -183,6 +185,7 @@ def _gemma3_config(given: dict[str, Any]) -> dict[str, Any]:
 # What each generation computes with, where its Hugging Face configuration has no field.
 _FIXED: dict[str, dict[str, Any]] = {
     "gemma": {
+        "layer_norm_epsilon": EPSILON,
         "query_head_dim_normalize": True,
         "use_post_ffw_norm": False,
         "use_post_attention_norm": False,
@@ -190,8 +193,13 @@ _FIXED: dict[str, dict[str, Any]] = {
         "final_logit_soft_cap": None,
         "use_sliding_window_attention": False,
     },
-    "gemma2": {"use_post_ffw_norm": True, "use_post_attention_norm": True},
+    "gemma2": {
+        "layer_norm_epsilon": EPSILON,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+    },
     "gemma3": {
+        "layer_norm_epsilon": EPSILON,
         "use_post_ffw_norm": True,
         "use_post_attention_norm": True,
         "use_query_key_norm": True,
