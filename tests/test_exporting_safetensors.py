@@ -139,7 +139,8 @@ CLASSES = {
     "gemma": ("gemma", "GemmaForCausalLM", 8192),
     "gemma2": ("gemma2", "Gemma2ForCausalLM", 8192),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM", 131_072),
-    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM", 32_768),
+    # KerasHub's backbone holds that of Gemma 3n alone.
+    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM", 128),
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM", 131_072),
 }
 
