@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import gguf
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import scipy.special
@@ -52,8 +55,10 @@ _MAX_NESTING = 4
 _MAX_SIZE = 1 << 24
 # The fewest bytes that a metadata entry and a tensor's entry take.
 _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-# Values dequantized at a time: what lies beside the result stays under some 100 MB.
-_CHUNK_VALUES = 1 << 22
+# Values dequantized at a time: what lies beside the result stays under some 20 MB.
+_CHUNK_VALUES = 1 << 20
+# Values handed over at a time of a larger embedding: XLA goes over all of it for each.
+_BLOCK_VALUES = 1 << 24
 _SPLIT_COUNT = "split.count"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BROKEN = "Download or convert it again: the file is damaged or was cut off."
@@ -97,25 +102,29 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+    def read(
+        self, name: str, dtype: Any = np.float32, *, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
         """A tensor's values.
 
         Args:
             name: Name of the tensor.
             dtype: NumPy dtype of the result.
+            start: The first to read on the outermost axis.
+            stop: The first to leave out; `None` reads to the end.
 
         Returns:
             The values, dequantized in pieces so that little lies in memory beside them.
         """
         info = self.tensors[name]
-        values = np.empty(info.shape, dtype)
+        values = np.empty((len(range(info.shape[0])[start:stop]), *info.shape[1:]), dtype)
         rows = values.reshape(-1, info.shape[-1])
-        row_bytes = info.size // len(rows)
+        row_bytes = info.size // (math.prod(info.shape) // info.shape[-1])
         step = max(1, _CHUNK_VALUES // info.shape[-1])
         with info.path.open("rb") as file:
-            file.seek(info.offset)
-            for start in range(0, len(rows), step):
-                part = rows[start : start + step]
+            file.seek(info.offset + start * (info.size // info.shape[0]))
+            for first in range(0, len(rows), step):
+                part = rows[first : first + step]
                 data = np.fromfile(file, np.uint8, len(part) * row_bytes)
                 raw = data.reshape(len(part), row_bytes)
                 part[...] = gguf.dequantize(raw, info.kind).reshape(part.shape)
@@ -215,6 +224,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     try:
         config = backbone_config(file, family)
         proto = tokenizer_proto(file)
+        file = _without_vocabulary(file)
         backbone = empty_backbone(family, config, dtype)
         model = causal_lm(family, backbone, proto)
     except LoadError:
@@ -230,6 +240,12 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     mark_origin(model, str(path), instruct=is_instruct(file))
     _attach_template(file, model)
     return model
+
+
+def _without_vocabulary(file: GgufFile) -> GgufFile:
+    """The header without what the tokenizer was made of: a quarter of a million strings."""
+    kept = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
+    return dataclasses.replace(file, metadata=kept)
 
 
 def is_instruct(file: GgufFile) -> bool:
@@ -699,19 +715,54 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
     broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
-        plain = not weight.gguf_offset and not weight.output_axes
-        matrix = file.read(weight.gguf, weight.variable.dtype if plain else np.float32)
+        if weight.entry.kind == "embedding" and math.prod(weight.variable.shape) > _BLOCK_VALUES:
+            if not _assign_in_blocks(file, weight):
+                broken.append(weight.gguf)
+            continue
+        dtype = weight.variable.dtype
+        matrix = file.read(weight.gguf, np.float32 if weight.gguf_offset else dtype)
         if not all_finite(matrix):
             broken.append(weight.gguf)
         piece = weight.entry.gguf_piece
         if piece is not None:
             matrix = split(matrix, piece, len(parts[weight.gguf]))
         value = weight.from_matrix(matrix - weight.gguf_offset if weight.gguf_offset else matrix)
-        weight.variable.assign(value)
+        weight.variable.assign(value.astype(dtype, copy=False))
     if broken:
         raise LoadError(
             f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=_BROKEN
         )
+
+
+def _assign_in_blocks(file: GgufFile, weight: Weight) -> bool:
+    """Assign rows as they are read: no second array as large lies beside the variable's.
+
+    Returns:
+        Whether all values are finite.
+    """
+    variable = weight.variable
+    count, width = variable.shape
+    step = max(1, _BLOCK_VALUES // width)
+    finite = True
+    value = jnp.zeros((count, width), variable.dtype)
+    for start in range(0, count, step):
+        rows = file.read(weight.gguf, variable.dtype, start=start, stop=start + step)
+        finite &= all_finite(rows)
+        # JAX copies by and by, and would keep all blocks until then.
+        value = jax.block_until_ready(_put_rows(value, rows, start))
+    variable.assign(value)
+    return finite
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(value: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    """Write rows into an array, in its place."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    if value.dtype.itemsize != 2:
+        return put(value, rows, start, axis=0)
+    # XLA's CPU computes with half precision in float32, and would convert the whole array.
+    bits, part = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (value, rows))
+    return jax.lax.bitcast_convert_type(put(bits, part, start, axis=0), value.dtype)
 
 
 def parts_of_tensors(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
