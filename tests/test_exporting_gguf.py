@@ -18,7 +18,7 @@ from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.exporting.verifying import verify
 from gemma_keras_tune.families import backbone_inputs, family_of, is_instruct
 from gemma_keras_tune.generation import generate
-from gemma_keras_tune.gguf_files import TEMPLATE_KEY, read_header
+from gemma_keras_tune.gguf_files import RESTS_KEY, TEMPLATE_KEY, read_header
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, set_factors
 from gemma_keras_tune.pairs import Message
@@ -59,6 +59,15 @@ def model():
     return tiny_model("gemma3", hidden_dim=32, intermediate_dim=32, num_layers=1)
 
 
+def scatter_norms(model):
+    """Norms of all magnitudes: adding 1 in float32 takes bits from the small ones."""
+    random = np.random.default_rng(5)
+    for weight in family_of(model).weights(model):
+        if weight.gguf_offset:
+            shape = tuple(weight.variable.shape)
+            weight.variable.assign(random.normal(size=shape) * 10.0 ** random.uniform(-9, 3, shape))
+
+
 # The file.
 
 
@@ -68,13 +77,12 @@ def test_float32_loads_back_exactly(family, tmp_path):
     original = tiny_model(family)
     backbone = original.backbone
     assert backbone.num_query_heads * backbone.head_dim != backbone.hidden_dim
+    scatter_norms(original)
     calls = []
     path = export(original, tmp_path, dtype="float32", progress=lambda *call: calls.append(call))
     loaded = load(path)
     for a, b in zip(loaded.backbone.weights, original.backbone.weights, strict=True):
-        # One is added to norms in float32, and taken away again.
-        tolerance = 1e-6 if len(a.shape) == 1 else 0
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=a.path)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=a.path)
     for text in TEXTS:
         np.testing.assert_array_equal(
             np.asarray(loaded.preprocessor.tokenizer(text)),
@@ -82,6 +90,34 @@ def test_float32_loads_back_exactly(family, tmp_path):
         )
     names = [weight.gguf for weight in family_of(original).weights(original)]
     assert calls == [(name, n, len(names)) for n, name in enumerate(names, 1)]
+
+
+def test_norms_that_were_changed_get_no_rest(tmp_path):
+    original = tiny_model("gemma3", num_layers=1)
+    scatter_norms(original)
+    path = export(original, tmp_path, dtype="float32")
+    file = read_header(path)
+    assert len(file.metadata[RESTS_KEY]) == sum(
+        len(file.read(weight.gguf)) for weight in family_of(original).weights(original)
+        if weight.gguf_offset
+    )  # fmt: skip
+    data = bytearray(path.read_bytes())
+    offset = file.tensors["output_norm.weight"].offset
+    data[offset : offset + 4] = np.float32(1.5).tobytes()
+    path.write_bytes(data)
+    for weight in family_of(original).weights(load(path)):
+        if weight.gguf_offset:
+            expected = read_header(path).read(weight.gguf) - np.float32(1)
+            np.testing.assert_array_equal(np.asarray(weight.variable), expected)
+
+
+def test_norms_that_lose_nothing_have_no_rests(tmp_path):
+    model = tiny_model("gemma3", num_layers=1)
+    for weight in family_of(model).weights(model):
+        if weight.gguf_offset:
+            weight.variable.assign(np.full(weight.variable.shape, 0.25))
+    path = export(model, tmp_path, dtype="float32")
+    assert RESTS_KEY not in read_header(path).metadata
 
 
 @pytest.mark.slow

@@ -322,6 +322,24 @@ def test_reading_in_pieces_changes_nothing(model, tmp_path, monkeypatch):
     np.testing.assert_array_equal(file.read("token_embd.weight"), whole)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_embedding_in_blocks_is_the_same(dtype, model, tmp_path, monkeypatch):
+    from gemma_keras_tune import gguf_files
+
+    path = write_gguf(model, tmp_path / "m.gguf")
+    rows, width = model.backbone.token_embedding.embeddings.shape
+    monkeypatch.setattr(gguf_files, "_BLOCK_VALUES", (rows // 2 - 1) * width)
+    embedding = load(path, dtype=dtype).backbone.token_embedding.embeddings
+    assert embedding.dtype == dtype
+    expected = np.asarray(model.backbone.token_embedding.embeddings).astype(dtype)
+    np.testing.assert_array_equal(np.asarray(embedding.value), expected)
+    data = bytearray(path.read_bytes())
+    end = read_header(path).tensors["token_embd.weight"]
+    data[end.offset + end.size - 4 : end.offset + end.size] = b"\xff" * 4
+    path.write_bytes(data)
+    assert "token_embd.weight" in error(path, dtype=dtype)
+
+
 def test_loading_leaves_keras_able_to_build_models(model, tmp_path):
     load(write_gguf(model, tmp_path / "m.gguf"))
     layer = keras.layers.Dense(2)
