@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNABLE = ("python", "bash")
 NOT_RUN = "Not run: "
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 3600
 
 FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>\w+)(?P<info>[^`\n]*)\n"

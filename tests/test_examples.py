@@ -24,7 +24,7 @@ def run(script, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=3600,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )

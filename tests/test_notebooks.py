@@ -24,7 +24,7 @@ def test_notebook_runs(
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook,
-        timeout=900,
+        timeout=3600,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     )
