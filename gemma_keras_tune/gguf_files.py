@@ -769,7 +769,7 @@ def _read_rests(file: GgufFile, norms: Sequence[Weight]) -> dict[str, np.ndarray
     """The rests by tensor; none where another program changed the norms."""
     rests: Any = file.metadata.get(RESTS_KEY)
     sizes = [math.prod(norm.variable.shape) for norm in norms]
-    if not isinstance(rests, np.ndarray) or len(rests) != sum(sizes):
+    if not norms or not isinstance(rests, np.ndarray) or len(rests) != sum(sizes):
         return {}
     stored = np.concatenate([file.read(norm.gguf) for norm in norms])
     if _checksum(stored, rests) != file.metadata.get(CHECKSUM_KEY):
