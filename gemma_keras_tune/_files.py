@@ -186,7 +186,9 @@ def _exchange(first: pathlib.Path, second: pathlib.Path) -> bool:
 
 
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
-    """Write a UTF-8 text file, in the place of one that may be there.
+    """Write a UTF-8 text file, in the place of one that may be there, whose rights it keeps.
+
+    A reader sees the old text or the new one, also after a kill or a loss of power.
 
     Args:
         path: The file. Missing folders are made.
@@ -197,13 +199,18 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
         The path.
 
     Raises:
-        ExportError: The disk is full.
+        ExportError: The disk is full, or the system refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with explained(path):
-            part.write_bytes(text.encode("utf-8", "backslashreplace"))
+            with part.open("wb") as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                part.chmod(path.stat().st_mode)
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)

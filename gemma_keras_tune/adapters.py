@@ -148,7 +148,8 @@ def _unmixed(model: keras.Model) -> Iterator[None]:
     mixed = [
         (layer, layer.dtype_policy)
         for layer in layers
-        if layer.dtype_policy.name.startswith("mixed_")
+        # Keras takes the name off a quantized layer's policy when it writes down the settings.
+        if str(layer.dtype_policy.name).startswith("mixed_")
     ]
     for layer, policy in mixed:
         layer.dtype_policy = policy.variable_dtype

@@ -521,10 +521,15 @@ class PairChecks:
             lines.append(f"row{'s' * (len(rows) > 1)} {_ranges(rows)}: {text}")
         return tuple(lines)
 
-    def warn(self) -> None:
-        """Tell of everything found in one `PairsWarning`, if there is anything."""
+    def warn(self, part: str = "") -> None:
+        """Tell of everything found in one `PairsWarning`, if there is anything.
+
+        Args:
+            part: Which pairs they are, such as `"validation"`, where there are several kinds.
+        """
         if lines := self.findings():
-            warn_of_pairs("Some pairs look wrong.", lines, "PairChecks.findings()")
+            which = f"{part} pairs".lstrip()
+            warn_of_pairs(f"Some {which} look wrong.", lines, "PairChecks.findings()")
 
 
 # Splitting.

@@ -19,13 +19,13 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import keras
 
+from gemma_keras_tune._files import write_text
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.families import family_of, is_instruct
 
@@ -589,23 +589,13 @@ def write_sidecar(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> 
 
     Returns:
         The file written.
+
+    Raises:
+        ExportError: The disk is full, or the system refuses.
     """
     path = pathlib.Path(folder) / SIDECAR
     text = json.dumps({**read_sidecar(folder), **values}, indent=2, ensure_ascii=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=folder, prefix=SIDECAR, suffix=".part", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            # A temporary file is private to its owner; a preset is shared like other files.
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    return path
+    return write_text(path, text)
 
 
 def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:

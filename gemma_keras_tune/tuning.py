@@ -501,7 +501,9 @@ def _prepare(
 def _read(
     pairs: Any, validation_data: Any, split: float, seed: int, columns: dict[str, Any]
 ) -> tuple[PairSource, PairSource | None]:
-    source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs, **columns)
+    # The columns are those of what is still to be opened; where nothing is, they are refused.
+    columns_of_pairs = {} if _is_open(pairs) and not _is_open(validation_data) else columns
+    source = read_pairs(pairs, **columns_of_pairs)
     if split:
         try:
             return split_pairs(source, split, seed=seed)
@@ -509,9 +511,13 @@ def _read(
             if not (source.problems and source.repeatable):
                 raise
             return source, None  # to be reported together with rows that are too long
-    if validation_data is None or isinstance(validation_data, PairSource):
+    if _is_open(validation_data):
         return source, validation_data
     return source, read_pairs(validation_data, **columns)
+
+
+def _is_open(pairs: Any) -> bool:
+    return pairs is None or isinstance(pairs, PairSource)
 
 
 def _tokenize(
@@ -534,7 +540,7 @@ def _tokenize(
                 source, model, template=template, max_length=limit, overlong=settings["overlong"],
                 on_pair=checks.add,
             )  # fmt: skip
-        checks.warn()
+        checks.warn(part)
         return found
 
     tokens = tokenized(training, "" if validation is None else "training")

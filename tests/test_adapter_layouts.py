@@ -432,6 +432,7 @@ def tries(source, model):
         assert np.isfinite(a).all()
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.dictionaries(st.sampled_from(NAMES), JSON, min_size=1, max_size=3))
 def test_any_settings_are_read_or_refused(model, tmp_path, settings):

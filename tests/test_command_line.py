@@ -90,6 +90,7 @@ def test_tune_saves_what_generate_answers_with(preset, pairs, tmp_path, capsys):
     assert outputs[0] == "".join(f"{answer}\n" for answer in expected)
 
 
+@pytest.mark.slow
 def test_preview_shows_rows_as_they_are_trained(preset, pairs, capsys):
     assert main(["preview", pairs, preset, "--rows", "2", "--dtype", "bfloat16", *COLUMNS]) == 0
     out = capsys.readouterr().out

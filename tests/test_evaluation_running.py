@@ -276,6 +276,7 @@ def test_interrupted_run_goes_on(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_answers_of_another_evaluation_are_refused(
     model: Any, plan: TestPlan, tmp_path: pathlib.Path
 ) -> None:

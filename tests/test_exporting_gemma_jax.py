@@ -148,7 +148,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "gemma3" else pytest.mark.slow) for f in SIZES]
+)
 def test_what_was_written_loads_again(family: str, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("orbax.checkpoint")
     sizes = {"num_layers": 2} if family in ("gemma2", "gemma3") else {}

@@ -79,6 +79,7 @@ def test_greedy_tokens_in_bfloat16(monkeypatch):
     assert_like_stock(tiny_model("gemma3", dtype="bfloat16"), monkeypatch, (5, 20))
 
 
+@pytest.mark.slow
 def test_one_program_for_all_lengths_and_weights(model):
     before = compiled_programs(model)
     rows = rows_of_lengths(1, 3, 20, 30, 33)
@@ -114,6 +115,7 @@ def test_many_lengths_take_few_programs(model, monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_a_row_ends_at_a_stop_token_and_says_so(model):
     rows = rows_of_lengths(6, 11)
     free = ids(model, rows)

@@ -196,6 +196,7 @@ def test_tensors_that_lie(path, index, shape, kind, offset):
     refused(build(path, entries=entries, size=4096))
 
 
+@pytest.mark.slow
 @quick
 @given(
     key=st.sampled_from(sorted(SIZES)),

@@ -79,6 +79,7 @@ def test_a_frozen_embedding_gets_no_gradient_and_hidden_states_the_same_one():
     np.testing.assert_array_equal(frozen[1], np.zeros_like(embedding))
 
 
+@pytest.mark.slow
 def test_extreme_logits_stay_finite():
     hidden, embedding, labels, _ = case()
     scores = token_cross_entropy(1e3 * hidden, 1e3 * embedding, labels, block_rows=16)

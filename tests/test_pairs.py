@@ -162,6 +162,7 @@ field = st.text(
 ).filter(lambda text: not text.isspace())
 
 
+@pytest.mark.slow
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -189,6 +190,7 @@ def test_hugging_face_datasets_give_the_same_pairs():
     assert texts(splits, split="test") == PAIRS[:1]
 
 
+@pytest.mark.slow
 def test_a_tfds_builder_and_its_folder(tmp_path):
     import tensorflow_datasets as tfds
 
@@ -594,6 +596,7 @@ def test_rows_behind_an_open_quote_are_never_left_out_in_silence(tmp_path):
         assert "row 2 (line 3): " in message and "was not read" in message
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_files_are_closed_when_reading_ends_early(tmp_path):
     whole = {"a.csv": "prompt,response\na,b\nc,d\n", "a.json": '[["a", "b"],\n["c", "d"]]'}
@@ -824,6 +827,7 @@ def test_pairs_keep_their_row_numbers():
     assert "the assistant speaks first" in problems([wrong])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_large_files_are_read_in_little_memory(kind, tmp_path):
     count = 20_000

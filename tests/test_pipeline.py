@@ -5,6 +5,7 @@ import itertools
 import json
 import tracemalloc
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -206,6 +207,42 @@ def test_problems_of_training_and_validation_pairs_are_reported_at_once(model):
     assert caught.value.headline.startswith("Training: The list: 1 row cannot be trained on. Valid")
 
 
+def test_columns_of_pairs_that_are_open_already_are_refused(model):
+    opened = gkt.read_pairs({"prompt": ["a"], "response": ["b"]})
+    names = {"input_column": "text", "output_column": "label"}
+    for validation in (None, opened):
+        with pytest.raises(gkt.PairsError, match="have been opened already"):
+            gkt.tune(model, opened, validation_data=validation, verbose=0, **names)
+    # They are those of the validation pairs, where these are still to be opened.
+    with pytest.raises(gkt.PairsError) as caught:
+        gkt.tune(model, opened, validation_data=[{"text": "a", "label": ""}], verbose=0, **names)
+    assert caught.value.problems == ("validation, row 1: `label` is empty",)
+
+
+def test_warnings_say_whether_training_or_validation_pairs_are_meant(model):
+    class Enough(Exception):
+        pass
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            raise Enough
+
+    with pytest.warns(gkt.PairsWarning) as caught, pytest.raises(Enough):
+        gkt.tune(
+            model,
+            [("a", "b"), ("a", "b")],
+            validation_data=[("c", "d"), ("c", "e")],
+            method="full",
+            epochs=1,
+            verbose=0,
+            callbacks=[Stop()],
+        )
+    assert [str(warning.message).splitlines()[0] for warning in caught] == [
+        "Some training pairs look wrong.",
+        "Some validation pairs look wrong.",
+    ]
+
+
 def test_own_column_names_are_taken_at_every_step(model):
     frame = {"text": ["a", "b"], "label": ["yes", "no"], "rules": ["r", "s"]}
     names = {"input_column": "text", "output_column": "label", "system_column": "rules"}
@@ -287,6 +324,7 @@ def peak_of_an_epoch(path, model, **options):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::gemma_keras_tune.PairsWarning")
 def test_a_row_takes_few_bytes_of_memory(model, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "SPOOL_BYTES", 2**14)

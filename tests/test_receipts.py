@@ -164,6 +164,7 @@ def places(data, path=()):
             yield (*path, key)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_receipt_with_anything_in_it_is_read_or_refused(data, folder, tmp_path_factory):

@@ -243,6 +243,7 @@ def test_page_of_the_least_report() -> None:
     assert "How it was tuned" not in text and "What was forgotten?" not in text
 
 
+@pytest.mark.slow
 def test_same_report_same_page(report: Report, page: str) -> None:
     assert page_writer.render(report) == page
     assert page_writer.render(Report.from_dict(json.loads(report.to_json()))) == page

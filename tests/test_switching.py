@@ -118,20 +118,22 @@ def test_scale_is_the_strength(model: Any) -> None:
             gkt.set_adapter(model, "one", scale=scale)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_base_is_in_memory_once(folders: dict[str, pathlib.Path]) -> None:
-    def held() -> int:
-        gc.collect()
-        return sum(array.nbytes for array in jax.live_arrays())
-
     model = fresh()
     gkt.load_adapter(model, folders["one"], name="first")
-    config = gkt.lora_config(model)
-    assert config is not None
-    before = held()
+    base = {linear.layer.kernel.shape for linear in lora_linears(model)}
+    base.add(model.backbone.token_embedding.embeddings.shape)
+
+    def copies_of_the_base() -> int:
+        gc.collect()
+        return sum(array.shape in base for array in jax.live_arrays())
+
+    before = copies_of_the_base()
+    assert before >= len(lora_linears(model)) + 1
     for number in range(6):
         gkt.load_adapter(model, folders["one"], name=str(number))
-    most = 6 * 4 * config.parameters
-    assert held() - before <= most + 10_000 < 3 * 4 * config.total_parameters
+    assert copies_of_the_base() <= before
 
 
 def test_saved_again_it_is_what_it_was(

@@ -341,7 +341,10 @@ def test_a_function_may_write_no_control_token_of_its_own():
         dataclasses.replace(TEMPLATES["gemma3"], turn_end="<eos>")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f == "gemma3" else pytest.mark.slow) for f in FAMILIES],
+)
 def test_special_tokens_in_the_text_are_warned_of_by_tune(family):
     rows = [
         ("hi <start_of_turn>user evil <bos> <|turn>model", "b<end_of_turn>"),

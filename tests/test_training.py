@@ -376,6 +376,7 @@ def test_weight_decay_leaves_norms_biases_and_scalars_alone(generation):
         assert decayed == matrix, variable.path
 
 
+@pytest.mark.slow
 def test_the_whole_gradient_is_clipped_by_its_norm():
     def after(gradients, **options):
         variables = [keras.Variable([0.0, 0.0]), keras.Variable([0.0])]

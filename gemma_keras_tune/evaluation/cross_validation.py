@@ -26,7 +26,7 @@ from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.generation import generate_answers
 from gemma_keras_tune.loading import load
 from gemma_keras_tune.lora import lora_config, remove_lora
-from gemma_keras_tune.pairs import Pair, PairSource, read_pairs
+from gemma_keras_tune.pairs import Pair, read_pairs
 from gemma_keras_tune.pipeline import (
     Batcher,
     Shape,
@@ -398,7 +398,7 @@ def _read(
     template: Template,
     settings: dict[str, Any],
 ) -> tuple[list[Pair], TokenizedPairs]:
-    source = pairs if isinstance(pairs, PairSource) else read_pairs(pairs, **columns)
+    source = read_pairs(pairs, **columns)
     by_row: dict[int, Pair] = {}
     length = settings["sequence_length"]
     tokens = tokenize_pairs(

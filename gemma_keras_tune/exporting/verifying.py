@@ -1,13 +1,12 @@
 """Whether an export still is what was written, and answers as the model in memory did."""
 
-import contextlib
 import dataclasses
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 
+from gemma_keras_tune._files import write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
 from gemma_keras_tune.exporting.runtimes import (
     Answered,
@@ -143,9 +142,10 @@ def verify(
     told = outcome.verdict != "not run" or receipt.outcome.verdict == "not run"
     if update and told and outcome != receipt.outcome:
         try:
-            _replace(receipt_path(target), dataclasses.replace(receipt, outcome=outcome).to_json())
-        except OSError as error:
-            note = f"the outcome was not written into the receipt: {error}"
+            told_now = dataclasses.replace(receipt, outcome=outcome)
+            write_text(receipt_path(target), told_now.to_json())
+        except ExportError as error:
+            note = f"the outcome was not written into the receipt: {error.headline}"
             return dataclasses.replace(verdict, skipped=(*verdict.skipped, note))
     return verdict
 
@@ -176,19 +176,6 @@ def _verdict(target: pathlib.Path, receipt: Receipt, base: Base, run: bool) -> V
             problems += [error.headline, *error.problems]
     found = (tuple(problems), tuple(checks), tuple(skipped))
     return Verdict(target, receipt.format, *found, runtime)
-
-
-def _replace(file: pathlib.Path, text: str) -> None:
-    """Give a file other content, all at once."""
-    descriptor, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as opened:
-            opened.write(text)
-        os.chmod(part, file.stat().st_mode)
-        os.replace(part, file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
 
 
 # The files.
