@@ -7,6 +7,7 @@ for the next one: half of the time of a training step of Gemma 3 270M on two cor
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import pathlib
 import sys
@@ -14,11 +15,25 @@ import threading
 from collections.abc import Iterator
 
 # From <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 # What glibc starts with, its thresholds where its own adjustment would have taken them.
 _DEFAULTS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 _lock = threading.Lock()
 _users = 0
+
+
+def share_arena() -> None:
+    """Let threads that are yet to start take memory where `kept_memory` keeps it.
+
+    glibc gives threads arenas of their own, which hold nothing above 64 MB: what is larger, as the
+    temporary arrays of a training step are, comes from the kernel and goes back to it. In the main
+    arena nothing is too large. A thread stays in the arena it begins with, so this comes before the
+    imports that start threads. It does what `MALLOC_ARENA_MAX=1` in the environment does; a setting
+    of the user's own stands, and so does glibc's where JAX has a plugin for an accelerator.
+    """
+    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
+    if _has_glibc() and not plugins and "MALLOC_ARENA_MAX" not in os.environ:
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 @contextlib.contextmanager
@@ -50,10 +65,12 @@ def kept_memory() -> Iterator[None]:
 def _glibc() -> ctypes.CDLL | None:
     import jax
 
-    if not sys.platform.startswith("linux") or jax.default_backend() != "cpu":
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
+    return ctypes.CDLL(None) if _has_glibc() and jax.default_backend() == "cpu" else None
+
+
+def _has_glibc() -> bool:
+    on_linux = sys.platform.startswith("linux")
+    return on_linux and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
 def free_memory() -> int | None:
