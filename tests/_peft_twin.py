@@ -1,26 +1,22 @@
 """What PEFT makes of a base folder. Runs by itself: torch beside TensorFlow may crash.
 
-python _peft_twin.py BASE REQUEST.json ANSWER.json
-
-The request names an adapter to load, or the arguments of a `LoraConfig` for a new one. Where it
-says where to save, the adapter is trained and saved there.
+A request names the base, and an adapter to load or the arguments of a `LoraConfig` for a new one.
+Where it says where to save, the adapter is trained and saved there.
 """
 
-import json
-import pathlib
-import sys
 from typing import Any
 
+import _twins
 
-def main(base: str, request: str, answer: str) -> None:
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
     import peft
     import torch
     import transformers
 
-    asked = json.loads(pathlib.Path(request).read_text())
     ids = torch.tensor(asked["ids"])
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(asked["base"], dtype="float32")
     if "adapter" in asked:
         trains = "save" in asked
         model = peft.PeftModel.from_pretrained(model, asked["adapter"], is_trainable=trains)
@@ -32,7 +28,7 @@ def main(base: str, request: str, answer: str) -> None:
     model.eval()
     with torch.no_grad():
         logits = model(ids).logits
-    pathlib.Path(answer).write_text(json.dumps({"logits": logits.tolist(), "losses": losses}))
+    return {"logits": logits.tolist(), "losses": losses}
 
 
 def train(model: Any, ids: Any) -> list[float]:
@@ -50,4 +46,4 @@ def train(model: Any, ids: Any) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _twins.serve(answer)

@@ -1,24 +1,23 @@
-"""Print the names and shapes of a `transformers` model's weights, in a process without TensorFlow.
+"""The names and shapes of a `transformers` model's weights, from a process without TensorFlow.
 
-Called with the class of the model, of its configuration, and the configuration as JSON.
+A request is the class of the model, that of its configuration, and the configuration's values.
 """
 
-import json
-import sys
+from typing import Any
+
+import _twins
 
 
-def main() -> None:
-    """Build the model without memory for its weights and print its `state_dict` as JSON."""
+def answer(asked: tuple[str, str, dict[str, Any]]) -> dict[str, list[int]]:
+    """Build the model without memory for its weights, and look at its `state_dict`."""
     import torch
     import transformers
 
-    model_class, config_class, config = sys.argv[1:]
+    model_class, config_class, config = asked
     with torch.device("meta"):
-        model = getattr(transformers, model_class)(
-            getattr(transformers, config_class)(**json.loads(config))
-        )
-    print(json.dumps({name: list(value.shape) for name, value in model.state_dict().items()}))
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+    return {name: list(value.shape) for name, value in model.state_dict().items()}
 
 
 if __name__ == "__main__":
-    main()
+    _twins.serve(answer)

@@ -1,11 +1,9 @@
 """Adapters cross to the real PEFT on the real transformers, and back."""
 
 import json
-import pathlib
-import subprocess
-import sys
 from importlib.util import find_spec
 
+import _twins
 import numpy as np
 import pytest
 
@@ -54,11 +52,8 @@ def peft_logits(model, folder, **request):
 def peft_answer(model, folder, **request):
     base = folder / "base"
     gkt.export(model, base, dtype="float32", check=False, verbose=0)
-    (folder / "asked.json").write_text(json.dumps({"ids": ids_of().tolist(), **request}))
-    script = pathlib.Path(__file__).with_name("_peft_twin.py")
-    command = [sys.executable, script, base, folder / "asked.json", folder / "found.json"]
-    subprocess.run(command, check=True)
-    return json.loads((folder / "found.json").read_text())
+    request = {"base": str(base), "ids": ids_of().tolist(), **request}
+    return _twins.ask("_peft_twin.py", request)
 
 
 @pytest.mark.parametrize(("name", "stabilized"), [(name, name == "gemma2") for name in MODELS])

@@ -2,12 +2,9 @@
 
 import collections
 import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
+import _twins
 import numpy as np
 import pytest
 
@@ -171,13 +168,8 @@ def _transformers_shapes(model: Any, family: Family) -> dict[str, tuple[int, ...
             )
     stem = family.name.capitalize()
     text = "" if family.name in ("gemma", "gemma2") else "Text"
-    command = [f"{stem}ForCausalLM", f"{stem}{text}Config", json.dumps(common)]
-    script = str(pathlib.Path(__file__).parent / "_transformers_shapes.py")
-    done = subprocess.run(
-        [sys.executable, script, *command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    shapes = json.loads(done.stdout.splitlines()[-1])
+    request = [f"{stem}ForCausalLM", f"{stem}{text}Config", common]
+    shapes = _twins.ask("_transformers_shapes.py", request)
     del shapes["lm_head.weight"]  # tied with the embedding
     return {name: tuple(shape) for name, shape in shapes.items()}
 

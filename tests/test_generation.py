@@ -320,7 +320,7 @@ def test_a_few_rows_asked_once_run_in_a_program_for_more():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_backbone(mode):
-    model = tiny_model("gemma3", hidden_dim=32, intermediate_dim=64)
+    model = tiny_model("gemma3", hidden_dim=32, intermediate_dim=64, num_layers=1)
     model.backbone.quantize(mode)
     rows = rows_of_lengths(5, 12)
     for row, written in zip(rows, ids(model, rows), strict=True):
