@@ -2,7 +2,7 @@
 
 import errno
 import json
-import pathlib
+import os
 
 import pytest
 import yaml
@@ -168,10 +168,10 @@ def test_missing_folders_are_made_and_nothing_is_left_of_a_failure(tmp_path, mon
     assert len(TestPlan.from_file(path)) == 4
     before = path.read_bytes()
 
-    def full(self, data):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ExportError, match="the disk is full"):
         PLAN.to_file(path, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == ["plan.jsonl"]

@@ -92,6 +92,7 @@ def test_one_program_for_all_lengths_and_weights(model):
     kernel.assign(-5 * kept)
     changed = ids(model, rows, batch_size=4)
     kernel.assign(kept)
+    ids(model, rows, batch_size=4, stop_token_ids=range(1000, 1033))  # every run of line breaks
     assert any(not np.array_equal(a, b) for a, b in zip(first, changed, strict=True))
     assert compiled_programs(model) == before + 1
 
