@@ -125,20 +125,20 @@ def test_every_mismatch_is_listed_and_nothing_changes(saved, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_base_is_known_in_every_dtype_and_quantization(tmp_path):
-    sizes = dict(num_layers=1)  # Keras takes seconds to quantize each
-    trained_on = testing.tiny_model(**sizes)
+@pytest.mark.parametrize(("family", "sizes"), [("gemma3", {"num_layers": 1}), ("gemma3n", {})])
+def test_a_base_is_known_in_every_dtype_and_quantization(family, sizes, tmp_path):
+    trained_on = testing.tiny_model(family, **sizes)
     record = base_record(trained_on)
     others = {}
     for kind in ("bfloat16", "float16", "mixed_bfloat16", "int8", "int4"):
         quantized = kind.startswith("int")
-        others[kind] = testing.tiny_model(dtype=None if quantized else kind, **sizes)
+        others[kind] = testing.tiny_model(family, dtype=None if quantized else kind, **sizes)
         if quantized:
             others[kind].backbone.quantize(kind)
         assert wrong_base(others[kind], record) is None, kind
         assert wrong_base(trained_on, base_record(others[kind])) is None, kind
     for kind in ("float32", "bfloat16"):
-        other = testing.tiny_model(seed=1, dtype=kind, **sizes)
+        other = testing.tiny_model(family, seed=1, dtype=kind, **sizes)
         assert "other weights" in wrong_base(other, record)
         assert "other weights" in wrong_base(other, base_record(others["int4"]))
     gkt.enable_lora(trained_on, 2, verbose=0)
