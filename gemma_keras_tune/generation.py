@@ -12,7 +12,6 @@ distances; causal and sliding-window masks see distances too; and the padding it
 """
 
 import dataclasses
-import functools
 import json
 import math
 import weakref
@@ -25,11 +24,11 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune._layouts import axes_of, pack, unpack
+from gemma_keras_tune import _decoding
+from gemma_keras_tune._layouts import axes_of, pack
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.families import Head, family_of
 from gemma_keras_tune.lora import lora_config, lora_enabled, lora_linears
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
@@ -540,7 +539,7 @@ def _chunks(length: int, chunk: int) -> int:
 
 def _room(length: int, chunk: int, new_tokens: int) -> int:
     """Tokens that a program needs room for: the next of 64, 96, 128, 192, 256, 384, …."""
-    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens
+    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens + _decoding.GUESSES
     power = max(SMALLEST_BUFFER, 2 ** math.ceil(math.log2(tokens)))
     return power * 3 // 4 if power > SMALLEST_BUFFER and tokens <= power * 3 // 4 else power
 
@@ -572,7 +571,8 @@ def _run_batch(
         np.int32(batch.new_tokens),
         padded_stops(stops),
     )
-    return list(np.asarray(tokens)[: len(rows), end : int(last) + 1])
+    written, last = np.asarray(tokens), np.asarray(last)
+    return [written[i, end : last[i] + 1] for i in range(len(rows))]
 
 
 def padded_rows(rows: Sequence[Any], batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -615,231 +615,8 @@ def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable
             programs.traces += 1
             traced = reference()
             assert traced is not None, "a program outlived its model"
-            with bound(traced, weights), lora_enabled(traced):
-                return _write(traced, weights, sampler, chunk, *arguments)
+            with _decoding.bound(traced, weights), lora_enabled(traced):
+                return _decoding.write(traced, weights, sampler, chunk, *arguments)
 
         programs.by_key[key] = jax.jit(program)
     return programs.by_key[key]
-
-
-def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
-    """The model with packed weights for its variables.
-
-    Loops enter it in their body: unpacked outside, a kernel would be packed anew in every turn.
-    """
-    values = unpack(weights, axes_of(model.variables, model))
-    return keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True)))
-
-
-def _write(
-    model: keras.Model,
-    weights: list[Any],
-    sampler: Any,
-    chunk: int,
-    random_state: Any,
-    tokens: Any,
-    starts: Any,
-    done: Any,
-    chunks: Any,
-    new_tokens: Any,
-    stops: Any,
-) -> tuple[Any, Any, Any]:
-    """Read the prompts, then write until every row has stopped.
-
-    Args:
-        model: The model, its variables bound to traced values.
-        weights: The same values, packed.
-        sampler: A sampler, or `None` for greedy.
-        chunk: Tokens read at once.
-        random_state: Values of the sampler's variables.
-        tokens: `[batch, buffer]` int32, every prompt ending at `chunks * chunk`, its last token.
-        starts: `[batch]` int32, where each prompt begins.
-        done: `[batch]` bool, rows that are only there to fill the batch.
-        chunks: Scalar, chunks to read.
-        new_tokens: Scalar, the longest answer.
-        stops: `[stops]` int32.
-
-    Returns:
-        Tokens with the answers, the place of the last one written, and the sampler's variables.
-    """
-    cache = read_prompts(model, weights, chunk, tokens, starts, chunks)
-    first = chunks * chunk
-    state = (first, tokens, cache, done, random_state)
-    state = write_on(model, weights, sampler, state, starts, first + new_tokens, stops)
-    last, tokens, _, _, random_state = state
-    return tokens, last, random_state
-
-
-def read_prompts(
-    model: keras.Model, weights: list[Any], chunk: int, tokens: Any, starts: Any, chunks: Any
-) -> Any:
-    """The key/value cache after all but the last token of the prompts. Arguments as in `_write`."""
-    import jax
-
-    rows, buffer = tokens.shape
-    step, cache = _step_and_cache(model, rows, buffer)
-    mask = ops.arange(buffer)[None, :] >= starts[:, None]
-
-    def read(index: Any, cache: Any) -> Any:
-        part = jax.lax.dynamic_slice(tokens, (0, index * chunk), (rows, chunk))
-        with bound(model, weights):
-            return step(part, cache, index * chunk, mask)[-1]
-
-    return jax.lax.fori_loop(0, chunks, read, cache)
-
-
-def write_on(
-    model: keras.Model,
-    weights: list[Any],
-    sampler: Any,
-    state: Any,
-    starts: Any,
-    end: Any,
-    stops: Any,
-) -> Any:
-    """Write until every row has stopped, or to a place.
-
-    Args:
-        model: As in `_write`.
-        weights: As in `_write`.
-        sampler: As in `_write`.
-        state: The place of the last token, tokens, cache, which rows are done, and the sampler's
-            variables.
-        starts: As in `_write`.
-        end: Scalar, the place of the last token to write.
-        stops: As in `_write`.
-
-    Returns:
-        The state after it.
-    """
-    import jax
-
-    rows, buffer = state[1].shape
-    step, _ = _step_and_cache(model, rows, buffer)
-    mask = ops.arange(buffer)[None, :] >= starts[:, None]
-
-    def go_on(state: Any) -> Any:
-        index, _, _, done, _ = state
-        return (index < end) & ~done.all()
-
-    def write(state: Any) -> Any:
-        index, tokens, cache, done, random_state = state
-        last = jax.lax.dynamic_slice(tokens, (0, index), (rows, 1))
-        with bound(model, weights):
-            logits, hidden, cache = step(last, cache, index, mask)
-            chosen, random_state = _choose(model, sampler, logits[:, 0], hidden[:, 0], random_state)
-        chosen = ops.where(done, 0, chosen)
-        tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index + 1))
-        done = done | (chosen[:, None] == stops[None, :]).any(axis=-1)
-        return index + 1, tokens, cache, done, random_state
-
-    return jax.lax.while_loop(go_on, write, state)
-
-
-def _choose(
-    model: keras.Model, sampler: Any, logits: Any, hidden: Any, random_state: Any
-) -> tuple[Any, Any]:
-    """The next token of each row, `[batch]` int32, and the sampler's state after it.
-
-    Args:
-        model: The model, its variables bound to traced values.
-        sampler: A sampler, or `None` for greedy.
-        logits: `[batch, vocabulary]`.
-        hidden: `[batch, width]`, what the logits come from.
-        random_state: Values of the sampler's variables.
-    """
-    head = family_of(model).head(model)
-    if sampler is None and keras.backend.is_float_dtype(head.embedding.dtype):
-        return _largest(head, hidden), random_state
-    if sampler is None:
-        return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
-    kept_apart = [len(v.shape) for v in sampler.variables] != [len(v.shape) for v in random_state]
-    if kept_apart:  # every row draws with a state of its own
-        import jax
-
-        chosen, kept = jax.vmap(functools.partial(_draw, sampler))(logits[:, None], random_state)
-        return chosen[:, 0], kept
-    return _draw(sampler, logits, random_state)
-
-
-def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
-    mapping = list(zip(sampler.variables, random_state, strict=True))
-    with keras.StatelessScope(state_mapping=mapping) as scope:
-        chosen = sampler.get_next_token(sampler.compute_probabilities(logits))
-    values = [scope.get_current_value(v) for v in sampler.variables]
-    kept = [old if new is None else new for new, old in zip(values, random_state, strict=True)]
-    return ops.cast(chosen, "int32"), kept
-
-
-def _largest(head: Head, hidden: Any) -> Any:
-    """The first token of the largest logit in each row, faster than through the logits on a CPU.
-
-    There this is the largest part of a step. The embedding times the hidden states, in this order,
-    takes two thirds of the time of the other; and finding the largest block of the vocabulary
-    before the place in it takes a tenth of XLA's own argmax over a long axis.
-    """
-    weights = ops.cast(head.embedding, hidden.dtype)
-    logits = ops.matmul(weights, ops.transpose(hidden))
-    if head.soft_cap is not None:
-        logits = ops.tanh(logits / head.soft_cap) * head.soft_cap
-    vocabulary, rows = logits.shape
-    width = math.gcd(vocabulary, 4096)
-    blocks = ops.reshape(logits, (vocabulary // width, width, rows))
-    block = ops.argmax(ops.max(blocks, axis=1), axis=0)
-    best = blocks[block, :, ops.arange(rows)]
-    return ops.cast(block * width + ops.argmax(best, axis=-1), "int32")
-
-
-Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
-
-
-def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
-    """One forward pass over a key/value cache, and the empty cache.
-
-    The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
-    real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
-    `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
-    them out.
-    """
-    family = family_of(model).name
-    backbone = model.backbone
-    heads, width = backbone.num_key_value_heads, backbone.head_dim
-
-    def empty(*shape: int) -> Any:
-        return ops.zeros(shape, model.compute_dtype)
-
-    if family in ("gemma", "gemma2"):
-        layers = backbone.transformer_layers
-        return _gemma_step(backbone), tuple(empty(rows, 2, buffer, heads, width) for _ in layers)
-    cache: Any
-    if family == "gemma3":
-        one = (rows, buffer, heads, width)
-        cache = tuple((empty(*one), empty(*one)) for _ in backbone.transformer_layers)
-    elif family == "gemma3n":
-        cache = empty(rows, backbone.num_hidden_layers, 2, heads, buffer, width)
-    else:
-        width = max(width, backbone.global_head_dim or 0)
-        cache = empty(rows, backbone.num_layers, 2, buffer, heads, width)
-
-    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
-        return model.call_with_cache(
-            token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask
-        )
-
-    return step, cache
-
-
-def _gemma_step(backbone: Any) -> Step:
-    """`GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
-
-    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
-        x = backbone.token_embedding(ids)
-        x = x * ops.cast(ops.sqrt(backbone.hidden_dim), x.dtype)
-        caches = []
-        for layer, held in zip(backbone.transformer_layers, cache, strict=True):
-            x, held = layer(x, padding_mask=mask, cache=held, cache_update_index=index)
-            caches.append(held)
-        hidden = backbone.layer_norm(x)
-        return backbone.token_embedding(hidden, reverse=True), hidden, tuple(caches)
-
-    return step

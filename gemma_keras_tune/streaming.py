@@ -13,7 +13,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from gemma_keras_tune import generation
+from gemma_keras_tune import _decoding, generation
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.generation import Prompt
 from gemma_keras_tune.lora import lora_config, lora_enabled
@@ -105,11 +105,12 @@ def _written(
     padded = generation.padded_stops(stops)
     with kept_memory():
         cache = read(weights, tokens, starts, np.int32(batch.chunks))
-        held = (np.int32(first), tokens, cache, np.zeros(1, bool), state.values)
+        held = (np.full(1, first, np.int32), tokens, cache, np.zeros(1, bool), state.values)
         for end in (*range(first + every, first + max_new_tokens, every), first + max_new_tokens):
             held = write(weights, held, starts, np.int32(end), padded)
             last, tokens, _, done, state.values = held
-            ids, stopped = generation.cut(np.asarray(tokens)[0, first + 1 : int(last) + 1], stops)
+            answer = np.asarray(tokens)[0, first + 1 : np.asarray(last)[0] + 1]
+            ids, stopped = generation.cut(answer, stops)
             yield ids
             if stopped or bool(np.asarray(done)[0]):
                 break
@@ -131,16 +132,16 @@ def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
             programs.traces += 1
             found = reference()
             assert found is not None, "a program outlived its model"
-            with generation.bound(found, weights), lora_enabled(found):
+            with _decoding.bound(found, weights), lora_enabled(found):
                 return function(found, weights, *arguments)
 
         return program
 
     def read(found: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
-        return generation.read_prompts(found, weights, batch.chunk, tokens, starts, chunks)
+        return _decoding.read_prompts(found, weights, batch.chunk, tokens, starts, chunks)
 
     def write(found: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
-        return generation.write_on(found, weights, sampler, held, starts, end, stops)
+        return _decoding.write_on(found, weights, sampler, held, starts, end, stops)
 
     # The state is written over in place: the cache is large.
     programs.by_key[key] = jax.jit(traced(read)), jax.jit(traced(write), donate_argnums=1)

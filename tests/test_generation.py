@@ -3,12 +3,14 @@
 import gc
 import weakref
 
+import jax
+import jax.numpy as jnp
 import keras
 import keras_hub
 import numpy as np
 import pytest
 
-from gemma_keras_tune import generation
+from gemma_keras_tune import _decoding, generation
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.generation import (
     compiled_programs,
@@ -131,24 +133,81 @@ def test_a_row_ends_at_a_stop_token_and_says_so(model):
     np.testing.assert_array_equal(other, free[1][: len(other)])
 
 
-def test_writing_ends_when_all_rows_have_stopped(model):
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the passes that programs compiled from now on make to write."""
+    made = []
+    choose = _decoding._choose
+
+    def counted(*args):
+        jax.debug.callback(lambda: made.append(1))
+        return choose(*args)
+
+    monkeypatch.setattr(_decoding, "_choose", counted)
+    return made
+
+
+def test_writing_ends_when_all_rows_have_stopped(passes):
+    model = tiny_model("gemma3", num_layers=1)
     rows = rows_of_lengths(6, 6)
     free = ids(model, rows)
     stops = {int(written[5]) for written in free}
-    steps = max(int(np.flatnonzero(np.isin(written, list(stops)))[0]) for written in free) + 1
-    runs = []
-    run = generation._run_batch
+    lengths = [int(np.flatnonzero(np.isin(written, list(stops)))[0]) for written in free]
+    passes.clear()
+    written = generate_ids(model, rows, stop_token_ids=stops, max_new_tokens=NEW_TOKENS)
+    assert [(len(w), stopped) for w, stopped in written] == [(n, True) for n in lengths]
+    jax.effects_barrier()
+    assert 1 <= len(passes) <= max(lengths) + 1 < NEW_TOKENS
 
-    def spy(*args):
-        written = run(*args)
-        runs.extend(written)
-        return written
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "_run_batch", spy)
-        ids(model, rows, stop_token_ids=stops)
-    assert [len(tokens) for tokens in runs] == [steps, steps]
-    assert steps < NEW_TOKENS
+def test_guesses_are_what_followed_before():
+    def guessed(text, start=0, count=3):
+        row = np.asarray([*text, *[9] * 5])[None]
+        asked = _decoding._last_and_guessed(
+            jnp.asarray(row), jnp.asarray([len(text) - 1]), jnp.asarray([start]), count
+        )
+        return np.asarray(asked)[0].tolist()
+
+    assert guessed([1, 2, 3, 4, 5, 1, 2]) == [2, 3, 4, 5]
+    assert guessed([1, 2, 3, 8, 2, 4, 6, 1, 2]) == [2, 3, 8, 2]  # two tokens count before one
+    assert guessed([1, 2, 3, 8, 1, 2, 4, 7, 7, 1, 2]) == [2, 4, 7, 7]  # the latest of them
+    assert guessed([5, 2, 3, 8, 2, 4, 6, 1, 2]) == [2, 4, 6, 1]
+    assert guessed([3, 1, 2, 1, 2]) == [2, 1, 2, 1]  # a loop goes on
+    assert guessed([3, 7, 7]) == [7, 7, 7, 7]
+    assert guessed([7, 7, 5, 7], start=1)[:2] == [7, 5]
+    assert guessed([7, 5, 7], start=2)[0] == 7  # padding is not looked at
+    assert guessed([1, 2, 1], count=0) == [1]
+
+
+def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
+    asked = jnp.asarray([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    chosen = jnp.asarray([[2, 3, 4, 5], [9, 3, 4, 5], [2, 7, 4, 5], [2, 3, 4, 8]])
+    right, to_stop = _decoding._right_and_to_stop(asked, chosen, jnp.asarray([7, 8, -1]))
+    assert right.tolist() == [4, 1, 2, 4]
+    assert to_stop.tolist() == [5, 5, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guesses_save_passes_and_change_nothing(family, monkeypatch, passes):
+    model = tiny_model(family)
+    period = [70, 81, 92]
+    rows = [np.asarray([2, *period * n]) for n in (2, 5, 9)] + rows_of_lengths(4, 17, 30)
+    stop = int(ids(model, rows, max_new_tokens=40)[1][25])
+    taken = {}
+    for count in (0, 3):
+        monkeypatch.setattr(_decoding, "GUESSES", count)
+        generation.programs_of(model).by_key.clear()
+        passes.clear()
+        taken[count] = generate_ids(
+            model, rows, stop_token_ids=[stop], max_new_tokens=40, batch_size=4
+        )
+        jax.effects_barrier()
+        taken[count, "passes"] = len(passes)
+    for (alone, ended), (guessed, ended_too) in zip(taken[0], taken[3], strict=True):
+        np.testing.assert_array_equal(alone, guessed)
+        assert ended == ended_too
+    assert taken[3, "passes"] < taken[0, "passes"]
 
 
 @pytest.mark.slow
