@@ -5,8 +5,8 @@ decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). I
 decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192) without a second model: what
 followed the last words where they stood before is guessed to follow again. One pass computes what
 really comes after each guess, and what was right is kept, so the answer is the one that single
-tokens would give. A pass over a few tokens a row takes little longer than over one, since reading
-the weights takes most of its time. Every row goes on at its own pace.
+tokens would give. A pass over a few tokens takes little longer than over one, since reading the
+weights takes most of its time. Every row goes on at its own pace.
 """
 
 import functools
@@ -20,8 +20,10 @@ from keras import ops
 from gemma_keras_tune._layouts import axes_of, unpack
 from gemma_keras_tune.families import Head, family_of
 
-# Tokens guessed at a step.
-GUESSES = 3
+# Tokens guessed for a row at a pass, at most; and all tokens of a pass, beyond which computing them
+# on a CPU takes more time than it saves.
+MOST_GUESSES = 7
+TOKENS_AT_ONCE = 64
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
@@ -35,9 +37,10 @@ def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
     return keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True)))
 
 
-def guesses(sampler: Any) -> int:
-    """Tokens guessed at a step: none where a sampler draws."""
-    return GUESSES if sampler is None else 0
+def guesses(sampler: Any, rows: int) -> int:
+    """Tokens guessed for each of some rows at a pass: none where a sampler draws."""
+    fitting = TOKENS_AT_ONCE // rows - 1 if sampler is None else 0
+    return max(0, min(fitting, MOST_GUESSES))
 
 
 def write(
@@ -128,7 +131,7 @@ def write_on(
     rows, buffer = state[1].shape
     step = _row_by_row(_step_and_cache(model, 1, buffer)[0])
     mask = ops.arange(buffer)[None, :] >= starts[:, None]
-    ahead = ops.arange(guesses(sampler) + 1)
+    ahead = ops.arange(guesses(sampler, rows) + 1)
 
     def go_on(state: Any) -> Any:
         at, _, _, done, _ = state

@@ -539,7 +539,7 @@ def _chunks(length: int, chunk: int) -> int:
 
 def _room(length: int, chunk: int, new_tokens: int) -> int:
     """Tokens that a program needs room for: the next of 64, 96, 128, 192, 256, 384, …."""
-    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens + _decoding.GUESSES
+    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens + _decoding.MOST_GUESSES
     power = max(SMALLEST_BUFFER, 2 ** math.ceil(math.log2(tokens)))
     return power * 3 // 4 if power > SMALLEST_BUFFER and tokens <= power * 3 // 4 else power
 

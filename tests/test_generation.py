@@ -179,6 +179,12 @@ def test_guesses_are_what_followed_before():
     assert guessed([1, 2, 1], count=0) == [1]
 
 
+def test_fewer_guesses_for_more_rows_and_none_for_a_sampler():
+    counts = [_decoding.guesses(None, rows) for rows in (1, 8, 9, 16, 32, 33, 64, 500)]
+    assert counts == [7, 7, 6, 3, 1, 0, 0, 0]
+    assert _decoding.guesses(keras_hub.samplers.RandomSampler(), 1) == 0
+
+
 def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
     asked = jnp.asarray([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     chosen = jnp.asarray([[2, 3, 4, 5], [9, 3, 4, 5], [2, 7, 4, 5], [2, 3, 4, 8]])
@@ -196,7 +202,7 @@ def test_guesses_save_passes_and_change_nothing(family, monkeypatch, passes):
     stop = int(ids(model, rows, max_new_tokens=40)[1][25])
     taken = {}
     for count in (0, 3):
-        monkeypatch.setattr(_decoding, "GUESSES", count)
+        monkeypatch.setattr(_decoding, "MOST_GUESSES", count)
         generation.programs_of(model).by_key.clear()
         passes.clear()
         taken[count] = generate_ids(

@@ -2,13 +2,15 @@
 
     python tests/benchmarks/evaluation_speed.py [--json FILE] [--cases 64]
 
-Gemma 3 270M in float32, prompts of mixed lengths, batch 16, greedy, 32 new tokens. Each contender
-runs in a process of its own and answers all cases once to warm up and compile; the better of the
-next two counts. transformers gets the prompts sorted by length, as ours sorts them, padded on the
-left, and is timed on `generate` and decoding; ours on all of `evaluate`, checks and verdicts
+Gemma 3 270M in float32, prompts of mixed lengths, batch 16, greedy, 32 new tokens: once as it is,
+and once with a LoRA adapter of rank 4 on all linear layers, which the peer gets through PEFT. Each
+contender runs in a process of its own and answers all cases once to warm up and compile; the better
+of the next two counts. transformers gets the prompts sorted by length, as ours sorts them, padded
+on the left, and is timed on `generate` and decoding; ours on all of `evaluate`, checks and verdicts
 included. `programs` counts the generation programs that an evaluation of mixed lengths compiles,
 with base and tuned, drawn samples, few-shot prompts and the general items; and one of two cases, if
-that takes more.
+that takes more. `same_answers` counts the cases, of those without adapter, to which both write the
+same tokens.
 """
 
 import argparse
@@ -49,19 +51,32 @@ def best(run: Callable[[], object]) -> float:
 
 
 def ours(cases: int, folder: str) -> dict[str, Any]:
-    """Our cases a second, and how many programs were compiled."""
+    """Our cases a second, the tokens, and how many programs were compiled."""
     import _bench
+    import numpy as np
 
     from gemma_keras_tune.generation import compiled_programs
+    from gemma_keras_tune.lora import lora_linears
 
     gkt = _bench.gkt
     model = gkt.load(_bench.MODEL)
-    gkt.enable_lora(model, 4, verbose=0)
+    gkt.export(model, folder, format="safetensors", overwrite=True, verbose=0)
     checks = gkt.Length(max=NEW_TOKENS, unit="tokens")
     plan = [gkt.Case(str(i), p, "success", checks) for i, p in enumerate(prompts(cases))]
     options: dict[str, Any] = dict(max_new_tokens=NEW_TOKENS, batch_size=BATCH, verbose=0)
-    seconds = best(lambda: gkt.evaluate(model, plan, baseline=None, **options))
-    gkt.export(model, folder, format="safetensors", overwrite=True, verbose=0)
+
+    def run() -> Any:
+        return gkt.evaluate(model, plan, baseline=None, **options)
+
+    plain = best(run)
+    texts = [next(iter(case.variants.values()))[0].text for case in run().cases]
+    gkt.enable_lora(model, 4, verbose=0)
+    random = np.random.default_rng(0)
+    for linear in lora_linears(model):
+        b = linear.layer.lora_kernel_b
+        b.assign(1e-3 * random.standard_normal(b.shape))
+    gkt.save_adapter(model, pathlib.Path(folder, "adapter"))
+    adapted = best(run)
     drawn = [dataclasses.replace(case, samples=2) for case in plan[::16]]
     counts = []
     for asked in ([*drawn, *plan[1:16]], [drawn[0], plan[1]]):
@@ -69,26 +84,41 @@ def ours(cases: int, folder: str) -> dict[str, Any]:
         gkt.enable_lora(fresh, 4, verbose=0)
         gkt.evaluate(fresh, asked, pairs=PAIRS, **options)
         counts.append(compiled_programs(fresh))
-    return {"rate": cases / seconds, "programs": max(counts)}
+    return {
+        "plain": cases / plain,
+        "adapter": cases / adapted,
+        "texts": texts,
+        "programs": max(counts),
+    }
 
 
 def transformers(cases: int, folder: str) -> dict[str, Any]:
-    """Cases a second of transformers on the same weights."""
+    """Cases a second of transformers on the same weights, without and with PEFT, and the tokens."""
+    import peft
     import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    texts = sorted((p + "\n" for p in prompts(cases)), key=lambda p: len(tokenizer(p).input_ids))
+    asked = prompts(cases)
+    order = sorted(range(cases), key=lambda i: len(tokenizer(asked[i]).input_ids))
+    texts = [""] * cases
 
     def run() -> None:
         for start in range(0, cases, BATCH):
-            inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True)
+            group = order[start : start + BATCH]
+            inputs = tokenizer([asked[i] + "\n" for i in group], return_tensors="pt", padding=True)
             with torch.inference_mode():
                 ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+            new = ids[:, inputs.input_ids.shape[1] :]
+            for i, text in zip(
+                group, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+            ):
+                texts[i] = text
 
-    return {"rate": cases / best(run)}
+    plain, written = best(run), list(texts)
+    model = peft.PeftModel.from_pretrained(model, pathlib.Path(folder, "adapter")).eval()
+    return {"plain": cases / plain, "adapter": cases / best(run), "texts": written}
 
 
 CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "transformers": transformers}
@@ -116,21 +146,33 @@ def main() -> None:
         figures = CONTENDERS[options.contender](options.cases, options.folder)
         options.json.write_text(json.dumps(figures))
         return
+    figures: dict[str, Any] = {"vs_transformers": None, "vs_peft": None, "same_answers": None}
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         mine = alone("ours", options.cases, folder)
-        rates = {"gemma_keras_tune": mine["rate"]}
-        figures = {"vs_transformers": None, **mine}
-        if importlib.util.find_spec("transformers"):
-            rate = alone("transformers", options.cases, folder)["rate"]
-            rates["transformers `generate`"] = rate
-            figures["vs_transformers"] = mine["rate"] / rate
+        theirs = None
+        if importlib.util.find_spec("transformers") and importlib.util.find_spec("peft"):
+            theirs = alone("transformers", options.cases, folder)
+    for kind, peer in (("plain", "transformers"), ("adapter", "peft")):
+        name = "without adapter" if kind == "plain" else "adapter of rank 4"
+        lines.append(f"  {name:20} {'gemma_keras_tune':24} {mine[kind]:6.2f} cases/s")
+        if theirs:
+            figures[f"vs_{peer}"] = mine[kind] / theirs[kind]
+            with_peft = " with PEFT" if peer == "peft" else ""
+            lines.append(
+                f"  {'':20} {'transformers' + with_peft:24} {theirs[kind]:6.2f} cases/s"
+                f"   {figures[f'vs_{peer}']:5.2f} x"
+            )
+    if theirs:
+        same = sum(a == b for a, b in zip(mine["texts"], theirs["texts"], strict=True))
+        figures["same_answers"] = same
+        lines.append(f"  the same answer to {same} of {options.cases} cases")
     import _bench
 
     _bench.report(
         f"Evaluation speed, {options.cases} cases, batch {BATCH}, {NEW_TOKENS} new tokens",
-        [f"  {n:30} {r:7.2f} cases/s   {mine['rate'] / r:5.2f} x" for n, r in rates.items()]
-        + [f"  compiled programs {mine['programs']}"],
-        figures,
+        [*lines, f"  compiled programs {mine['programs']}"],
+        {**figures, "rate": mine["plain"], "programs": mine["programs"]},
         options.json,
     )
 
