@@ -26,7 +26,7 @@ Method = Literal["lora", "full"]
 Auto = Literal["auto"]
 
 TARGET_UPDATES = 60
-MAX_EPOCHS = 15
+MAX_EPOCHS = 30
 # Activations may take this share of the memory that is free before the first step.
 MEMORY_SHARE = 0.6
 
@@ -269,7 +269,7 @@ def plan_settings(
         alpha: `"auto"` equals the rank, a scale of 1.
         targets: `"auto"` is `"all"` linear layers.
         rank_stabilized: `"auto"` is not.
-        epochs: `"auto"` aims at 60 updates, between 1 (3 under 5,000 pairs) and 15 passes.
+        epochs: `"auto"` aims at 60 updates, between 1 (3 under 5,000 pairs) and 30 passes.
         batch_size: `"auto"` is 4 rows under 64 pairs, 8 under 5,000, else 16; fewer, with
             accumulation instead, where a step would not fit into memory.
         gradient_accumulation_steps: `"auto"` is 1, or what keeps the batch when it is cut; with an
