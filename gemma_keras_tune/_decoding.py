@@ -20,10 +20,12 @@ from keras import ops
 from gemma_keras_tune._layouts import axes_of, unpack
 from gemma_keras_tune.families import Head, family_of
 
-# Tokens guessed for a row at a pass, at most; and all tokens of a pass, beyond which computing them
-# on a CPU takes more time than it saves.
+# Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
+# to compute them than they save; and the tokens of prompt and answer that a program has room for,
+# under which little is repeated.
 MOST_GUESSES = 7
 TOKENS_AT_ONCE = 64
+LEAST_ROOM = 128
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
@@ -37,10 +39,11 @@ def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
     return keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True)))
 
 
-def guesses(sampler: Any, rows: int) -> int:
-    """Tokens guessed for each of some rows at a pass: none where a sampler draws."""
-    fitting = TOKENS_AT_ONCE // rows - 1 if sampler is None else 0
-    return max(0, min(fitting, MOST_GUESSES))
+def guesses(sampler: Any, rows: int, room: int) -> int:
+    """Tokens guessed for each of some rows at a pass: none for short texts or a sampler's draws."""
+    if sampler is not None or room < LEAST_ROOM:
+        return 0
+    return max(0, min(TOKENS_AT_ONCE // rows - 1, MOST_GUESSES))
 
 
 def write(
@@ -131,7 +134,7 @@ def write_on(
     rows, buffer = state[1].shape
     step = _row_by_row(_step_and_cache(model, 1, buffer)[0])
     mask = ops.arange(buffer)[None, :] >= starts[:, None]
-    ahead = ops.arange(guesses(sampler, rows) + 1)
+    ahead = ops.arange(guesses(sampler, rows, buffer) + 1)
 
     def go_on(state: Any) -> Any:
         at, _, _, done, _ = state

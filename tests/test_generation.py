@@ -49,6 +49,7 @@ def ids(model, rows, **kwargs):
 
 def assert_like_stock(model, monkeypatch, lengths):
     monkeypatch.setattr(generation, "SHORT_CHUNK", 8)
+    monkeypatch.setattr(_decoding, "LEAST_ROOM", 0)
     rows = rows_of_lengths(*lengths)
     for row, written in zip(rows, ids(model, rows), strict=True):
         np.testing.assert_array_equal(written, stock_ids(model, row))
@@ -179,10 +180,11 @@ def test_guesses_are_what_followed_before():
     assert guessed([1, 2, 1], count=0) == [1]
 
 
-def test_fewer_guesses_for_more_rows_and_none_for_a_sampler():
-    counts = [_decoding.guesses(None, rows) for rows in (1, 8, 9, 16, 32, 33, 64, 500)]
+def test_fewer_guesses_for_more_rows_none_for_short_texts_or_a_sampler():
+    counts = [_decoding.guesses(None, rows, 128) for rows in (1, 8, 9, 16, 32, 33, 64, 500)]
     assert counts == [7, 7, 6, 3, 1, 0, 0, 0]
-    assert _decoding.guesses(keras_hub.samplers.RandomSampler(), 1) == 0
+    assert _decoding.guesses(None, 1, 96) == 0
+    assert _decoding.guesses(keras_hub.samplers.RandomSampler(), 1, 128) == 0
 
 
 def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
@@ -196,6 +198,7 @@ def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guesses_save_passes_and_change_nothing(family, monkeypatch, passes):
+    monkeypatch.setattr(_decoding, "LEAST_ROOM", 0)
     model = tiny_model(family)
     period = [70, 81, 92]
     rows = [np.asarray([2, *period * n]) for n in (2, 5, 9)] + rows_of_lengths(4, 17, 30)
