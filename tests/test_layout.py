@@ -5,8 +5,10 @@ import graphlib
 import pathlib
 import re
 
+import gemma_keras_tune
+
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = ROOT / "gemma_keras_tune"
+PACKAGE = pathlib.Path(gemma_keras_tune.__file__).parent
 GUIDE = ROOT / "docs" / "contributing.md"
 ON_NO_FLOOR = {"__init__", "testing"}
 
