@@ -68,7 +68,7 @@ def write(
         chunk: Tokens read at once.
         random_state: Values of the sampler's variables.
         tokens: `[batch, buffer]` int32, every prompt ending at `chunks * chunk`, its last token.
-            The buffer has room for the answers and `guesses(sampler)` tokens more.
+            The buffer has room for the answers and `MOST_GUESSES` tokens more.
         starts: `[batch]` int32, where each prompt begins.
         done: `[batch]` bool, rows that are only there to fill the batch.
         chunks: Scalar, chunks to read.
@@ -140,7 +140,7 @@ def write_on(
         at, _, _, done, _ = state
         return ((at < end) & ~done).any()
 
-    def write(state: Any) -> Any:
+    def one_pass(state: Any) -> Any:
         at, tokens, cache, done, random_state = state
         asked = _last_and_guessed(tokens, at, starts, len(ahead) - 1)
         with bound(model, weights):
@@ -155,7 +155,7 @@ def write_on(
     # A batch of one for each row, made here, so that every pass writes into the cache in place.
     at, tokens, cache, done, random_state = state
     state = at, tokens, jax.tree.map(lambda part: part[:, None], cache), done, random_state
-    at, tokens, cache, done, random_state = jax.lax.while_loop(go_on, write, state)
+    at, tokens, cache, done, random_state = jax.lax.while_loop(go_on, one_pass, state)
     return at, tokens, jax.tree.map(lambda part: part[:, 0], cache), done, random_state
 
 

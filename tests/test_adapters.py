@@ -125,18 +125,12 @@ def test_every_mismatch_is_listed_and_nothing_changes(saved, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "sizes", "kinds"),
-    [
-        ("gemma3", {"num_layers": 1}, ("bfloat16", "float16", "mixed_bfloat16", "int8", "int4")),
-        ("gemma3n", {}, ("bfloat16", "int8")),
-    ],
-)
-def test_a_base_is_known_in_every_dtype_and_quantization(family, sizes, kinds, tmp_path):
+@pytest.mark.parametrize(("family", "sizes"), [("gemma3", {"num_layers": 1}), ("gemma3n", {})])
+def test_a_base_is_known_in_every_dtype_and_quantization(family, sizes, tmp_path):
     trained_on = testing.tiny_model(family, **sizes)
     record = base_record(trained_on)
     others = {}
-    for kind in kinds:
+    for kind in ("bfloat16", "float16", "mixed_bfloat16", "int8", "int4"):
         quantized = kind.startswith("int")
         others[kind] = testing.tiny_model(family, dtype=None if quantized else kind, **sizes)
         if quantized:
@@ -146,7 +140,7 @@ def test_a_base_is_known_in_every_dtype_and_quantization(family, sizes, kinds, t
     for kind in ("float32", "bfloat16"):
         other = testing.tiny_model(family, seed=1, dtype=kind, **sizes)
         assert "other weights" in wrong_base(other, record)
-        assert "other weights" in wrong_base(other, base_record(others[kinds[-1]]))
+        assert "other weights" in wrong_base(other, base_record(others["int4"]))
     gkt.enable_lora(trained_on, 2, verbose=0)
     for linear in lora_linears(trained_on):
         a, b, _ = get_factors(linear)
