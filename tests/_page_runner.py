@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 
 import jax
+from _quick_code import quick_code_generation
 
 
 def run(script: str, output: str, work: str, environment: Mapping[str, str]) -> None:
@@ -25,6 +26,7 @@ def run(script: str, output: str, work: str, environment: Mapping[str, str]) -> 
     os.environ.update(environment)
     os.chdir(work)
     # As in conftest.py: pages that start here have tiny models.
+    quick_code_generation()
     jax.config.update("jax_disable_most_optimizations", True)
     warnings.simplefilter("default")
     runpy.run_path(script, run_name="__main__")

@@ -1,5 +1,6 @@
 """Shared fixtures. The backend is chosen before anything imports Keras."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -8,24 +9,57 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest
+from _quick_code import quick_code_generation
+
+
+def cores_of_its_own() -> None:
+    """Every worker of xdist has its share: threads of several would wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
+        os.sched_setaffinity(0, own or os.sched_getaffinity(0))
+
+
+cores_of_its_own()
+quick_code_generation()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model first: what takes long must not begin last."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_for_the_garbage_collector() -> None:
+    """What was imported stays. Keras collects garbage for every variable that it quantizes."""
+    gc.collect()
+    gc.freeze()
+
+
+QUICK = "jax_disable_most_optimizations"
+
+
+def compile_quickly(quickly: bool) -> None:
+    """In this process, and in those that it starts."""
+    jax.config.update(QUICK, quickly)
+    os.environ[QUICK.upper()] = str(quickly)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Tiny models take seconds to compile and milliseconds to run.
-
-    The real model, and every process that a test starts, is compiled as users' are.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Tiny models take seconds to compile and milliseconds to run."""
+    compile_quickly(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_quickly(False)
 
 
 @pytest.fixture(autouse=True)
 def full_compilation_of_the_real_model(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The real model is compiled as users' are."""
     if request.node.get_closest_marker("real") is None:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", False)
+    compile_quickly(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    compile_quickly(True)
