@@ -11,17 +11,6 @@ import jax
 import pytest
 from _quick_code import quick_code_generation
 
-
-def cores_of_its_own() -> None:
-    """Every worker of xdist has its share: threads of several would wait for each other."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and hasattr(os, "sched_setaffinity"):
-        count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: count]
-        os.sched_setaffinity(0, own or os.sched_getaffinity(0))
-
-
-cores_of_its_own()
 quick_code_generation()
 
 
