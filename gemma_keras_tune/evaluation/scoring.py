@@ -19,9 +19,10 @@ from gemma_keras_tune.losses import token_cross_entropy
 from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
 from gemma_keras_tune.templates import Segment
 
-# Texts are padded to one of these lengths, or a multiple of the last, so that few shapes are
-# compiled.
+# Prompts are padded to one of these lengths, or a multiple of the last, and answers to one of so
+# many, so that few shapes are compiled.
 LENGTHS = (16, 32, 64)
+MAX_SHAPES = 2
 
 
 class Scorer:
@@ -65,9 +66,8 @@ class Scorer:
             For each row, in order, `[tokens]` float32, in nats.
         """
         shapes = choose_shapes(
-            tokens.lengths, tokens.response_lengths, batch_size,
-            sequence_length=_round_up(int(tokens.lengths.max())),
-        )  # fmt: skip
+            tokens.lengths, tokens.response_lengths, batch_size, max_shapes=MAX_SHAPES
+        )
         batcher = Batcher(tokens, shapes, self.encoder.pad_id, shuffle=False)
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(tokens)
         for (_, rows), (x, y, _) in zip(batcher.epoch(0), batcher.arrays(0), strict=True):
