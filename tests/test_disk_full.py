@@ -15,7 +15,7 @@ from gemma_keras_tune._files import new_folder
 from gemma_keras_tune.errors import ExportError
 
 SCRIPT = """
-import os, pathlib, resource, sys
+import importlib.util, os, pathlib, resource, sys
 import gemma_keras_tune as gkt
 from gemma_keras_tune.testing import tiny_model
 
@@ -31,6 +31,10 @@ writers = {
     "preset": lambda path: gkt.save_preset(model, path, **options),
     "adapter": lambda path: gkt.save_adapter(model, path, **options),
 }
+if importlib.util.find_spec("orbax"):
+    writers["jax"] = lambda path: gkt.export(
+        model, path, format="gemma_jax", verbose=0, **options
+    )
 model = tiny_model("gemma3", hidden_dim=64)
 gkt.enable_lora(model, rank=8, verbose=0)
 for name, write in writers.items():

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import keras
@@ -138,6 +140,109 @@ def test_orbax_holds_the_tree_and_lora_is_merged(tmp_path: pathlib.Path) -> None
     )
     proto = (tmp_path / "tokenizer.model").read_bytes()
     assert proto == model.preprocessor.tokenizer.proto
+
+
+MEASURE = """
+import ctypes, gc, os, pathlib, sys, threading
+import gemma_keras_tune as gkt
+from gemma_keras_tune.testing import tiny_model
+
+def resident():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+def write(model, name):
+    path = pathlib.Path(sys.argv[1], name)
+    gkt.export(model, path, format="gemma_jax", check=False, verbose=0)
+
+def watch():
+    while not done.wait(0.005):
+        seen.append(resident())
+
+write(tiny_model("gemma3", num_layers=1), "imports and threads")
+model = tiny_model("gemma3", num_layers=8, hidden_dim=1024, intermediate_dim=4096)
+size = sum(int(variable.value.nbytes) for variable in model.variables)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+done, seen = threading.Event(), [resident()]
+thread = threading.Thread(target=watch)
+thread.start()
+write(model, "model")
+done.set()
+thread.join()
+print(size, max(seen) - seen[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the memory")
+def test_few_weights_lie_in_memory_beside_the_model(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    size, taken = map(int, done.stdout.split()[-2:])
+    assert size > 400e6
+    # As much as a shard of 200 MB, such as the other formats cut; the whole tree takes over 900.
+    assert taken < 1.1 * 200e6, f"{taken / 1e6:,.0f} MB"
+
+
+def test_nothing_stays_of_a_checkpoint_that_fails_at_its_end(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    model = tiny_model("gemma3", num_layers=1)
+    scale = model.backbone.layer_norm.scale
+    scale.assign(np.full(scale.shape, 1e6))
+    options: dict[str, Any] = {"format": "gemma_jax", "check": False, "verbose": 0}
+    with pytest.raises(ExportError, match=r"holds values up to 1e\+06, beyond float16"):
+        export(model, tmp_path / "jax", dtype="float16", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_name_of_a_checkpoint_needs_an_array(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    from gemma_keras_tune.exporting import _orbax_tree
+
+    with pytest.raises(ValueError, match=r"no arrays for \['b/c'\]"):
+        _orbax_tree.save(tmp_path / "x", {"a": "a", "b": {"c": "b/c"}}, [("a", np.ones(3))])
+
+
+def test_an_interrupt_waits_for_what_is_being_written() -> None:
+    pytest.importorskip("orbax.checkpoint")
+    from gemma_keras_tune.exporting import _orbax_tree
+
+    class Writing:
+        done = False
+
+        def result(self) -> None:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            self.done = True
+
+    writing = Writing()
+    with pytest.raises(KeyboardInterrupt):
+        _orbax_tree._finish(writing)
+    assert writing.done
+
+
+def test_large_arrays_are_cut_and_come_back_whole(tmp_path: pathlib.Path) -> None:
+    orbax = pytest.importorskip("orbax.checkpoint")
+    from gemma_keras_tune.exporting import _orbax_tree
+
+    large = np.arange(2**24 + 5, dtype="float32").reshape(1, -1)  # more than a file holds
+    arrays = {"b/large": large, "a": np.float32([1, 2]), "b/none": np.zeros((2, 3), "float16")}
+    tree = {"a": "a", "b": {"large": "b/large", "none": "b/none"}}
+    _orbax_tree.save(tmp_path / "x", tree, iter(arrays.items()))
+    with orbax.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(tmp_path / "x").item_metadata.tree
+        found = checkpointer.restore(tmp_path / "x")
+    assert metadata["b"]["large"].storage.chunk_shape < large.shape
+    keras.tree.map_structure(
+        lambda name, array: np.testing.assert_array_equal(array, arrays[name], strict=True),
+        tree,
+        found,
+    )
 
 
 SIZES: dict[str, dict[str, Any]] = {

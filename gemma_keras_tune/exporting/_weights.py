@@ -7,7 +7,14 @@ import ml_dtypes
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.families import Weight, broken_weights, family_of, quantizations, to_matrix
+from gemma_keras_tune.families import (
+    Linear,
+    Weight,
+    broken_weights,
+    family_of,
+    quantizations,
+    to_matrix,
+)
 from gemma_keras_tune.lora import get_factors, kernel_update, lora_linears
 
 DTYPES = {
@@ -86,9 +93,13 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
         if linear.layer.lora_enabled
     }
     for weight in family_of(model).weights(model):
-        value = _float32(weight)
-        linear = linears.get(weight.hugging_face)
-        yield weight, value if linear is None else value + kernel_update(linear)
+        # Whoever lets the value go while it waits here frees it.
+        yield weight, _merged(weight, linears.get(weight.hugging_face))
+
+
+def _merged(weight: Weight, linear: Linear | None) -> np.ndarray:
+    value = _float32(weight)
+    return value if linear is None else value + kernel_update(linear)
 
 
 def _float32(weight: Weight) -> np.ndarray:

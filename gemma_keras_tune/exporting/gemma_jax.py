@@ -9,10 +9,12 @@
 The names and layouts come from `families`.
 """
 
+import collections
 import importlib
+import itertools
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,7 +22,7 @@ import numpy as np
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
-from gemma_keras_tune.families import FAMILIES, Family, Piece, family_of, join
+from gemma_keras_tune.families import FAMILIES, Family, Piece, Weight, family_of, join
 from gemma_keras_tune.jax_checkpoints import (
     BACKBONE_KEY,
     PARAMETERS,
@@ -45,8 +47,8 @@ def write(
 ) -> None:
     """Write `params`, an Orbax checkpoint, `tokenizer.model`, and what `load` needs to know.
 
-    LoRA is merged in float32 and rounded once. The whole tree lies in memory beside the model, in
-    the dtype it is written in.
+    LoRA is merged in float32 and rounded once. Weights are written one after another: the largest,
+    and some 64 MB of smaller ones, lie in memory beside the model.
 
     Args:
         model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4. Of a model that sees or hears, the
@@ -59,12 +61,11 @@ def write(
         ExportError: The library cannot compute this model, a weight is beyond the dtype, or
             `orbax-checkpoint` is not installed.
     """
-    orbax = _orbax()
-    tree = parameter_tree(model, dtype=dtype, progress=progress)
+    orbax_tree = _orbax_tree()
+    names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
+    tensors = _tensors(model, stored_dtype(model, dtype), progress)
     _warn_of_vision(model)
-    with orbax.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / PARAMETERS).absolute(), tree)
-        checkpointer.wait_until_finished()
+    orbax_tree.save(folder / PARAMETERS, _nested({name: name for name in names}), tensors)
     tokenizer: Any = model.preprocessor.tokenizer
     (folder / TOKENIZER).write_bytes(tokenizer.proto)
     write_sidecar(folder, {BACKBONE_KEY: backbone_record(model)})
@@ -89,23 +90,50 @@ def parameter_tree(
     Raises:
         ExportError: The library cannot compute this model, or a weight is beyond the dtype.
     """
-    family = _supported(model)
-    stored = stored_dtype(model, dtype)
-    total = len(family.weights(model))
-    found: dict[str, dict[Piece | None, np.ndarray]] = {}
-    for done, (weight, value) in enumerate(merged_weights(model), 1):
+    _supported(model)
+    return _nested(dict(_tensors(model, stored_dtype(model, dtype), progress)))
+
+
+def _tensors(
+    model: keras.Model, dtype: str, progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor of the tree and its path, as soon as all its pieces are there."""
+    weights = family_of(model).weights(model)
+    counts = _counts(weights)
+    found: dict[str, dict[Piece | None, np.ndarray]] = collections.defaultdict(dict)
+    done = itertools.count(1)  # `enumerate` would hold on to the last value
+    for weight, value in merged_weights(model):
+        name = str(weight.jax)
+        if weight.used:
+            found[name][weight.entry.jax_piece] = _stored(weight, value, dtype)
+        del value
+        progress(weight.path, next(done), len(weights))
+        if name in found and len(found[name]) == counts[name]:
+            yield name, _whole(found.pop(name))
+    for name, shape in unread_weights(model).items():
+        yield name, np.zeros(shape, DTYPES[dtype])
+
+
+def _counts(weights: Sequence[Weight]) -> collections.Counter[str]:
+    """How many weights each tensor of the tree is made of."""
+    for weight in weights:
         if weight.jax is None:
             raise ExportError(f"{weight.path} has no name in the Gemma library for JAX.")
-        if weight.used:
-            value = weight.to_jax(value)
-            if weight.entry.kind == "embedding":
-                value = _with_its_rows(value)
-            pieces = found.setdefault(weight.jax, {})
-            pieces[weight.entry.jax_piece] = rounded(weight.path, value, stored)
-        progress(weight.path, done, total)
-    for name, shape in unread_weights(model).items():
-        found[name] = {None: np.zeros(shape, DTYPES[stored])}
-    return _nested(found)
+    return collections.Counter(str(weight.jax) for weight in weights if weight.used)
+
+
+def _stored(weight: Weight, value: np.ndarray, dtype: str) -> np.ndarray:
+    value = weight.to_jax(value)
+    if weight.entry.kind == "embedding":
+        value = _with_its_rows(value)
+    return rounded(weight.path, value, dtype)
+
+
+def _whole(pieces: dict[Piece | None, np.ndarray]) -> np.ndarray:
+    whole = pieces.pop(None, None)
+    if whole is not None:
+        return whole
+    return join({piece: value for piece, value in pieces.items() if piece is not None})
 
 
 def _supported(model: Any) -> Family:
@@ -211,18 +239,14 @@ def _with_its_rows(embedding: np.ndarray) -> np.ndarray:
     return np.concatenate([embedding, np.repeat(embedding[:1], expected - rows, axis=0)])
 
 
-def _nested(found: dict[str, dict[Piece | None, np.ndarray]]) -> dict[str, Any]:
+def _nested(found: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for path in list(found):
-        pieces = found.pop(path)
+    for path, value in found.items():
         *places, name = path.split("/")
         node = tree
         for place in places:
             node = node.setdefault(place, {})
-        whole = pieces.pop(None, None)
-        if whole is None:
-            whole = join({piece: value for piece, value in pieces.items() if piece is not None})
-        node[name] = whole
+        node[name] = value
     return tree
 
 
@@ -236,9 +260,9 @@ def _warn_of_vision(model: Any) -> None:
         )
 
 
-def _orbax() -> Any:
+def _orbax_tree() -> Any:
     try:
-        return importlib.import_module("orbax.checkpoint")
+        return importlib.import_module("gemma_keras_tune.exporting._orbax_tree")
     except ModuleNotFoundError as error:
         raise ExportError(
             "The Gemma library for JAX reads Orbax checkpoints, and Orbax is not installed.",
