@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -207,6 +208,15 @@ def test_every_name_of_a_checkpoint_needs_an_array(tmp_path: pathlib.Path) -> No
         _orbax_tree.save(tmp_path / "x", {"a": "a", "b": {"c": "b/c"}}, [("a", np.ones(3))])
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in the foreground: a shell has its background jobs ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_what_is_being_written() -> None:
     pytest.importorskip("orbax.checkpoint")
     from gemma_keras_tune.exporting import _orbax_tree
