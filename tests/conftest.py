@@ -11,12 +11,20 @@ import jax
 import pytest
 from _quick_code import quick_code_generation
 
-quick_code_generation()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model first: what takes long must not begin last."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    items.sort(key=lambda item: not is_real(item))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Before anything is compiled."""
+    if not any(is_real(item) for item in session.items):
+        quick_code_generation()
+
+
+def is_real(item: pytest.Item) -> bool:
+    return item.get_closest_marker("real") is not None
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,9 +54,6 @@ def quick_compilation() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def full_compilation_of_the_real_model(request: pytest.FixtureRequest) -> Iterator[None]:
     """The real model is compiled as users' are."""
-    if request.node.get_closest_marker("real") is None:
-        yield
-        return
-    compile_quickly(False)
+    compile_quickly(not is_real(request.node))
     yield
     compile_quickly(True)
