@@ -50,6 +50,18 @@ def test_lora_that_is_on_is_added():
     assert_same(values_of(model), on)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_merged_is_not_copied(dtype):
+    model = tuned(dtype=dtype)
+    merged = {f"{linear.hugging_face}.weight" for linear in lora_linears(model)}
+    for weight, value in merged_weights(model):
+        if weight.hugging_face in merged:
+            assert value.dtype == np.float32, weight.path
+        else:
+            assert value.dtype == DTYPES[dtype], weight.path
+            assert np.shares_memory(value, np.asarray(weight.variable)), weight.path
+
+
 def switched_off(model, way):
     if way == "lora_disabled":
         return gkt.lora_disabled(model)

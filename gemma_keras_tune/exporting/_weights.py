@@ -62,9 +62,9 @@ def rounded(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         stored = np.ascontiguousarray(value).astype(DTYPES[dtype], copy=False)
-    if not np.isfinite(stored).all():
+    if stored.dtype != value.dtype and not np.isfinite(stored).all():
         raise ExportError(
-            f"{name} holds values up to {np.abs(value).max():g}, beyond {dtype}.",
+            f"{name} holds values up to {float(np.abs(value).max()):g}, beyond {dtype}.",
             next_step="Export with `dtype='bfloat16'` or 'float32'.",
         )
     return stored
@@ -79,7 +79,8 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
         model: A KerasHub Gemma `CausalLM`.
 
     Yields:
-        Each `Weight` of the table and its value, float32, in the variable's own shape.
+        Each `Weight` of the table and its value in the variable's own shape: float32, or half
+        precision where the variable is in it and no LoRA is added.
 
     Raises:
         ExportError: Layers are quantized otherwise, or weights hold NaN or infinite values. All of
@@ -98,6 +99,8 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
 
 
 def _merged(weight: Weight, linear: Linear | None) -> np.ndarray:
+    if linear is None and not _has_codes(weight):
+        return np.asarray(weight.variable)  # not a copy
     value = _float32(weight)
     return value if linear is None else value + kernel_update(linear)
 

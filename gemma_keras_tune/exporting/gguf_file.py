@@ -30,7 +30,7 @@ import numpy as np
 from gemma_keras_tune.building import backbone_class
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting import k_quants
-from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.exporting._weights import merged_weights, rounded
 from gemma_keras_tune.exporting.tokenizer_files import merge_rules
 from gemma_keras_tune.families import (
     Family,
@@ -66,6 +66,7 @@ QUANTIZATIONS = ("Q8_0", "Q4_0")
 Progress = Callable[[str, int, int], None]
 
 _Kind = gguf.GGMLQuantizationType
+_FLOATS = {_Kind.F32: "float32", _Kind.F16: "float16", _Kind.BF16: "bfloat16"}
 _FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,
     "F16": gguf.LlamaFileType.MOSTLY_F16,
@@ -574,9 +575,10 @@ def _tensor(group: Iterable[tuple[Weight, np.ndarray]]) -> np.ndarray:
     """A tensor out of its pieces, or the one weight it holds."""
     pieces: dict[Piece | None, np.ndarray] = {}
     for weight, value in group:
-        matrix = np.asarray(weight.to_matrix(value), np.float32)
-        offset = weight.gguf_offset
-        pieces[weight.entry.gguf_piece] = matrix + offset if offset else matrix
+        matrix, offset = weight.to_matrix(value), weight.gguf_offset
+        if offset:
+            matrix = np.asarray(matrix, np.float32) + offset
+        pieces[weight.entry.gguf_piece] = matrix
     if None in pieces:
         return pieces[None]
     return join({piece: value for piece, value in pieces.items() if piece is not None})
@@ -604,7 +606,7 @@ def encode(
 
     Args:
         name: Its GGUF name.
-        matrix: Float32 values.
+        matrix: Its values.
         kinds: How each tensor is stored, by name.
 
     Returns:
@@ -614,19 +616,10 @@ def encode(
         ExportError: A value is larger than the dtype's largest.
     """
     kind = kinds[name]
-    matrix = np.ascontiguousarray(matrix)
-    if kind == _Kind.F32:
-        return matrix
-    if kind != _Kind.F16:
-        return gguf.quantize(matrix, kind)
-    with np.errstate(over="ignore"):
-        half = matrix.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ExportError(
-            f"{name} holds values up to {np.abs(matrix).max():g}, beyond float16.",
-            next_step="Export with `dtype='bfloat16'` or 'float32'.",
-        )
-    return half
+    if kind not in _FLOATS:
+        return gguf.quantize(np.ascontiguousarray(matrix, np.float32), kind)
+    stored = rounded(name, matrix, _FLOATS[kind])
+    return stored.view(np.uint8) if kind == _Kind.BF16 else stored
 
 
 # The runtime.
