@@ -45,16 +45,18 @@ class Piece:
     stacked: bool = True
 
 
-def join(pieces: Mapping[Piece, np.ndarray]) -> np.ndarray:
+def join(pieces: Mapping[Piece | None, np.ndarray]) -> np.ndarray:
     """The foreign tensor that holds these pieces.
 
     Args:
-        pieces: Every piece of one tensor, in the foreign layout.
+        pieces: Every piece of one tensor, in the foreign layout; under `None` a whole one.
 
     Returns:
         The joined array.
     """
-    ordered = sorted(pieces, key=lambda piece: piece.index)
+    if None in pieces:
+        return pieces[None]
+    ordered = sorted((piece for piece in pieces if piece), key=lambda piece: piece.index)
     arrays = [pieces[piece] for piece in ordered]
     first = ordered[0]
     together = np.stack if first.stacked else np.concatenate

@@ -9,10 +9,8 @@ import sys
 
 
 def main(prompt: str, *presets: str) -> None:
-    import jax
     import keras_hub
 
-    jax.config.update("jax_disable_most_optimizations", True)
     found = {}
     for preset in presets:
         gemma4 = '"Gemma4Backbone"' in (pathlib.Path(preset) / "config.json").read_text("utf-8")

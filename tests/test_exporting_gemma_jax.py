@@ -144,34 +144,22 @@ def test_orbax_holds_the_tree_and_lora_is_merged(tmp_path: pathlib.Path) -> None
 
 
 MEASURE = """
-import ctypes, gc, os, pathlib, sys, threading
+import pathlib, sys
 import gemma_keras_tune as gkt
+sys.path.append(sys.argv[2])
+from _peak_memory import PeakMemory
 from gemma_keras_tune.testing import tiny_model
-
-def resident():
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 def write(model, name):
     path = pathlib.Path(sys.argv[1], name)
     gkt.export(model, path, format="gemma_jax", check=False, verbose=0)
 
-def watch():
-    while not done.wait(0.005):
-        seen.append(resident())
-
 write(tiny_model("gemma3", num_layers=1), "imports and threads")
 model = tiny_model("gemma3", num_layers=8, hidden_dim=1024, intermediate_dim=4096)
 size = sum(int(variable.value.nbytes) for variable in model.variables)
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-done, seen = threading.Event(), [resident()]
-thread = threading.Thread(target=watch)
-thread.start()
-write(model, "model")
-done.set()
-thread.join()
-print(size, max(seen) - seen[0])
+with PeakMemory() as memory:
+    write(model, "model")
+print(size, memory.grown)
 """
 
 
@@ -179,9 +167,9 @@ print(size, max(seen) - seen[0])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for the memory")
 def test_few_weights_lie_in_memory_beside_the_model(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("orbax.checkpoint")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    benchmarks = pathlib.Path(__file__).with_name("benchmarks")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(benchmarks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     size, taken = map(int, done.stdout.split()[-2:])
     assert size > 400e6

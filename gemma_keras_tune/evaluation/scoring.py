@@ -19,8 +19,8 @@ from gemma_keras_tune.losses import token_cross_entropy
 from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
 from gemma_keras_tune.templates import Segment
 
-# Prompts are padded to one of these lengths, or a multiple of the last, and answers to one of so
-# many, so that few shapes are compiled.
+# So that few shapes are compiled, prompts are padded to one of these lengths, or a multiple of the
+# last, and rows to score have so many shapes at most.
 LENGTHS = (16, 32, 64)
 MAX_SHAPES = 2
 

@@ -109,7 +109,7 @@ def _tensors(
         del value
         progress(weight.path, next(done), len(weights))
         if name in found and len(found[name]) == counts[name]:
-            yield name, _whole(found.pop(name))
+            yield name, join(found.pop(name))
     for name, shape in unread_weights(model).items():
         yield name, np.zeros(shape, DTYPES[dtype])
 
@@ -127,13 +127,6 @@ def _stored(weight: Weight, value: np.ndarray, dtype: str) -> np.ndarray:
     if weight.entry.kind == "embedding":
         value = _with_its_rows(value)
     return rounded(weight.path, value, dtype)
-
-
-def _whole(pieces: dict[Piece | None, np.ndarray]) -> np.ndarray:
-    whole = pieces.pop(None, None)
-    if whole is not None:
-        return whole
-    return join({piece: value for piece, value in pieces.items() if piece is not None})
 
 
 def _supported(model: Any) -> Family:

@@ -579,9 +579,7 @@ def _tensor(group: Iterable[tuple[Weight, np.ndarray]]) -> np.ndarray:
         if offset:
             matrix = np.asarray(matrix, np.float32) + offset
         pieces[weight.entry.gguf_piece] = matrix
-    if None in pieces:
-        return pieces[None]
-    return join({piece: value for piece, value in pieces.items() if piece is not None})
+    return join(pieces)
 
 
 def put(writer: gguf.GGUFWriter, tensor: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
-from gemma_keras_tune.families import Family, Piece, Weight, family_of, is_instruct, join
+from gemma_keras_tune.families import Family, Weight, family_of, is_instruct, join
 from gemma_keras_tune.hugging_face_folders import INDEX
 from gemma_keras_tune.hugging_face_settings import EPSILON, FIELDS, layer_types, settings
 from gemma_keras_tune.templates import Template, get_template, template_of
@@ -297,11 +297,8 @@ def _tensors(model: keras.Model, dtype: str) -> Iterator[tuple[str, np.ndarray]]
     """Each tensor, its pieces put together: they follow one another in the table."""
     pairs = ((weight.text_name, weight, value) for weight, value in merged_weights(model))
     for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        pieces: dict[Piece | None, np.ndarray] = {
-            weight.entry.piece: rounded(name, weight.to_matrix(value), dtype)
+        pieces = (
+            (weight.entry.piece, rounded(name, weight.to_matrix(value), dtype))
             for _, weight, value in group
-        }
-        whole = pieces.pop(None, None)
-        if whole is None:
-            whole = join({piece: value for piece, value in pieces.items() if piece is not None})
-        yield name, whole
+        )
+        yield name, join(dict(pieces))

@@ -23,8 +23,6 @@ llama.cpp come with `pip install ".[interop]"`; `GEMMA_JAX_PYTHON` names a Pytho
 library, `LITERT_PYTHON` one with `litert-torch` and `litert-lm-api`.
 """
 
-import ctypes
-import gc
 import importlib.util
 import json
 import os
@@ -32,13 +30,13 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from typing import Any
 
 import _bench
 import jax
 import numpy as np
+from _peak_memory import PeakMemory
 from _short_pairs import short_pairs
 
 import gemma_keras_tune as gkt
@@ -158,35 +156,6 @@ def from_litert(path: pathlib.Path, reference: Reference) -> int:
         texts = json.loads(answer.read_text())["texts"]
     pairs = zip(texts, reference.texts, strict=True)
     return sum(given == mine != "" for given, mine in pairs)
-
-
-class PeakMemory:
-    """The largest resident memory of this process while something runs, beyond what it had."""
-
-    def __enter__(self) -> "PeakMemory":
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
-        self._done = threading.Event()
-        self._before = self.peak = _resident()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        self._begin = time.perf_counter()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self.peak = max(self.peak, _resident())
-
-    def __exit__(self, *args: object) -> None:
-        self.seconds = time.perf_counter() - self._begin
-        self._done.set()
-        self._thread.join()
-        self.grown = self.peak - self._before
-
-
-def _resident() -> int:
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def has(*names: str) -> bool:
