@@ -50,7 +50,9 @@ for name, write in writers.items():
     # All but the end of the largest file fits: the weights, or a Hugging Face tokenizer.
     files = [path for path in before if path.startswith(str(root / name))]
     largest = max(len(before[path]) for path in files)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 100, most))
+    # TensorStore gathers small weights in files of varying size; the embedding has over half of it.
+    fits = largest // 2 if name == "jax" else largest - 100
+    resource.setrlimit(resource.RLIMIT_FSIZE, (fits, most))
     try:
         write(root / name)
     except gkt.ExportError as error:
