@@ -1,5 +1,6 @@
 """LoRA on every generation: shapes, switching, merging, refusals."""
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -54,6 +55,34 @@ def test_on_off_merged_on_every_generation(family):
     gkt.merge_lora(model)
     np.testing.assert_allclose(hidden(model), tuned, atol=2e-4)
     assert gkt.lora_config(model) is None and len(model.trainable_variables) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_gradients_are_those_of_the_merged_kernel(family):
+    model = testing.tiny_model(family)
+    gkt.enable_lora(model, 3, alpha=6, verbose=0)
+    fill(model)
+    for linear in {linear.target: linear for linear in lora_linears(model)}.values():
+        layer = linear.layer
+        einsum = getattr(layer, "equation", "btx,xy->bty")
+        source, kernel = einsum.split("->")[0].split(",")
+        sizes = {"b": 2, "t": 3, "s": 3} | dict(zip(kernel, layer._kernel.shape, strict=True))
+        x = np.random.default_rng(0).normal(size=[sizes[axis] for axis in source])
+
+        def adapted(x, a, b, layer=layer):
+            mapping = [(layer.lora_kernel_a, a), (layer.lora_kernel_b, b)]
+            with keras.StatelessScope(state_mapping=mapping):
+                return keras.ops.sum(keras.ops.sin(layer(x)))
+
+        def merged(x, a, b, layer=layer, einsum=einsum):
+            outputs = keras.ops.einsum(einsum, x, layer._kernel + 2.0 * keras.ops.matmul(a, b))
+            return keras.ops.sum(keras.ops.sin(outputs))
+
+        given = x.astype("float32"), layer.lora_kernel_a.value, layer.lora_kernel_b.value
+        found = jax.grad(adapted, (0, 1, 2))(*given)
+        for one, other in zip(found, jax.grad(merged, (0, 1, 2))(*given), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
