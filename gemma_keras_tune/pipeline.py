@@ -97,6 +97,13 @@ def _count_trained(trained: np.ndarray, starts: np.ndarray) -> np.ndarray:
     )
 
 
+@functools.lru_cache(maxsize=1)
+def _processor(proto: bytes) -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+
 class Encoder:
     """Turns text segments into token ids, many at a time.
 
@@ -105,9 +112,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: keras.layers.Layer) -> None:
-        import sentencepiece
-
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
+        self._processor = _processor(tokenizer.proto)
         self.start_id = int(tokenizer.start_token_id)
         self.end_id = int(tokenizer.end_token_id)
         self.pad_id = int(tokenizer.pad_token_id)
@@ -125,48 +130,40 @@ class Encoder:
         return ids, trained
 
     def encode_rows(
-        self, rows: Sequence[Sequence[Segment]]
+        self, rows: Iterable[Sequence[Segment]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Token ids of many rows, flat.
 
         Args:
-            rows: The segments of each row.
+            rows: The segments of each row. From a generator, they are not all held at once.
 
         Returns:
             `ids` int32 and `trained` bool, both `[tokens]`, and `[rows]` int64 tokens in each row.
         """
-        parts = [part for row in rows for part in row]
-        # SentencePiece never reads a control piece out of text: `<eos>` would be spelled out.
-        ended = [part.trained and part.text.endswith(END_OF_TEXT) for part in parts]
-        pieces = self._processor.encode(
-            [
-                part.text[: -len(END_OF_TEXT)] if end else part.text
-                for part, end in zip(parts, ended, strict=True)
-            ]
-        )
-        for piece, end in zip(pieces, ended, strict=True):
-            if end:
-                piece.append(self.end_id)
-        flat: list[int] = []
-        counts: list[int] = []
-        spans: list[int] = []
+        texts: list[str] = []
         flags: list[bool] = []
-        encoded = iter(pieces)
+        counts: list[int] = []
         for row in rows:
-            before = len(flat)
-            flat.append(self.start_id)
-            spans.append(1)
-            flags.append(False)
+            counts.append(len(row))
             for part in row:
-                piece = next(encoded)
-                flat += piece
-                spans.append(len(piece))
+                texts.append(part.text)
                 flags.append(part.trained)
-            counts.append(len(flat) - before)
+        # SentencePiece never reads a control piece out of text: `<eos>` would be spelled out.
+        ended = [i for i, text in enumerate(texts) if flags[i] and text.endswith(END_OF_TEXT)]
+        for i in ended:
+            texts[i] = texts[i][: -len(END_OF_TEXT)]
+        pieces = self._processor.encode(texts)
+        for i in ended:
+            pieces[i].append(self.end_id)
+        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        flat = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, lengths.sum())
+        # Where each row begins among the parts, and then among the ids.
+        bounds = np.cumsum([0, *counts])
+        starts = np.concatenate([[0], np.cumsum(lengths)])[bounds]
         return (
-            np.asarray(flat, np.int32),
-            np.repeat(np.asarray(flags), spans),
-            np.asarray(counts, np.int64),
+            np.insert(flat, starts[:-1], self.start_id),
+            np.insert(np.repeat(np.asarray(flags, bool), lengths), starts[:-1], False),
+            np.diff(starts) + 1,
         )
 
 
@@ -220,12 +217,14 @@ def tokenize_pairs(
     encoder = Encoder(model.preprocessor.tokenizer)
     limit = _Limit(max_length, overlong)
     spool = _Spool()
-    for chunk in _chunks(source, _ROWS_AT_ONCE):
-        if on_pair:
-            for pair in chunk:
-                on_pair(pair)
-        encoded = encoder.encode_rows([template.segments(p.messages) for p in chunk])
-        spool.append(*limit.apply(chunk, *encoded))
+    pairs = iter(source)
+    while True:
+        places = _Places()
+        segments = _segments(itertools.islice(pairs, _ROWS_AT_ONCE), template, places, on_pair)
+        encoded = encoder.encode_rows(segments)
+        if not places.rows:
+            break
+        spool.append(*limit.apply(places, *encoded))
     errors = PairsErrors()
     with errors.collect():
         source.raise_for_problems()
@@ -236,10 +235,39 @@ def tokenize_pairs(
     return spool.finish(limit)
 
 
-def _chunks(items: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
+@dataclasses.dataclass
+class _Places:
+    """Where some rows stand: the row, line and file of each.
+
+    In three lists and not in an object a row: Python's garbage collector goes through all that a
+    process holds, a quarter of a second, once so many objects have lived for a while.
+    """
+
+    rows: list[int] = dataclasses.field(default_factory=list)
+    lines: list[int | None] = dataclasses.field(default_factory=list)
+    files: list[str | None] = dataclasses.field(default_factory=list)
+
+    def add(self, pair: Pair) -> None:
+        self.rows.append(pair.row)
+        self.lines.append(pair.line)
+        self.files.append(pair.file)
+
+    def __getitem__(self, index: int) -> tuple[int, int | None, str | None]:
+        return self.rows[index], self.lines[index], self.files[index]
+
+
+def _segments(
+    pairs: Iterable[Pair],
+    template: Template,
+    places: _Places,
+    on_pair: Callable[[Pair], None] | None,
+) -> Iterator[Sequence[Segment]]:
+    """The segments of each pair, its place noted."""
+    for pair in pairs:
+        if on_pair:
+            on_pair(pair)
+        places.add(pair)
+        yield template.segments(pair.messages)
 
 
 class _Spool:
@@ -320,36 +348,35 @@ class _Limit:
         self._rows = self._kept = 0
 
     def apply(
-        self, pairs: Sequence[Pair], ids: np.ndarray, trained: np.ndarray, counts: np.ndarray
+        self, places: _Places, ids: np.ndarray, trained: np.ndarray, counts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The arrays of some rows, without what is over the limit, and their row numbers."""
-        rows = np.asarray([pair.row for pair in pairs], np.int32)
+        rows = np.asarray(places.rows, np.int32)
         if self.length is not None:
             most = self.length + 1  # the last token is not fed
             long = counts > most
-            self._note(pairs, counts - 1, long)
+            self._note(places, counts - 1, long)
             if self.overlong != "error" and long.any():
                 kept = np.where(long, 0 if self.overlong == "drop" else most, counts)
                 inside = _places_within(counts) < np.repeat(kept, counts)
                 ids, trained = ids[inside], trained[inside]
                 counts, rows = kept[kept > 0], rows[kept > 0]
                 if self.overlong == "truncate":
-                    self._note_bare(pairs, _count_trained(trained, np.cumsum(counts) - counts))
-        self._rows += len(pairs)
+                    self._note_bare(places, _count_trained(trained, np.cumsum(counts) - counts))
+        self._rows += len(places.rows)
         self._kept += len(rows)
         return ids, trained, counts, rows
 
-    def _note(self, pairs: Sequence[Pair], lengths: np.ndarray, long: np.ndarray) -> None:
+    def _note(self, places: _Places, lengths: np.ndarray, long: np.ndarray) -> None:
         for index in np.flatnonzero(long).tolist():
-            pair, length = pairs[index], int(lengths[index])
-            self.long.add(pair.row, pair.line, pair.file, [f"{length:,} tokens"])
+            length = int(lengths[index])
+            self.long.add(*places[index], [f"{length:,} tokens"])
             self._longest = max(self._longest, length)
 
-    def _note_bare(self, pairs: Sequence[Pair], response_lengths: np.ndarray) -> None:
+    def _note_bare(self, places: _Places, response_lengths: np.ndarray) -> None:
         for index in np.flatnonzero(response_lengths == 0).tolist():
-            pair = pairs[index]
             text = f"the prompt alone fills {self.length:,} tokens, and no answer is left to learn"
-            self._bare.add(pair.row, pair.line, pair.file, [text])
+            self._bare.add(*places[index], [text])
 
     def raise_for_problems(self) -> None:
         """Report rows over the limit, unless they were to be dropped or cut and can be."""
@@ -546,6 +573,9 @@ class Batches(Sequence[tuple[Shape, np.ndarray]]):
         return self._shapes[group], rows[rows >= 0]
 
 
+Arrays = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
+
+
 class Batcher:
     """Decides which rows go together, epoch by epoch, and builds the arrays.
 
@@ -578,6 +608,7 @@ class Batcher:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         bounds = np.asarray([shape.length for shape in self.shapes], np.int32)
         self._group = np.searchsorted(bounds, tokens.lengths).astype(np.int8)
+        self._epochs: dict[int, Batches] = {}
 
     def epoch(self, epoch: int) -> "Batches":
         """The batches of one epoch: every row once, as its shape and its row places.
@@ -604,19 +635,22 @@ class Batcher:
         batches = sum(math.ceil(n / s.batch_size) for n, s in zip(counts, self.shapes, strict=True))
         return batches + -batches % self.gradient_accumulation_steps
 
-    def arrays(self, epoch: int) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
+    def arrays(self, epoch: int) -> Iterator[Arrays]:
         """The arrays of one epoch, batch by batch, as `(x, y, sample_weight)`."""
-        steps = self.gradient_accumulation_steps
-        batches = self.epoch(epoch)
-        for start in range(0, len(batches), steps):
-            update = batches[start : start + steps]
-            trained = sum(int(self.tokens.response_lengths[rows].sum()) for _, rows in update)
-            for shape, rows in update:
-                yield self._pad(shape, rows, steps / trained)
+        return (self.batch(epoch, index) for index in range(self.batches_per_epoch))
 
-    def _pad(
-        self, shape: Shape, rows: np.ndarray, weight: float
-    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    def batch(self, epoch: int, index: int) -> Arrays:
+        """The arrays of one batch of an epoch, both counted from 0."""
+        if epoch not in self._epochs:
+            # Whoever reads two epochs in turn, as a peek at the next one does, makes neither anew.
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: self.epoch(epoch)}
+        batches, steps = self._epochs[epoch], self.gradient_accumulation_steps
+        first = index - index % steps
+        update = batches[first : first + steps]
+        trained = sum(int(self.tokens.response_lengths[rows].sum()) for _, rows in update)
+        return self._pad(*batches[index], steps / trained)
+
+    def _pad(self, shape: Shape, rows: np.ndarray, weight: float) -> Arrays:
         token_ids = np.full((shape.batch_size, shape.length), self.pad_id, np.int32)
         padding_mask = np.zeros((shape.batch_size, shape.length), np.int32)
         # A row of padding alone would leave attention nothing to look at.
@@ -644,17 +678,27 @@ class Batcher:
         import tensorflow as tf
 
         epochs = itertools.count(first_epoch)
-        vector = tf.TensorSpec((None,), tf.int32)
-        matrix = tf.TensorSpec((None, None), tf.int32)
-        signature = (
-            {"token_ids": matrix, "padding_mask": matrix, "positions": vector},
-            vector,
-            tf.TensorSpec((None,), tf.float32),
+        count = self.batches_per_epoch
+
+        def flat(epoch: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, ...]:
+            x, y, sample_weight = self.batch(int(epoch), int(index))
+            return x["token_ids"], x["padding_mask"], x["positions"], y, sample_weight
+
+        def batch(epoch: Any, index: Any) -> Any:
+            kinds = [tf.int32] * 4 + [tf.float32]
+            arrays = tf.numpy_function(flat, [epoch, index], kinds)
+            for array, axes in zip(arrays, (2, 2, 1, 1, 1), strict=True):
+                array.set_shape([None] * axes)
+            x = dict(zip(("token_ids", "padding_mask", "positions"), arrays, strict=False))
+            return x, *arrays[3:]
+
+        # Each iterator draws the number of its epoch. A generator of batches would take longer.
+        dataset = (
+            tf.data.Dataset.range(1)
+            .map(lambda _: tf.numpy_function(lambda: np.int64(next(epochs)), [], tf.int64))
+            .flat_map(lambda epoch: tf.data.Dataset.range(count).map(lambda i: batch(epoch, i)))
         )
-        dataset = tf.data.Dataset.from_generator(
-            lambda: self.arrays(next(epochs)), output_signature=signature
-        )
-        counted = dataset.apply(tf.data.experimental.assert_cardinality(self.batches_per_epoch))
+        counted = dataset.apply(tf.data.experimental.assert_cardinality(count))
         # With nothing to tune, TensorFlow's tuning thread only holds up the end of an epoch: it
         # sleeps in ever longer naps, and an iterator is not let go before its thread wakes up.
         options = tf.data.Options()

@@ -345,7 +345,7 @@ class TextTemplate(Template):
             values = {"input": message.content, "system": system if first and system else ""}
             if first and not own_place:
                 values["input"] = f"{system}\n\n{message.content}"
-            text = "".join(t if kind == "text" else values[t] for kind, t in before)
+            text = "".join([t if kind == "text" else values[t] for kind, t in before])
             parts.append(Segment(text, False))
         return parts
 

@@ -135,6 +135,21 @@ def test_the_dataset_gives_the_next_epoch_each_time(model):
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
 
 
+def test_iterators_side_by_side_read_an_epoch_each(model):
+    tokens = tokenize_pairs(testing.tiny_pairs(40), model, template=PLAIN)
+    batcher = make_batcher(tokens, model, batch_size=3, gradient_accumulation_steps=4)
+    dataset = batcher.to_dataset(first_epoch=5)
+    iterators = [iter(dataset) for _ in range(3)]
+    found = list(zip(*iterators, strict=True))
+    assert len(found) == batcher.batches_per_epoch
+    for epoch, batches in enumerate(zip(*found, strict=True), 5):
+        for (x, y, weights), expected in zip(batches, batcher.arrays(epoch), strict=True):
+            for name, array in expected[0].items():
+                np.testing.assert_array_equal(x[name], array)
+            np.testing.assert_array_equal(y, expected[1])
+            np.testing.assert_array_equal(weights, expected[2])
+
+
 def test_long_rows_are_reported_dropped_or_cut(model):
     pairs = [("a", "yes"), ("b" * 50, "no"), ("c", "d" * 50)]
     with pytest.raises(gkt.PairsError) as caught:
