@@ -416,6 +416,11 @@ def _matrix_shape(linear: Linear) -> tuple[int, int]:
     return outputs, inputs
 
 
+def largest_rank(model: keras.Model) -> int:
+    """The largest rank that every linear layer of a Gemma can carry: its smaller side."""
+    return min(min(_matrix_shape(linear)) for linear in family_of(model).linears(model))
+
+
 class _LoraForward:
     """Adds `scale * (x A) B` to the frozen layer's output instead of merging the kernel first."""
 

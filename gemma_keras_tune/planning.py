@@ -17,7 +17,7 @@ import numpy as np
 from gemma_keras_tune._memory import free_memory
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.families import family_of
-from gemma_keras_tune.lora import Targets
+from gemma_keras_tune.lora import Targets, largest_rank
 from gemma_keras_tune.pipeline import Overlong, Shape
 from gemma_keras_tune.templates import TEMPLATES, FunctionTemplate, Template, TextTemplate
 from gemma_keras_tune.training import batches_per_update, inner_optimizer
@@ -265,7 +265,7 @@ def plan_settings(
         pairs: How many rows there are.
         longest: Tokens of the longest row.
         method: `"lora"` or `"full"`.
-        rank: `"auto"` is 8 under 1,000 pairs, else 16.
+        rank: `"auto"` is 8 under 1,000 pairs, else 16; less where a layer is smaller.
         alpha: `"auto"` equals the rank, a scale of 1.
         targets: `"auto"` is `"all"` linear layers.
         rank_stabilized: `"auto"` is not.
@@ -305,7 +305,7 @@ def plan_settings(
     rate = {"lora": (5e-4, 2e-4), "full": (5e-5, 1e-5)}[method][large]
     return Plan(
         method=method,
-        **_lora(pairs, given),
+        **_lora(model, pairs, given),
         epochs=count,
         batch_size=rows,
         gradient_accumulation_steps=steps,
@@ -328,10 +328,12 @@ def _or(value: Any, default: Any) -> Any:
     return default if value == "auto" else value
 
 
-def _lora(pairs: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def _lora(model: keras.Model, pairs: int, given: Mapping[str, Any]) -> dict[str, Any]:
     if given["method"] == "full":
         return {"rank": None, "alpha": None, "targets": None, "rank_stabilized": False}
-    rank = given["rank"] if given["rank"] not in ("auto", None) else 8 if pairs < 1_000 else 16
+    rank = given["rank"]
+    if rank in ("auto", None):
+        rank = min(8 if pairs < 1_000 else 16, largest_rank(model))
     alpha = given["alpha"]
     return {
         "rank": rank,

@@ -1,6 +1,5 @@
 """Shared fixtures. The backend is chosen before anything imports Keras."""
 
-import gc
 import os
 from collections.abc import Iterator
 
@@ -25,13 +24,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def is_real(item: pytest.Item) -> bool:
     return item.get_closest_marker("real") is not None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def little_for_the_garbage_collector() -> None:
-    """What was imported stays. Keras collects garbage for every variable that it quantizes."""
-    gc.collect()
-    gc.freeze()
 
 
 QUICK = "jax_disable_most_optimizations"

@@ -7,6 +7,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from _quantized import quantize
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
@@ -170,7 +171,7 @@ def test_int8_leaves_as_the_floats_it_stands_for(family):
     layers = {weight.path: weight.layer for weight in family_of(model).weights(model)}
     for path, layer in layers.items():
         if path.startswith("decoder_block_0") and hasattr(layer, "kernel_initializer"):
-            layer.quantize("int8")
+            quantize(layer, "int8")
     changed = 0
     for weight, value in merged_weights(model):
         original = weight.to_matrix(before[weight.path])
@@ -186,7 +187,7 @@ def test_int8_leaves_as_the_floats_it_stands_for(family):
 @pytest.fixture(scope="module")
 def int8():
     model = testing.tiny_model("gemma3", num_layers=1)
-    model.backbone.quantize("int8")
+    quantize(model.backbone, "int8")
     return model
 
 
@@ -212,7 +213,7 @@ def test_a_quantized_preset_answers_alike(mode, int8, tmp_path):
     model = int8
     if mode == "int4":
         model = testing.tiny_model("gemma3", num_layers=1)
-        model.backbone.quantize("int4")
+        quantize(model.backbone, "int4")
     model.backbone.get_config()  # Keras changes the layers' policies when it is asked for this
     path = gkt.export(model, tmp_path / "out", format="keras", prompts=["Hello!"], verbose=0)
     verdict = gkt.verify(path)
@@ -230,7 +231,7 @@ def test_a_quantized_preset_answers_alike(mode, int8, tmp_path):
 @pytest.mark.parametrize("mode", ["int4", "float8"])
 def test_other_quantizations_are_refused(mode, tmp_path):
     model = testing.tiny_model("gemma3", num_layers=1)
-    model.backbone.transformer_layers[0].gating_ffw.quantize(mode)
+    quantize(model.backbone.transformer_layers[0].gating_ffw, mode)
     for format in ("safetensors", "gguf", "ollama", "gemma_jax", "litert"):
         with pytest.raises(gkt.ExportError, match=f"decoder_block_0/gating_ffw: {mode}"):
             gkt.export(model, tmp_path / "out", format=format, verbose=0)

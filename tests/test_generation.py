@@ -9,6 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from _quantized import quantize
 
 from gemma_keras_tune import _decoding, generation
 from gemma_keras_tune.errors import TemplateError
@@ -390,7 +391,7 @@ def test_a_few_rows_asked_once_run_in_a_program_for_more():
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_backbone(mode):
     model = tiny_model("gemma3", hidden_dim=32, intermediate_dim=64, num_layers=1)
-    model.backbone.quantize(mode)
+    quantize(model.backbone, mode)
     rows = rows_of_lengths(5, 12)
     for row, written in zip(rows, ids(model, rows), strict=True):
         np.testing.assert_array_equal(written[:4], stock_ids(model, row)[:4])

@@ -31,6 +31,18 @@ def refused(**settings):
     return caught.value
 
 
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_the_rank_that_is_chosen_fits_every_layer(family):
+    model = testing.tiny_model(family)
+    rank = plan_settings(model, 10_000, 20, template=PLAIN).rank
+    gkt.enable_lora(model, rank, verbose=0)
+    gkt.remove_lora(model)
+    if rank < 16:
+        with pytest.raises(gkt.LoraError, match="can be at most"):
+            gkt.enable_lora(model, rank + 1, verbose=0)
+    assert plan_settings(model, 999, 20, template=PLAIN).rank == 8
+
+
 def test_arguments_of_a_wrong_type_are_reported_together_before_the_model_is_opened():
     wrong = dict(
         seed=-1, targets=5, callbacks=None, alpha="high", epochs=True, overlong="cut",
