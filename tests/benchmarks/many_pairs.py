@@ -3,20 +3,19 @@
     python tests/benchmarks/many_pairs.py [--json FILE] [--pairs 1000000]
 
 Each count is tuned on from its first row to its last, one epoch, in a process of its own, on a tiny
-random model, so that what is measured is the pairs' and not the model's. The memory is the highest
-the system saw the process hold, beyond what it held once the model was there; pages of the
-temporary files that hold the token ids count too, though the system may take these back.
+random model, so that what is measured is the pairs' and not the model's. The memory is the most
+that the process held beyond what it had once the model was there. Pages of the temporary files with
+the token ids are left out: the system keeps them as long as nobody else needs the memory.
 """
 
 import json
 import multiprocessing
 import pathlib
-import resource
 import tempfile
-import time
 from typing import Any
 
 import _bench
+from _peak_memory import PeakMemory
 
 FEW = 10_000
 MB = 2**20
@@ -35,26 +34,20 @@ def write(path: pathlib.Path, count: int) -> int:
     return path.stat().st_size
 
 
-def peak() -> int:
-    """The highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def tuned(path: str, connection: Any) -> None:
     """Tune in a process of its own, and send seconds and bytes."""
     import gemma_keras_tune as gkt
     from gemma_keras_tune import testing
 
     model = testing.tiny_model()
-    before = peak()
-    begin = time.perf_counter()
-    result = gkt.tune(model, path, batch_size=256, epochs=1, verbose=0, compilation_cache=False)
+    with PeakMemory(own=True) as memory:
+        result = gkt.tune(model, path, batch_size=256, epochs=1, verbose=0, compilation_cache=False)
     connection.send(
         {
             "pairs": result.plan.pairs,
             "updates": result.plan.updates,
-            "seconds": time.perf_counter() - begin,
-            "bytes": peak() - before,
+            "seconds": memory.seconds,
+            "bytes": memory.grown,
         }
     )
 
