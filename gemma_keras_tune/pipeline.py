@@ -99,6 +99,7 @@ def _count_trained(trained: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _processor(proto: bytes) -> Any:
+    """The SentencePiece model of the tokenizer that was used last: it takes a while to read."""
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -641,14 +642,19 @@ class Batcher:
 
     def batch(self, epoch: int, index: int) -> Arrays:
         """The arrays of one batch of an epoch, both counted from 0."""
-        if epoch not in self._epochs:
-            # Whoever reads two epochs in turn, as a peek at the next one does, makes neither anew.
-            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: self.epoch(epoch)}
-        batches, steps = self._epochs[epoch], self.gradient_accumulation_steps
+        batches, steps = self._batches_of(epoch), self.gradient_accumulation_steps
         first = index - index % steps
         update = batches[first : first + steps]
         trained = sum(int(self.tokens.response_lengths[rows].sum()) for _, rows in update)
         return self._pad(*batches[index], steps / trained)
+
+    def _batches_of(self, epoch: int) -> "Batches":
+        """What `epoch` returns, made once for an iterator, and for two that run side by side."""
+        found = self._epochs.get(epoch)  # several threads come here
+        if found is None:
+            found = self.epoch(epoch)
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: found}
+        return found
 
     def _pad(self, shape: Shape, rows: np.ndarray, weight: float) -> Arrays:
         token_ids = np.full((shape.batch_size, shape.length), self.pad_id, np.int32)
