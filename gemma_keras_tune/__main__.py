@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.set_defaults(run=_preview)
 
     demo = commands.add_parser("demo", help="tune the embedded Gemma 3 270M on business e-mails")
-    demo.add_argument("--out", metavar="DIR", help="write preset, adapter and demo.json there")
+    demo.add_argument("--out", metavar="DIR", help="write what it made there")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -242,7 +242,9 @@ def _refuse_lost_work(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune.tuning import use_compilation_cache
 
+    use_compilation_cache()
     model = gkt.load(options.model, dtype=options.dtype)
     if options.adapter:
         gkt.load_adapter(model, options.adapter)
@@ -275,7 +277,9 @@ def _verify(options: argparse.Namespace) -> None:
 def _test(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
     from gemma_keras_tune.evaluation.results import check_report_path
+    from gemma_keras_tune.tuning import use_compilation_cache
 
+    use_compilation_cache()
     for path in options.report:
         check_report_path(path)
     plan = gkt.TestPlan.from_file(options.plan)

@@ -330,7 +330,7 @@ class Report:
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON data; `docs/testing.md` describes it."""
+        """The report as JSON data; `docs/reports.md` describes it."""
         return {
             "schema": SCHEMA,
             "plan_name": self.plan_name,

@@ -1,7 +1,7 @@
 """What was forgotten? A short general set, asked before and after tuning.
 
 Tuning on a narrow task can cost a model what it knew. `measure_retention` puts some forty general
-items (facts, sayings, sums, formats, code, small talk; thirteen languages) to the base and to the
+items (facts, sayings, sums, formats, code, small talk; twelve languages) to the base and to the
 tuned model. Each item is scored twice: by how many bits a token of its reference answer costs, and
 by whether a short greedy answer holds it. The first moves long before the second does.
 """

@@ -53,7 +53,7 @@ def write(
     """Write a GGUF file and its Modelfile. Then `ollama create my-model -f Modelfile` there.
 
     Args:
-        model: A KerasHub `CausalLM` of Gemma 1, 2, 3 or 4.
+        model: A KerasHub `CausalLM` of Gemma 1, 2, 3, 3n or 4.
         folder: An existing folder.
         dtype: As for `gguf_file.write`.
         progress: As for `gguf_file.write`.
