@@ -293,7 +293,7 @@ def _test(options: argparse.Namespace) -> None:
     report = gkt.evaluate(
         model,
         plan,
-        baseline=gkt.load(options.baseline) if options.baseline else "auto",
+        baseline=gkt.load(options.baseline, dtype=options.dtype) if options.baseline else "auto",
         policy=policy,
         verbose=int(not options.quiet),
         **{name: getattr(options, name) for name in names},

@@ -45,7 +45,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             try:
                 os.chmod(part, 0o755)
                 yield part
-                _put(part, target)
+                _put(part, target, overwrite=overwrite)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
                 if held is not None:
@@ -86,7 +86,7 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
 
 
 def _real(path: str | os.PathLike[str]) -> pathlib.Path:
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).expanduser()
     return target.resolve() if target.is_symlink() else target
 
 
@@ -158,10 +158,10 @@ def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _put(part: pathlib.Path, target: pathlib.Path) -> None:
+def _put(part: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
     """Give a complete folder its name; what had it before is deleted last."""
-    if not target.exists():
-        part.rename(target)
+    if not overwrite or not target.exists():
+        part.rename(target)  # the system refuses it where another has come in the meantime
     elif _exchange(part, target):
         shutil.rmtree(part)
     else:

@@ -242,7 +242,7 @@ def _open_file(path: pathlib.Path, split: str | None = None) -> Rows:
         if suffix == ".json":
             return _open_json(path, split)
         return _OPENERS[suffix](path)
-    except OSError as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise PairsError(f"{path.name!r} cannot be opened: {error}.") from error
 
 
@@ -697,7 +697,7 @@ def _open_mapping(source: Mapping[Any, Any], split: str | None, name: str) -> Ro
         _no_splits(name, split)
     if source and lists:
         values = list(source.values())
-        if len(values) == 1 and len(values[0]) and isinstance(values[0][0], Mapping):
+        if len(values) == 1 and isinstance(_first(values[0]), Mapping):
             return dataclasses.replace(open_source(values[0]), name=name)
         return _open_columns(source, name)
     return Rows(name, lambda _: _plain_records([source]), length=1)
@@ -723,7 +723,12 @@ def _is_column(value: Any) -> bool:
     """Whether a value is a list of values, and not text, a record or one conversation."""
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         return False
-    return hasattr(value, "__len__") and not (len(value) and is_message(value[0]))
+    return hasattr(value, "__len__") and not is_message(_first(value))
+
+
+def _first(values: Any) -> Any:
+    """The first of some values, or `None`; pandas would look for one labelled 0."""
+    return next(iter(values), None)
 
 
 def is_message(value: Any) -> bool:

@@ -4,7 +4,11 @@ import contextlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+
+# Two threads would each take the other's place for the real one. Within one thread it may nest.
+_lock = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -17,13 +21,14 @@ def quiet_stderr() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    try:
-        there = os.dup(2)
-    except OSError:
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        sys.stderr.flush()
+    with _lock, tempfile.TemporaryFile() as held:
+        try:
+            there = os.dup(2)
+        except OSError:
+            yield
+            return
+        if sys.stderr is not None:
+            sys.stderr.flush()
         os.dup2(held.fileno(), 2)
         try:
             yield

@@ -89,7 +89,7 @@ def save_preset(
     with use_adapter(model, adapter), new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
         write_receipt(model, folder, format="keras", dtype=stored, prompts=prompts, check=check)
-    return pathlib.Path(path)
+    return pathlib.Path(path).expanduser()
 
 
 def write_preset(
@@ -209,7 +209,7 @@ def save_adapter(
         write_receipt(
             model, folder, format="adapter", dtype="float32", prompts=prompts, check=check
         )
-    return pathlib.Path(path)
+    return pathlib.Path(path).expanduser()
 
 
 def load_adapter(

@@ -702,6 +702,21 @@ def family_of(model: keras.Model) -> Family:
     )
 
 
+def backbone_settings(model: keras.Model) -> dict[str, Any]:
+    """The settings of a model's backbone, with the cap of its logits wherever the model keeps it.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+
+    Returns:
+        What the backbone's `get_config` gives; `final_logit_soft_cap` is that of the head.
+    """
+    config: dict[str, Any] = model.backbone.get_config()
+    if "final_logit_soft_cap" in config:
+        config["final_logit_soft_cap"] = family_of(model).head(model).soft_cap
+    return config
+
+
 def backbone_inputs(backbone: keras.Model, token_ids: Any, padding_mask: Any) -> dict[str, Any]:
     """What the backbone wants to be fed for a batch of text alone.
 

@@ -14,6 +14,7 @@ distances; causal and sliding-window masks see distances too; and the padding it
 import dataclasses
 import json
 import math
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,6 +98,7 @@ def generate(
         TemplateError: A prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
     """
+    prompts = _listed(prompts)
     answers = generate_answers(
         model,
         prompts,
@@ -198,7 +200,7 @@ def generate_ids(
             the sampler is a search.
     """
     check_backend()
-    _check_numbers(rows, max_new_tokens, batch_size)
+    check_numbers(rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
     results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.int32), False)] * len(rows)
     if not rows:
         return results
@@ -219,7 +221,7 @@ def generate_ids(
             on_batch([(index, *results[index]) for index in batch.rows])
         if progress:
             progress(len(batch.rows))
-    state.keep()
+    state.close()
     return results
 
 
@@ -281,8 +283,9 @@ class SamplerState:
                 "`model.compile(sampler=…)` and the model's own `generate`."
             )
         self.sampler = sampler
+        seed = _whole(seed)
         self.seeded = seed is not None
-        self.row_seeds = seed if isinstance(seed, Sequence) else None
+        self.row_seeds = seed if isinstance(seed, list) else None
         if self.row_seeds is not None and len(self.row_seeds) != rows:
             raise ValueError(f"There are {len(self.row_seeds)} seeds for {rows} rows.")
         self.values = [v.value for v in sampler.variables]
@@ -318,11 +321,23 @@ class SamplerState:
         config = {k: v for k, v in self.sampler.get_config().items() if k != "seed"}
         return kind.__name__, json.dumps(config, sort_keys=True, default=repr)
 
-    def keep(self) -> None:
+    def close(self) -> None:
         """Move the user's sampler on, so that the next call draws anew."""
         if not self.seeded:
             for variable, value in zip(self.sampler.variables, self.values, strict=True):
                 variable.assign(value)
+
+
+def _whole(seed: Any) -> int | list[int] | None:
+    """A seed, or one for each row, as Python's integers; NumPy's are taken too."""
+    if seed is None:
+        return None
+    try:
+        return [operator.index(one) for one in seed] if np.ndim(seed) else operator.index(seed)
+    except TypeError:
+        raise ValueError(
+            f"`seed` must be an integer, or one for each row. Received: {seed!r:.80}"
+        ) from None
 
 
 class _Programs:
@@ -373,8 +388,14 @@ def _is_one(prompts: Any) -> bool:
     return bool(prompts) and all(isinstance(item, (Mapping, Message)) for item in prompts)
 
 
+def _listed(prompts: Any) -> Any:
+    """Prompts that may be a generator, an array or a column of a table, as a list."""
+    return prompts if isinstance(prompts, (str, Mapping, Message)) else list(prompts)
+
+
 def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
     """Token ids of every prompt, all broken prompts reported at once."""
+    prompts = _listed(prompts)
     encoder = Encoder(tokenizer)
     rows, problems = [], []
     for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
@@ -420,8 +441,9 @@ def _messages(prompt: Any) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _check_numbers(rows: Sequence[Any], max_new_tokens: int, batch_size: int) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+def check_numbers(rows: Sequence[Any], **numbers: Any) -> None:
+    """Refuse numbers that are no integers of at least 1, and rows without a token."""
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1. Received: {value!r}")
     empty = [i for i, row in enumerate(rows) if not len(row)]

@@ -251,11 +251,16 @@ def load_hugging_face(
 
 @contextlib.contextmanager
 def _with_config(folder: pathlib.Path, config: Mapping[str, Any]) -> Iterator[pathlib.Path]:
-    """A folder with the same files and another `config.json`."""
+    """A folder with the same files and another `config.json`.
+
+    Beside a single file of weights, which is the one that is checked, an index is left out:
+    KerasHub would follow it.
+    """
+    left_out = {"config.json"} | ({INDEX} if (folder / WEIGHTS).is_file() else set())
     with tempfile.TemporaryDirectory(prefix="gemma_keras_tune") as name:
         place = pathlib.Path(name)
         for file in folder.iterdir():
-            if file.name != "config.json":
+            if file.name not in left_out:
                 (place / file.name).symlink_to(file.resolve())
         (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield place

@@ -15,7 +15,14 @@ import numpy as np
 
 from gemma_keras_tune.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.families import FAMILIES, Family, Weight, family_of, split
+from gemma_keras_tune.families import (
+    FAMILIES,
+    Family,
+    Weight,
+    backbone_settings,
+    family_of,
+    split,
+)
 from gemma_keras_tune.templates import SIDECAR, read_sidecar
 
 PARAMETERS = "params"
@@ -47,7 +54,7 @@ def backbone_record(model: Any) -> dict[str, Any]:
     Returns:
         The backbone's arguments by name, those of its text tower, with the rows its checkpoint has.
     """
-    given = model.backbone.get_config()
+    given = backbone_settings(model)
     record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
     for name in {"vocabulary_size", "text_vocab_size"} & record.keys():
         record[name] = min(record[name], VOCABULARIES.get(record[name], record[name]))

@@ -35,7 +35,7 @@ from gemma_keras_tune.hugging_face_folders import (
 )
 from gemma_keras_tune.jax_checkpoints import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.litert_files import FILE_NAME, load_litert
-from gemma_keras_tune.templates import attach_template, read_sidecar, read_template
+from gemma_keras_tune.templates import SIDECAR, attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"
 PACKAGE_MODELS = ("gemma3_270m",)
@@ -283,14 +283,19 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     else:
         model = _load_config_folder(path, dtype)
     _refuse_broken(_checked(model), str(path))
+    mark_origin(model, str(path), _bring_template(model, path))
+    return model
+
+
+def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
+    """Attach the template that is recorded in a folder, and return whether it says instruct."""
     instruct = None
     try:
         instruct = _folder_instruct(path)
         attach_template(model, read_template(path))
     except TemplateError as error:
-        warnings.warn(f"{path}: its template is left out. {error}", UserWarning, stacklevel=3)
-    mark_origin(model, str(path), instruct)
-    return model
+        warnings.warn(f"{path}: its template is left out. {error}", UserWarning, stacklevel=4)
+    return instruct
 
 
 def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
@@ -493,6 +498,10 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         else:
             model = _causal_lm(config).from_preset(source, dtype=dtype)
             _refuse_broken(_checked(model), source)
+            # A model tuned here may have been uploaded; KerasHub's own presets have no record.
+            record = _download_record(scheme, rest) if source == handle else None
+            if record is not None:
+                mark_origin(model, source, _bring_template(model, record))
     except LoadError:
         raise
     except Exception as error:
@@ -523,6 +532,18 @@ def _download_config(scheme: str, rest: str) -> str:
 def _download_folder(repository: str) -> str:
     client = importlib.import_module("huggingface_hub")
     return client.snapshot_download(repo_id=repository, allow_patterns=list(_DOWNLOADED))
+
+
+def _download_record(scheme: str, rest: str) -> pathlib.Path | None:
+    """The folder with the record of this library, where the hub has one."""
+    client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
+    if scheme == "hf":
+        folder = pathlib.Path(client.snapshot_download(repo_id=rest, allow_patterns=[SIDECAR]))
+        return folder if (folder / SIDECAR).is_file() else None
+    try:
+        return pathlib.Path(client.model_download(rest, SIDECAR)).parent
+    except Exception:  # it has no exception of its own for a file that is not there
+        return None
 
 
 def _hub_error(source: str, rest: str, hub: _Hub, error: Exception) -> LoadError:

@@ -30,6 +30,7 @@ from keras import ops
 from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import LoraError
 from gemma_keras_tune.families import Linear, family_of
+from gemma_keras_tune.templates import Template, template_of
 
 Targets = Literal["all", "attention"] | Iterable[str]
 
@@ -74,6 +75,7 @@ class LoraConfig:
 class _State:
     config: LoraConfig
     linears: tuple[Linear, ...]
+    template: Template | None
     was_trainable: list[tuple[keras.Variable, bool]]
 
 
@@ -135,6 +137,7 @@ def enable_lora(
             total_parameters=model.count_params(),
         ),
         linears=linears,
+        template=template_of(model),
         was_trainable=[(v, v.trainable) for v in model.variables],
     )
     for variable in model.variables:
@@ -416,9 +419,17 @@ def _matrix_shape(linear: Linear) -> tuple[int, int]:
     return outputs, inputs
 
 
-def largest_rank(model: keras.Model) -> int:
-    """The largest rank that every linear layer of a Gemma can carry: its smaller side."""
-    return min(min(_matrix_shape(linear)) for linear in family_of(model).linears(model))
+def largest_rank(model: keras.Model, targets: Iterable[str] = ALL_TARGETS) -> int:
+    """The largest rank that every linear layer of some targets can carry: its smaller side."""
+    wanted = set(targets)
+    linears = (n for n in family_of(model).linears(model) if n.target in wanted)
+    return min(min(_matrix_shape(linear)) for linear in linears)
+
+
+def base_template(model: keras.Model) -> Template | None:
+    """The template that was attached to a model when LoRA was put on it."""
+    state = _states.get(model)
+    return state.template if state else None
 
 
 class _LoraForward:

@@ -295,6 +295,8 @@ def plan_settings(
     """
     unresolved = {k: v for k, v in locals().items() if k not in ("model", "pairs", "longest")}
     given = check_settings(unresolved)
+    if given["sequence_length"] != "auto":
+        longest = max(longest, given["sequence_length"])  # all rows are padded to it
     rows, steps = _batch(model, pairs, longest, given)
     updates_an_epoch = math.ceil(pairs / (rows * steps))
     least = 3 if pairs < 5_000 else 1

@@ -5,6 +5,7 @@ cache, one writes a few tokens and hands the cache back. Both are compiled once 
 and answer, and the cache stays on the device between them.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,6 +61,7 @@ def stream(
         resolved = get_template(template, model)
     tokenizer: Any = generation.tokenizer_of(model)
     row = generation.encode_prompts([prompt], resolved, tokenizer)[0]
+    generation.check_numbers([row], max_new_tokens=max_new_tokens)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
     stops = resolved.stop_token_ids(tokenizer)
@@ -94,6 +96,7 @@ def _written(
     """The answer so far, after each few tokens."""
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = generation.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
+    state.values = [np.array(value) for value in state.values]  # the program writes over them
     calls = [([len(row)], max_new_tokens)]
     shapes = generation.choose_programs(model, calls, state.sampler, 1)
     batch = generation.batches([row], shapes, max_new_tokens)[0]
@@ -103,18 +106,19 @@ def _written(
     tokens, starts = generation.padded_rows([row], batch)
     first = batch.chunks * batch.chunk
     padded = generation.padded_stops(stops)
-    with kept_memory():
+    ends = (*range(first + every, first + max_new_tokens, every), first + max_new_tokens)
+    with contextlib.closing(state), kept_memory():
         cache = read(weights, tokens, starts, np.int32(batch.chunks))
         held = (np.full(1, first, np.int32), tokens, cache, np.zeros(1, bool), state.values)
-        for end in (*range(first + every, first + max_new_tokens, every), first + max_new_tokens):
+        for end in ends:
             held = write(weights, held, starts, np.int32(end), padded)
-            last, tokens, _, done, state.values = held
+            last, tokens, _, done, values = held
+            state.values = [np.array(value) for value in values]
             answer = np.asarray(tokens)[0, first + 1 : np.asarray(last)[0] + 1]
             ids, stopped = generation.cut(answer, stops)
             yield ids
             if stopped or bool(np.asarray(done)[0]):
                 break
-    state.keep()
 
 
 def _programs(model: keras.Model, batch: Any, state: Any) -> Any:

@@ -22,8 +22,10 @@ import numpy as np
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.lora import (
     LoraConfig,
+    base_template,
     enable_lora,
     get_factors,
+    largest_rank,
     lora_active,
     lora_config,
     lora_linears,
@@ -280,11 +282,18 @@ def add_adapter(
     if problem:
         raise AdapterError(f"The adapter cannot be put on this model: {problem}")
     bank = _bank(model)
-    base_template = bank.base_template if bank else template_of(model)
+    plain_template = bank.base_template if bank else template_of(model)
     if bank is not None:
         _keep_trained(model, bank)
     others = {n: a for n, a in bank.adapters.items() if n != name} if bank else {}
     shared = _shared([config, *(other.config for other in others.values())])
+    most = largest_rank(model, shared.targets)
+    if shared.rank > most:
+        raise AdapterError(
+            f"Together the adapters need rank {shared.rank} on {', '.join(shared.targets)}, and "
+            f"some of these layers can carry {most} at most.",
+            next_step="Load it on another copy of the base, or call `remove_adapter` first.",
+        )
     if bank is None or not _fits(bank.lora, shared, alone=not others):
         plain = {n: _factors(model, other) for n, other in others.items()}
         if lora_config(model) is not None:
@@ -302,10 +311,10 @@ def add_adapter(
     order = dict.fromkeys([*(bank.adapters if bank else ()), name])
     everything = {**others, name: _Adapter(own, values, template)}
     _banks[model] = _Bank(
-        lora, {n: everything[n] for n in order}, base_template, name, _assign(model, values, 1.0)
+        lora, {n: everything[n] for n in order}, plain_template, name, _assign(model, values, 1.0)
     )
     switch_lora(model, on=True)
-    attach_template(model, template or base_template)
+    attach_template(model, template or plain_template)
 
 
 def name_conflict(model: keras.Model, name: Any, config: LoraConfig) -> str | None:
@@ -396,7 +405,7 @@ def _bank(model: keras.Model) -> _Bank | None:
     if bank is None or bank.lora is not lora:
         held = _held(model)
         adapter = _Adapter(lora, held, template_of(model), loaded=False)
-        bank = _Bank(lora, {DEFAULT: adapter}, None, DEFAULT, held)
+        bank = _Bank(lora, {DEFAULT: adapter}, base_template(model), DEFAULT, held)
         _banks[model] = bank
     return bank
 

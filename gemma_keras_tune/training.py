@@ -5,10 +5,11 @@ optimizer, `fit` it on `make_dataset(...)`, with any callbacks, under any `keras
 shares the Gemma's variables, so when it has been trained, the Gemma has.
 """
 
+import contextlib
 import math
 import time
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -55,7 +56,9 @@ class TuningModel(keras.Model):
         _check_trainable(model)
         self.backbone = model.backbone
         # Held where Keras does not look, or it would track the variables twice.
-        self._held = types.SimpleNamespace(gemma=model, head=family_of(model).head(model))
+        self._held = types.SimpleNamespace(
+            gemma=model, head=family_of(model).head(model), values=[]
+        )
         self._nll = keras.metrics.Mean(name="loss")
         self._accuracy = keras.metrics.Mean(name="accuracy")
         # Everything has its weights already; else Keras would draw a batch to find out.
@@ -88,8 +91,37 @@ class TuningModel(keras.Model):
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`; on the CPU, freed memory is kept from step to step."""
-        with kept_memory():
+        with kept_memory(), self._weights_put_back():
             return super().fit(*args, **kwargs)
+
+    def reset_metrics(self) -> None:
+        """As in Keras, which does so before it takes the values out of all variables."""
+        super().reset_metrics()
+        self._held.values = [(v, v.value) for v in (*self.variables, *self._optimizer_variables())]
+
+    def _optimizer_variables(self) -> list[keras.Variable]:
+        return list(self.optimizer.variables) if self.optimizer else []
+
+    @contextlib.contextmanager
+    def _weights_put_back(self) -> Iterator[None]:
+        """Give the variables their values where the first batch of an epoch fails.
+
+        Keras takes the values out before it, and puts back those of the last batch that went well.
+        An interrupt while the step is compiled, or too little memory, would leave a model without
+        weights. That a variable is without a value can be told by its private `_value` alone.
+        """
+        try:
+            yield
+        except BaseException as error:
+            empty = [(v, value) for v, value in self._held.values if v._value is None]
+            for variable, value in empty:
+                if not value.is_deleted():
+                    variable.assign(value)
+            if any(value.is_deleted() for _, value in empty):
+                error.add_note("The failed step has taken the model's weights: load it anew.")
+            raise
+        finally:
+            self._held.values = []
 
     def compute_loss(
         self,

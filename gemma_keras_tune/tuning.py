@@ -286,6 +286,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         check_free(path, overwrite=overwrite)
         self.path = pathlib.Path(path)
         self.updates = updates
+        self._overwrite = overwrite
         self._batches = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -306,7 +307,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             self._save()
 
     def _save(self) -> None:
-        save_adapter(self.model.gemma, self.path, overwrite=True)
+        save_adapter(self.model.gemma, self.path, overwrite=self._overwrite)
+        self._overwrite = True  # what this run has written
 
 
 def use_compilation_cache(folder: str | None = None) -> str:
@@ -508,7 +510,7 @@ def _read(
         try:
             return split_pairs(source, split, seed=seed)
         except PairsError:
-            if not (source.problems and source.repeatable):
+            if source.on_error == "skip" or not (source.problems and source.repeatable):
                 raise
             return source, None  # to be reported together with rows that are too long
     if _is_open(validation_data):

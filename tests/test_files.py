@@ -140,3 +140,20 @@ def test_a_taken_name_is_refused_before_anything_is_written(tmp_path):
         save(file, "new", overwrite=True)
     assert (target / "weights").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "preset"]
+
+
+def test_a_folder_that_came_in_the_meantime_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(ExportError), new_folder(target) as part:
+        (part / "mine").write_text("x")
+        target.mkdir()
+        (target / "theirs").write_text("y")
+    assert (target / "theirs").read_text() == "y" and not (target / "mine").exists()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_home_folder_may_be_named_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with new_folder("~/out") as part:
+        (part / "mine").write_text("x")
+    assert (tmp_path / "out" / "mine").exists()

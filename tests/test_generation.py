@@ -425,3 +425,24 @@ def test_real_model_writes_as_kerashub():
         np.testing.assert_array_equal(written, stock_ids(model, row, new_tokens=24))
     answer = generate(model, prompts[3], max_new_tokens=6, template="{input}{output}")
     assert "5" in answer
+
+
+@pytest.mark.slow
+def test_prompts_may_come_from_a_generator_or_a_column():
+    model = tiny_model()
+    prompts = ["one", "two", "three"]
+    expected = generate(model, prompts, max_new_tokens=4)
+    assert generate(model, (p for p in prompts), max_new_tokens=4) == expected
+    assert generate(model, np.array(prompts), max_new_tokens=4) == expected
+
+
+@pytest.mark.slow
+def test_seeds_of_numpy_are_seeds():
+    model = tiny_model()
+    drawn = [
+        generate(model, "one", max_new_tokens=8, sampler="top_p", seed=seed)
+        for seed in (7, np.int64(7), np.int32(7), 8)
+    ]
+    assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        generate(model, "one", max_new_tokens=8, sampler="top_p", seed=1.5)

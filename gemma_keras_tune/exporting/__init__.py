@@ -106,7 +106,7 @@ def export(
             or what was written does not answer as the model does. Nothing stays on disk.
     """
     check_backend()
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).expanduser()
     format = _format(target, format)
     module = _module(format)
     refuse_unknown_check(check)
@@ -202,7 +202,8 @@ def _write_file(
             f"{target} already exists.",
             next_step="Choose another name, or pass `overwrite=True` to replace a file.",
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with (
         explained(target),
         tempfile.TemporaryDirectory(

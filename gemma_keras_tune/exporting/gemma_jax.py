@@ -22,7 +22,15 @@ import numpy as np
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
-from gemma_keras_tune.families import FAMILIES, Family, Piece, Weight, family_of, join
+from gemma_keras_tune.families import (
+    FAMILIES,
+    Family,
+    Piece,
+    Weight,
+    backbone_settings,
+    family_of,
+    join,
+)
 from gemma_keras_tune.jax_checkpoints import (
     BACKBONE_KEY,
     PARAMETERS,
@@ -139,7 +147,7 @@ def _supported(model: Any) -> Family:
             f"{family.title} cannot be written for the Gemma library for JAX.",
             next_step=f"It is written for {', '.join(known)} and {last}. {instead}",
         )
-    given = model.backbone.get_config()
+    given = backbone_settings(model)
     problems = [
         f"{name} is {given[name]!r}; the library computes with {expected!r}"
         for name, expected in _fixed(family).items()

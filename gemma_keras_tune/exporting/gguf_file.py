@@ -36,6 +36,7 @@ from gemma_keras_tune.families import (
     Family,
     Piece,
     Weight,
+    backbone_settings,
     family_of,
     is_instruct,
     join,
@@ -291,7 +292,7 @@ _GEMMA3N_SPARSE, _GEMMA3N_KEYED, _GEMMA3N_PERIOD = 10, 20, 5
 
 
 def _gemma3n_sizes(model: Any) -> dict[str, Any]:
-    config = model.backbone.get_config()
+    config = backbone_settings(model)
     layers = config["num_hidden_layers"]
     local = [kind == "sliding_attention" for kind in config["layer_types"]]
     fixed = {
@@ -348,7 +349,7 @@ def _gemma3n_sizes(model: Any) -> dict[str, Any]:
 
 
 def _gemma4_sizes(model: Any) -> dict[str, Any]:
-    config = model.backbone.get_config()
+    config = backbone_settings(model)
     problems = [
         f"{name} is {config[name]!r}; llama.cpp computes with {expected!r}"
         for name, expected in _GEMMA4_FIXED.items()
@@ -398,7 +399,7 @@ def _gemma4_sizes(model: Any) -> dict[str, Any]:
 
 def _rope_factors(model: Any) -> dict[str, np.ndarray]:
     """Gemma 4 turns a part of each global head; the rest is slowed down to a standstill."""
-    config = model.backbone.get_config()
+    config = backbone_settings(model)
     half = (config["global_head_dim"] or config["head_dim"]) // 2
     turned = int(half * config["global_rope_partial_rotary_factor"])
     return {"rope_freqs.weight": np.array([1.0] * turned + [1e30] * (half - turned), np.float32)}
@@ -421,7 +422,7 @@ def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
     described = backbone_config(GgufFile(pathlib.Path(), sizes, tensors), family)
     defaults = inspect.signature(backbone_class(family)).parameters
     problems = []
-    for name, value in model.backbone.get_config().items():
+    for name, value in backbone_settings(model).items():
         if name in _SILENT:
             continue
         default = defaults[name].default if name in defaults else value

@@ -20,7 +20,14 @@ from safetensors.numpy import save_file
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.exporting.tokenizer_files import write_json, write_tokenizer
-from gemma_keras_tune.families import Family, Weight, family_of, is_instruct, join
+from gemma_keras_tune.families import (
+    Family,
+    Weight,
+    backbone_settings,
+    family_of,
+    is_instruct,
+    join,
+)
 from gemma_keras_tune.hugging_face_folders import INDEX
 from gemma_keras_tune.hugging_face_settings import EPSILON, FIELDS, layer_types, settings
 from gemma_keras_tune.templates import Template, get_template, template_of
@@ -110,7 +117,7 @@ def _template(model: keras.Model) -> Template | None:
 
 
 def _config(model: Any, family: Family) -> dict[str, Any]:
-    given = model.backbone.get_config()
+    given = backbone_settings(model)
     _refuse_settings(given, family)
     model_type, architecture = _MODEL_TYPES[family.name]
     sizes = settings(given, family) if family.name in FIELDS else _older_settings(given, family)
