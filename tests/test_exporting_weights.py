@@ -13,6 +13,7 @@ import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.exporting._weights import DTYPES, merged_weights
 from gemma_keras_tune.families import family_of
+from gemma_keras_tune.hugging_face_folders import _with_config
 from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.receipts import read_receipt, record
 from gemma_keras_tune.switching import use_adapter
@@ -273,3 +274,26 @@ def test_half_precision_policies_export_what_they_hold(policy, tmp_path):
     for path, value in expected.items():
         np.testing.assert_array_equal(again[path], value, err_msg=path)
     assert model.backbone.dtype_policy.name == policy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folder", "file.gguf"])
+def test_the_cap_that_the_task_of_gemma4_brings_leaves_with_it(name, tmp_path):
+    tiny = testing.tiny_model("gemma4", final_logit_soft_cap=None)
+    model = keras_hub.models.Gemma4CausalLM(
+        backbone=tiny.backbone, preprocessor=tiny.preprocessor, final_logit_cap=30.0
+    )
+    path = gkt.export(model, tmp_path / name, dtype="float32", verbose=0, check=False)
+    loaded = gkt.load(str(path))
+    assert family_of(loaded).head(loaded).soft_cap == 30.0
+
+
+def test_an_index_beside_a_single_file_is_not_followed(tmp_path):
+    for name in ("model.safetensors", "model.safetensors.index.json", "tokenizer.model"):
+        (tmp_path / name).write_bytes(b"x")
+    with _with_config(tmp_path, {"a": 1}) as place:
+        found = {file.name for file in place.iterdir()}
+    assert found == {"config.json", "model.safetensors", "tokenizer.model"}
+    (tmp_path / "model.safetensors").unlink()
+    with _with_config(tmp_path, {"a": 1}) as place:
+        assert (place / "model.safetensors.index.json").exists()
