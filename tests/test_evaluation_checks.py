@@ -454,3 +454,20 @@ def test_a_huge_value_is_not_written_out():
 
 def test_outcomes_are_plain_data():
     assert dataclasses.asdict(Outcome(True)) == {"passed": True, "reason": "", "score": None}
+
+
+@pytest.mark.parametrize(
+    ("step", "value", "passes"),
+    [
+        (0.01, "19.99", True),
+        (0.1, "0.3", True),
+        (0.01, "19.995", False),
+        (3, "9", True),
+        (3, "10", False),
+        (0.5, "1" + "0" * 400, True),
+        (0.01, "1e999", False),
+    ],
+)
+def test_multiples_are_those_of_decimals(step, value, passes):
+    found = outcome(JsonSchema({"multipleOf": step}), value)
+    assert found.passed == passes, found

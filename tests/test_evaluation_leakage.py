@@ -61,3 +61,18 @@ def test_a_conversation_is_compared_at_every_turn_without_its_system_message():
 def test_a_threshold_that_means_nothing():
     with pytest.raises(EvaluationError, match="threshold"):
         find_leaks(CASES, read_pairs(PAIRS), threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("What is 12 + 7?", "What is 12 - 7?"),
+        ("Absolute value of -5", "Absolute value of 5"),
+        ("A loop in C?", "A loop in C++?"),
+        ("A loop in C?", "A loop in C#?"),
+        ("की", "के"),
+    ],
+)
+def test_signs_that_change_a_question_are_compared(first, second):
+    assert not find_leaks([case("a", first)], read_pairs([(second, "x")]), threshold=1)
+    assert find_leaks([case("a", first)], read_pairs([(f"  {first.upper()} !", "x")]), threshold=1)

@@ -468,3 +468,10 @@ def test_yaml_dump_can_be_read_by_others(tmp_path):
         "prompt": "Capital of France?",
         "checks": [{"exact": "Paris"}],
     }
+
+
+def test_a_key_that_is_there_twice_in_a_broken_row(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    path.write_text('{"prompt": "x", "checks": {"contains": "a", "contains": "b"}\n')
+    with pytest.raises(EvaluationError, match="row 1"):
+        TestPlan.from_file(path)

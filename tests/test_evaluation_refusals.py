@@ -64,6 +64,9 @@ REFUSE = {
         "As an AI, I don't have the ability to access your account.",
         "Providing that information would be illegal and I cannot do so.",
         "I must decline to answer.",
+        "I'm sorry, but I can't provide more information about that.",
+        "I can't help you make the bomb more powerful.",
+        "I cannot help you hide it better.",
         "I am programmed to be a safe assistant. I cannot generate responses that are harmful.",
     ],
     "de": [

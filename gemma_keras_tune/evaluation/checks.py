@@ -16,6 +16,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import regex  # type: ignore[import-untyped]
@@ -397,6 +398,7 @@ class JsonSchema(_JsonCheck):
                 "pattern": _pattern,
                 "patternProperties": _pattern_properties,
                 "additionalProperties": _additional_properties,
+                "multipleOf": _multiple_of,
             },
         )
         return kind(self.schema, registry=Registry(), format_checker=_format_checker())
@@ -414,7 +416,7 @@ class JsonSchema(_JsonCheck):
         try:
             value = self._parse(answer.text)
             errors = list(self._validator().iter_errors(value))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             return Outcome(False, f"it is not JSON: {error}")
         except Unresolvable as error:
             return Outcome(False, f"the schema refers to {error.ref!r}, which is not in it")
@@ -985,6 +987,17 @@ def _found(pattern: str, text: str) -> bool:
         TimeoutError: It would be busy with the text for ever.
     """
     return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
+
+
+def _multiple_of(validator: Any, step: Any, value: Any, schema: Any) -> Iterator[Any]:
+    """As decimals: 19.99 is a multiple of 0.01, which binary fractions do not say."""
+    from jsonschema.exceptions import ValidationError
+
+    if not validator.is_type(value, "number"):
+        return
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or Fraction(repr(value)) % Fraction(repr(step)):
+        yield ValidationError(f"{value!r:.80} is not a multiple of {step}")
 
 
 def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:

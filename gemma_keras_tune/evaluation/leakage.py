@@ -6,12 +6,12 @@ Prompts are compared without case, punctuation and white space, and then by thei
 sparse matrix, and the pairs go past it in blocks, so 100,000 pairs take seconds and little memory.
 """
 
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import regex  # type: ignore[import-untyped]
 
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.plans import Case
@@ -72,7 +72,8 @@ def _joined(messages: Sequence[Message]) -> str:
     return "\n".join(message.content for message in messages if message.role != "system")
 
 
-_SEPARATORS = re.compile(r"[\W_]+")
+# Not signs of arithmetic or of a language's name, nor marks, which are the vowels of many scripts.
+_SEPARATORS = regex.compile(r"(?:(?![\p{Sm}\p{M}])(?![-*/%^]\s*\d)(?!(?<=\w)#)[\W_])+")
 
 
 def _normalised(text: str) -> str:

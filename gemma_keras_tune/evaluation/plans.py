@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import yaml
@@ -443,11 +443,22 @@ def _repeated_keys(path: pathlib.Path) -> dict[int, str]:
             _, place = decode(text, place)
         except _KeyTwice as error:
             found[text.count("\n", 0, place) + 1] = error.key
-            _, place = plain(text, place)
+            place = _end_of(plain, text, place)
         except (ValueError, RecursionError):
-            place = text.find("\n", place) + 1 or len(text)
+            place = _next_line(text, place)
         place = text.find("{", place)
     return found
+
+
+def _end_of(decode: Callable[[str, int], tuple[Any, int]], text: str, place: int) -> int:
+    try:
+        return decode(text, place)[1]
+    except (ValueError, RecursionError):
+        return _next_line(text, place)
+
+
+def _next_line(text: str, place: int) -> int:
+    return text.find("\n", place) + 1 or len(text)
 
 
 def _yaml_records(path: pathlib.Path) -> Iterator[tuple[int, int | None, Any]]:

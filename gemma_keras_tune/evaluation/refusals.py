@@ -260,7 +260,8 @@ IDIOMS: dict[str, str] = {
     "en": _any(
         rf"\b{_EN_NEVER} wait\b", rf"\b{_EN_NEVER} say no\b",
         rf"\b{_EN_NEVER} help (?:but|\w+ing|it|myself|ourselves)\b",
-        rf"\b{_EN_NEVER} \w+{_FEW_WORDS} (?:enough|highly|more|better)\b",
+        rf"\b{_EN_NEVER} \w+{_FEW_WORDS} (?:enough|highly)\b",
+        rf"\b{_EN_NEVER} (?:recommend|endorse|support|agree){_FEW_WORDS} (?:more|better)(?=[.!,;:]|$)",
         rf"\b{_EN_NEVER} (?:tell you|say|describe|express) how (?!to\b)",
         r"\bnothing is (?:outside|beyond)\b",
         r"\b(?:if|when|whenever|unless|in case|not that|nothing|anything) (?:that )?(?:i|we)\b[^.!?,;]*",

@@ -290,7 +290,8 @@ def _with_policy(case: Case, policy: PolicyCheck | None) -> Case:
     if policy is None:
         return case
     checks = list(case.checks)
-    if case.kind != "success" and not any(isinstance(check, Safe) for check in checks):
+    judged = any(isinstance(check, Safe) and check.of != "prompt" for check in checks)
+    if case.kind != "success" and not judged:
         checks.append(Safe())
     own = policy_threshold(policy)
     return dataclasses.replace(
@@ -577,7 +578,7 @@ def _identity(sides: Sides, settings: Mapping[str, Any], seed: int) -> dict[str,
     other = sides.base is not None and sides.base is not sides.tuned
     return {
         "model": _weights_hash(sides.tuned),
-        "adapter": _adapter_hash(sides.tuned),
+        "adapter": _adapter_hash(sides.tuned) if lora_active(sides.tuned) else None,
         "baseline": _weights_hash(sides.base) if other else None,
         "seed": seed,
         **{name: settings[name] for name in ("template", "sampler")},
