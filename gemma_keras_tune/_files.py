@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 from gemma_keras_tune.errors import ExportError
@@ -46,8 +47,10 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
                 os.chmod(part, 0o755)
                 yield part
                 _put(part, target, overwrite=overwrite)
+            except BaseException:
+                _remove(part)
+                raise
             finally:
-                shutil.rmtree(part, ignore_errors=True)
                 if held is not None:
                     os.close(held)
         except BaseException:
@@ -156,6 +159,17 @@ def _tidy(target: pathlib.Path) -> None:
 
 def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Delete a folder in which the threads of a library that failed may still write for a while."""
+    absent = 0
+    for _ in range(100):
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 3:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.03)
 
 
 def _put(part: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
