@@ -5,12 +5,14 @@ from unittest import mock
 
 import jax
 
+QUICK_CODE = "--xla_cpu_use_fusion_emitters=false"
+
 
 def quick_code_generation() -> None:
-    """Choose it for this process, before anything is compiled, and not for those that it starts.
+    """Choose it for this process, before anything is compiled.
 
     With all optimizations on, as the real model is compiled, it takes longer.
     """
-    flags = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+    flags = f"{QUICK_CODE} {os.environ.get('XLA_FLAGS', '')}"
     with mock.patch.dict(os.environ, XLA_FLAGS=flags):
         jax.jit(lambda: 1.0)()

@@ -8,7 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import pytest
-from _quick_code import quick_code_generation
+from _quick_code import QUICK_CODE, quick_code_generation
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,7 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before anything is compiled."""
-    if not any(is_real(item) for item in session.items):
+    if any(is_real(item) for item in session.items):
+        jax.jit(lambda: 1.0)()  # XLA reads its flags now, and not those for other processes later
+    else:
         quick_code_generation()
 
 
@@ -27,12 +29,14 @@ def is_real(item: pytest.Item) -> bool:
 
 
 QUICK = "jax_disable_most_optimizations"
+FLAGS = os.environ.get("XLA_FLAGS", "")
 
 
 def compile_quickly(quickly: bool) -> None:
     """In this process, and in those that it starts."""
     jax.config.update(QUICK, quickly)
     os.environ[QUICK.upper()] = str(quickly)
+    os.environ["XLA_FLAGS"] = f"{QUICK_CODE} {FLAGS}" if quickly else FLAGS
 
 
 @pytest.fixture(autouse=True, scope="module")
