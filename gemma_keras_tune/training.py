@@ -57,7 +57,7 @@ class TuningModel(keras.Model):
         self.backbone = model.backbone
         # Held where Keras does not look, or it would track the variables twice.
         self._held = types.SimpleNamespace(
-            gemma=model, head=family_of(model).head(model), values=[]
+            gemma=model, head=family_of(model).head(model), values=None
         )
         self._nll = keras.metrics.Mean(name="loss")
         self._accuracy = keras.metrics.Mean(name="accuracy")
@@ -97,10 +97,9 @@ class TuningModel(keras.Model):
     def reset_metrics(self) -> None:
         """As in Keras, which does so before it takes the values out of all variables."""
         super().reset_metrics()
-        self._held.values = [(v, v.value) for v in (*self.variables, *self._optimizer_variables())]
-
-    def _optimizer_variables(self) -> list[keras.Variable]:
-        return list(self.optimizer.variables) if self.optimizer else []
+        if self._held.values is not None:  # elsewhere than in `fit` they would be held for good
+            variables = (*self.variables, *self.optimizer.variables)
+            self._held.values = [(v, v.value) for v in variables]
 
     @contextlib.contextmanager
     def _weights_put_back(self) -> Iterator[None]:
@@ -110,6 +109,7 @@ class TuningModel(keras.Model):
         An interrupt while the step is compiled, or too little memory, would leave a model without
         weights. That a variable is without a value can be told by its private `_value` alone.
         """
+        self._held.values = []
         try:
             yield
         except BaseException as error:
@@ -121,7 +121,7 @@ class TuningModel(keras.Model):
                 error.add_note("The failed step has taken the model's weights: load it anew.")
             raise
         finally:
-            self._held.values = []
+            self._held.values = None
 
     def compute_loss(
         self,

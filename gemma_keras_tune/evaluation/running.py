@@ -197,7 +197,7 @@ def evaluate(
         settings={
             **settings,
             "fingerprint": fingerprint(model),
-            "adapter": _adapter_hash(model) if lora_active(model) else None,
+            "adapter": _adapter_hash(model),
             "machine": _machine(),
         },
         versions=_versions(),
@@ -578,7 +578,7 @@ def _identity(sides: Sides, settings: Mapping[str, Any], seed: int) -> dict[str,
     other = sides.base is not None and sides.base is not sides.tuned
     return {
         "model": _weights_hash(sides.tuned),
-        "adapter": _adapter_hash(sides.tuned) if lora_active(sides.tuned) else None,
+        "adapter": _adapter_hash(sides.tuned),
         "baseline": _weights_hash(sides.base) if other else None,
         "seed": seed,
         **{name: settings[name] for name in ("template", "sampler")},
@@ -594,7 +594,10 @@ def _weights_hash(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _adapter_hash(model: Any) -> str:
+def _adapter_hash(model: Any) -> str | None:
+    """A hash of the adapter that is on."""
+    if not lora_active(model):
+        return None
     digest = hashlib.sha256()
     for linear in lora_linears(model):
         a, b, scale = get_factors(linear)
