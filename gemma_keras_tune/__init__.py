@@ -12,14 +12,14 @@ if "keras" not in _sys.modules:
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from gemma_keras_tune._memory import share_arena as _share_arena
-from gemma_keras_tune._quiet import quiet_stderr as _quiet_stderr
+from gemma_keras_tune._support.memory import share_arena as _share_arena
+from gemma_keras_tune._support.quiet import quiet_stderr as _quiet_stderr
 
 with _quiet_stderr():
     _share_arena()
     import keras_hub as _keras_hub  # noqa: F401
 
-from gemma_keras_tune.adapters import load_adapter, save_adapter, save_preset
+from gemma_keras_tune.exporting.saving import load_adapter, save_adapter, save_preset
 from gemma_keras_tune.errors import (
     AdapterError,
     BackendError,
@@ -60,11 +60,11 @@ from gemma_keras_tune.evaluation import (
     evaluate,
     measure_retention,
 )
-from gemma_keras_tune.exporting import export
+from gemma_keras_tune.exporting.exporter import export
 from gemma_keras_tune.exporting.verifying import Verdict, verify
-from gemma_keras_tune.generation import Answer, generate, generate_answers
-from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import (
+from gemma_keras_tune.generation.answers import Answer, generate, generate_answers
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.adapters.lora import (
     LoraConfig,
     enable_lora,
     lora_config,
@@ -72,8 +72,8 @@ from gemma_keras_tune.lora import (
     merge_lora,
     remove_lora,
 )
-from gemma_keras_tune.losses import token_cross_entropy
-from gemma_keras_tune.pairs import (
+from gemma_keras_tune.training.losses import token_cross_entropy
+from gemma_keras_tune.pairs.reader import (
     Message,
     Pair,
     PairChecks,
@@ -82,20 +82,20 @@ from gemma_keras_tune.pairs import (
     read_pairs,
     split_pairs,
 )
-from gemma_keras_tune.pipeline import make_dataset
-from gemma_keras_tune.planning import Plan
-from gemma_keras_tune.previewing import Preview, preview
-from gemma_keras_tune.streaming import stream
-from gemma_keras_tune.switching import (
+from gemma_keras_tune.training.pipeline import make_dataset
+from gemma_keras_tune.training.planning import Plan
+from gemma_keras_tune.training.previewing import Preview, preview
+from gemma_keras_tune.generation.streaming import stream
+from gemma_keras_tune.adapters.switching import (
     active_adapter,
     list_adapters,
     remove_adapter,
     set_adapter,
     use_adapter,
 )
-from gemma_keras_tune.templates import Template, attach_template, get_template, template_of
-from gemma_keras_tune.training import TuningModel, make_optimizer
-from gemma_keras_tune.tuning import AdapterCheckpoint, TuneResult, tune
+from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, template_of
+from gemma_keras_tune.training.model import TuningModel, make_optimizer
+from gemma_keras_tune.training.tuning import AdapterCheckpoint, TuneResult, tune
 
 __all__ = [
     "AdapterCheckpoint",

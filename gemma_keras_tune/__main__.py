@@ -216,7 +216,7 @@ def _tune(options: argparse.Namespace) -> None:
 
 def _refuse_lost_work(options: argparse.Namespace) -> None:
     """What could not be saved in the end is refused before anything is loaded."""
-    from gemma_keras_tune._files import check_free
+    from gemma_keras_tune._support.files import check_free
     from gemma_keras_tune.errors import ExportError, PlanError
 
     given = {"--preset": options.preset, "--adapter": options.adapter}
@@ -242,7 +242,7 @@ def _refuse_lost_work(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
-    from gemma_keras_tune.tuning import use_compilation_cache
+    from gemma_keras_tune.training.tuning import use_compilation_cache
 
     use_compilation_cache()
     model = gkt.load(options.model, dtype=options.dtype)
@@ -277,7 +277,7 @@ def _verify(options: argparse.Namespace) -> None:
 def _test(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
     from gemma_keras_tune.evaluation.results import check_report_path
-    from gemma_keras_tune.tuning import use_compilation_cache
+    from gemma_keras_tune.training.tuning import use_compilation_cache
 
     use_compilation_cache()
     for path in options.report:

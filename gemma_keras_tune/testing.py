@@ -12,7 +12,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from gemma_keras_tune._quiet import quiet_stderr
+from gemma_keras_tune._support.quiet import quiet_stderr
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4")
 

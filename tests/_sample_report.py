@@ -24,7 +24,7 @@ from gemma_keras_tune.evaluation.results import (
 )
 from gemma_keras_tune.evaluation.retention import Retention, RetentionItem, RetentionScore
 from gemma_keras_tune.evaluation.running import _verdicts
-from gemma_keras_tune.generation import Answer
+from gemma_keras_tune.generation.answers import Answer
 
 HOSTILE = (
     "</pre></script><script>document.title = 'run'; window.broken = true</script>"

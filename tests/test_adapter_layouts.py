@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.adapter_layouts import read_adapter
-from gemma_keras_tune.families import family_of, from_matrix, to_matrix
+from gemma_keras_tune.adapters.layouts import read_adapter
+from gemma_keras_tune.gemma.families import family_of, from_matrix, to_matrix
 
 FUZZ = settings(
     max_examples=40, deadline=None, database=None, derandomize=True,

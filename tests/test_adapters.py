@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune._bases import base_record, wrong_base
-from gemma_keras_tune.families import backbone_inputs, mark_origin
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.templates import attach_template, get_template, template_of
+from gemma_keras_tune.adapters.bases import base_record, wrong_base
+from gemma_keras_tune.gemma.families import backbone_inputs, mark_origin
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.gemma.templates import attach_template, get_template, template_of
 
 IDS = np.arange(4, 20).reshape(2, 8)
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune import testing, training
+from gemma_keras_tune import testing
+from gemma_keras_tune.training import model as model_module
 from gemma_keras_tune.errors import EvaluationError, LoraError, PairsError, PlanError
 from gemma_keras_tune.evaluation import cross_validation
 from gemma_keras_tune.evaluation.checks import Contains, Exact, JsonSchema, Length
 from gemma_keras_tune.evaluation.cross_validation import assign_folds, cross_validate
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
-from gemma_keras_tune.generation import compiled_programs
-from gemma_keras_tune.planning import plan_settings
+from gemma_keras_tune.generation.answers import compiled_programs
+from gemma_keras_tune.training.planning import plan_settings
 
 # The same answer every time: what was learnt from some pairs holds for the others.
 PAIRS = [(f"part number for roll {i}", "yes") for i in range(10)]
@@ -35,9 +36,9 @@ def done():
     flags = [v.trainable for v in model.variables]
     traces = []
     patch = pytest.MonkeyPatch()
-    real = training.token_cross_entropy
+    real = model_module.token_cross_entropy
     patch.setattr(
-        training, "token_cross_entropy", lambda *a, **k: traces.append(1) or real(*a, **k)
+        model_module, "token_cross_entropy", lambda *a, **k: traces.append(1) or real(*a, **k)
     )
     try:
         result = cross_validate(model, PAIRS, folds=3, verbose=0, seed=1, **SETTINGS)

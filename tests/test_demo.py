@@ -12,7 +12,7 @@ import pytest
 from gemma_keras_tune import demo
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.evaluation.leakage import find_leaks
-from gemma_keras_tune.pairs import read_pairs
+from gemma_keras_tune.pairs.reader import read_pairs
 
 OFFICIAL = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "business_email"
 EXPECTED = {"type": "order", "items": [{"name": "rolls", "quantity": 4}, {"name": "torte"}]}

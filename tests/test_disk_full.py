@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from gemma_keras_tune._files import new_folder
+from gemma_keras_tune._support.files import new_folder
 from gemma_keras_tune.errors import ExportError
 
 SCRIPT = """

@@ -29,7 +29,7 @@ from gemma_keras_tune.evaluation.checks import (
     Stops,
     check_from_config,
 )
-from gemma_keras_tune.generation import Answer
+from gemma_keras_tune.generation.answers import Answer
 
 
 def answer(text, stopped=True, tokens=3):

@@ -30,11 +30,11 @@ from gemma_keras_tune.evaluation.prompting import (
 from gemma_keras_tune.evaluation.results import CaseResult, SampleResult
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.running import evaluate, tuning_of
-from gemma_keras_tune.generation import Answer, compiled_programs
-from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, set_factors
-from gemma_keras_tune.pairs import Message, read_pairs
-from gemma_keras_tune.pipeline import Encoder
-from gemma_keras_tune.templates import get_template
+from gemma_keras_tune.generation.answers import Answer, compiled_programs
+from gemma_keras_tune.adapters.lora import enable_lora, get_factors, lora_linears, set_factors
+from gemma_keras_tune.pairs.reader import Message, read_pairs
+from gemma_keras_tune.training.pipeline import Encoder
+from gemma_keras_tune.gemma.templates import get_template
 from gemma_keras_tune.testing import tiny_model, tiny_pairs
 
 QUICK: dict[str, Any] = dict(max_new_tokens=6, batch_size=4, verbose=0, retention=False)

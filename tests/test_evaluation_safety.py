@@ -10,9 +10,9 @@ from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.policies import policy_threshold
 from gemma_keras_tune.evaluation.safety import POLICIES, Policy, ShieldGemma, shieldgemma_prompt
 from gemma_keras_tune.evaluation.scoring import Scorer
-from gemma_keras_tune.lora import enable_lora, get_factors, lora_disabled, lora_linears, set_factors
-from gemma_keras_tune.pipeline import Encoder
-from gemma_keras_tune.templates import Segment
+from gemma_keras_tune.adapters.lora import enable_lora, get_factors, lora_disabled, lora_linears, set_factors
+from gemma_keras_tune.training.pipeline import Encoder
+from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.testing import tiny_model
 
 # The model card's example, https://ai.google.dev/gemma/docs/shieldgemma/model_card

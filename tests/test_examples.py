@@ -11,7 +11,7 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.generation import Answer
+from gemma_keras_tune.generation.answers import Answer
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = ROOT / ".." / "shared" / "data"

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from gemma_keras_tune.errors import ExportError, LoadError
-from gemma_keras_tune.exporting import export, gemma_jax
-from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.exporting.exporter import export
+from gemma_keras_tune.formats.gemma_jax import writer as gemma_jax_writer
+from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.exporting.verifying import verify
-from gemma_keras_tune.families import backbone_inputs
-from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, merge_lora, set_factors
-from gemma_keras_tune.templates import SIDECAR, attach_template, get_template, template_of
+from gemma_keras_tune.gemma.families import backbone_inputs
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.adapters.lora import enable_lora, get_factors, lora_linears, merge_lora, set_factors
+from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, get_template, template_of
 from gemma_keras_tune.testing import tiny_model
 
 # `gemma` asks for other versions of what this library uses, so it may stand in an environment of
@@ -46,7 +47,7 @@ def _tuned(model: Any) -> Any:
 
 
 def test_tree_has_the_layout_of_the_library(gemma3: Any) -> None:
-    tree = gemma_jax.parameter_tree(gemma3)
+    tree = gemma_jax_writer.parameter_tree(gemma3)
     assert set(tree) == {"embedder", "final_norm", *(f"layer_{i}" for i in range(7))}
     layer = tree["layer_6"]
     block = gemma3.backbone.transformer_layers[6]
@@ -62,36 +63,36 @@ def test_tree_has_the_layout_of_the_library(gemma3: Any) -> None:
 
 
 def test_dtype_is_the_one_asked_for(gemma3: Any) -> None:
-    tree = gemma_jax.parameter_tree(gemma3, dtype="bfloat16")
+    tree = gemma_jax_writer.parameter_tree(gemma3, dtype="bfloat16")
     assert tree["final_norm"]["scale"].dtype == ml_dtypes.bfloat16
     with pytest.raises(ExportError, match="'int8'"):
-        gemma_jax.parameter_tree(gemma3, dtype="int8")
+        gemma_jax_writer.parameter_tree(gemma3, dtype="int8")
 
 
 @pytest.mark.slow
 def test_gemma2_2b_alone_keeps_its_gates_untransposed() -> None:
     sizes = dict(num_layers=1, num_query_heads=2, num_key_value_heads=1, head_dim=4)
     model = tiny_model("gemma2", hidden_dim=2304, intermediate_dim=8, **sizes)
-    tree = gemma_jax.parameter_tree(model)
+    tree = gemma_jax_writer.parameter_tree(model)
     assert tree["layer_0"]["mlp"]["gating_einsum"].shape == (2, 2304, 4)
     model = tiny_model("gemma2", num_layers=1)
-    assert gemma_jax.parameter_tree(model)["layer_0"]["mlp"]["gating_einsum"].shape == (2, 24, 16)
+    assert gemma_jax_writer.parameter_tree(model)["layer_0"]["mlp"]["gating_einsum"].shape == (2, 24, 16)
 
 
 def test_embeddings_get_the_rows_the_library_expects() -> None:
     embedding = np.arange(512_000, dtype="float32").reshape(256_000, 2)
-    padded = gemma_jax._with_its_rows(embedding)
+    padded = gemma_jax_writer._with_its_rows(embedding)
     assert padded.shape == (256_128, 2)
     np.testing.assert_array_equal(padded[:256_000], embedding)
     assert (padded[256_000:] == embedding[0]).all()
-    assert gemma_jax._with_its_rows(np.zeros((262_208, 1))).shape == (262_144, 1)
-    assert gemma_jax._with_its_rows(np.zeros((262_400, 1, 1))).shape == (262_144, 1, 1)
-    assert gemma_jax._with_its_rows(np.zeros((500, 1))).shape == (500, 1)
+    assert gemma_jax_writer._with_its_rows(np.zeros((262_208, 1))).shape == (262_144, 1)
+    assert gemma_jax_writer._with_its_rows(np.zeros((262_400, 1, 1))).shape == (262_144, 1, 1)
+    assert gemma_jax_writer._with_its_rows(np.zeros((500, 1))).shape == (500, 1)
 
 
 def test_gemma1_is_refused() -> None:
     with pytest.raises(ExportError, match="Gemma 2, Gemma 3, Gemma 3n and Gemma 4") as caught:
-        gemma_jax.parameter_tree(tiny_model("gemma", num_layers=1))
+        gemma_jax_writer.parameter_tree(tiny_model("gemma", num_layers=1))
     assert "Gemma 1" in str(caught.value)
 
 
@@ -99,19 +100,19 @@ def test_gemma4_that_the_library_cannot_compute_is_refused() -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     model = tiny_model("gemma4", layer_types=kinds, layer_norm_epsilon=1e-5)
     with pytest.raises(ExportError, match="cannot compute this Gemma 4") as caught:
-        gemma_jax.parameter_tree(model)
+        gemma_jax_writer.parameter_tree(model)
     told = " ".join(caught.value.problems)
     assert len(caught.value.problems) == 2
     assert "layer_norm_epsilon is 1e-05" in told
     with pytest.raises(ExportError, match="enable_moe_block is True"):
-        gemma_jax.parameter_tree(tiny_model("gemma4", moe=True))
+        gemma_jax_writer.parameter_tree(tiny_model("gemma4", moe=True))
     assert "['full_attention', 'sliding_attention']" in told
 
 
 def test_settings_the_library_does_not_know_are_refused() -> None:
     model = tiny_model("gemma3", num_layers=1, num_key_value_heads=4, use_post_ffw_norm=False)
     with pytest.raises(ExportError, match="use_post_ffw_norm") as caught:
-        gemma_jax.parameter_tree(model)
+        gemma_jax_writer.parameter_tree(model)
     assert len(caught.value.problems) == 2
 
 
@@ -119,7 +120,7 @@ def test_gemma3n_that_the_library_cannot_compute_is_refused() -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     model = tiny_model("gemma3n", layer_types=kinds, intermediate_size=[24, 24, 24, 32])
     with pytest.raises(ExportError, match="cannot compute this Gemma 3n") as caught:
-        gemma_jax.parameter_tree(model)
+        gemma_jax_writer.parameter_tree(model)
     told = " ".join(caught.value.problems)
     assert len(caught.value.problems) == 3
     assert "altup_num_inputs is 2" in told
@@ -131,10 +132,10 @@ def test_orbax_holds_the_tree_and_lora_is_merged(tmp_path: pathlib.Path) -> None
     orbax = pytest.importorskip("orbax.checkpoint")
     model = _tuned(tiny_model("gemma3", num_layers=1))
     seen: list[tuple[str, int, int]] = []
-    gemma_jax.write(model, tmp_path, progress=lambda *news: seen.append(news))
+    gemma_jax_writer.write(model, tmp_path, progress=lambda *news: seen.append(news))
     assert seen[-1][1] == seen[-1][2] == len(seen)
     merge_lora(model)
-    merged = gemma_jax.parameter_tree(model)
+    merged = gemma_jax_writer.parameter_tree(model)
     restored = orbax.StandardCheckpointer().restore((tmp_path / "params").absolute())
     keras.tree.map_structure(
         lambda left, right: np.testing.assert_allclose(left, right, atol=1e-6), restored, merged
@@ -190,10 +191,10 @@ def test_nothing_stays_of_a_checkpoint_that_fails_at_its_end(tmp_path: pathlib.P
 
 def test_every_name_of_a_checkpoint_needs_an_array(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("orbax.checkpoint")
-    from gemma_keras_tune.exporting import _orbax_tree
+    from gemma_keras_tune.formats.gemma_jax import orbax_tree
 
     with pytest.raises(ValueError, match=r"no arrays for \['b/c'\]"):
-        _orbax_tree.save(tmp_path / "x", {"a": "a", "b": {"c": "b/c"}}, [("a", np.ones(3))])
+        orbax_tree.save(tmp_path / "x", {"a": "a", "b": {"c": "b/c"}}, [("a", np.ones(3))])
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_what_is_being_written() -> None:
     pytest.importorskip("orbax.checkpoint")
-    from gemma_keras_tune.exporting import _orbax_tree
+    from gemma_keras_tune.formats.gemma_jax import orbax_tree
 
     class Writing:
         done = False
@@ -220,18 +221,18 @@ def test_an_interrupt_waits_for_what_is_being_written() -> None:
 
     writing = Writing()
     with pytest.raises(KeyboardInterrupt):
-        _orbax_tree._finish(writing)
+        orbax_tree._finish(writing)
     assert writing.done
 
 
 def test_large_arrays_are_cut_and_come_back_whole(tmp_path: pathlib.Path) -> None:
     orbax = pytest.importorskip("orbax.checkpoint")
-    from gemma_keras_tune.exporting import _orbax_tree
+    from gemma_keras_tune.formats.gemma_jax import orbax_tree
 
     large = np.arange(2**24 + 5, dtype="float32").reshape(1, -1)  # more than a file holds
     arrays = {"b/large": large, "a": np.float32([1, 2]), "b/none": np.zeros((2, 3), "float16")}
     tree = {"a": "a", "b": {"large": "b/large", "none": "b/none"}}
-    _orbax_tree.save(tmp_path / "x", tree, iter(arrays.items()))
+    orbax_tree.save(tmp_path / "x", tree, iter(arrays.items()))
     with orbax.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(tmp_path / "x").item_metadata.tree
         found = checkpointer.restore(tmp_path / "x")

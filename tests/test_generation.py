@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from _quantized import quantize
 
-from gemma_keras_tune import _decoding, generation
+from gemma_keras_tune.generation import decoding
+from gemma_keras_tune.generation import answers
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.generation import (
+from gemma_keras_tune.generation.answers import (
     compiled_programs,
     generate,
     generate_answers,
     generate_ids,
 )
-from gemma_keras_tune.lora import enable_lora, lora_disabled, lora_linears, merge_lora
-from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.pipeline import Encoder
-from gemma_keras_tune.templates import TEMPLATES, Segment, TextTemplate, attach_template
+from gemma_keras_tune.adapters.lora import enable_lora, lora_disabled, lora_linears, merge_lora
+from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.training.pipeline import Encoder
+from gemma_keras_tune.gemma.templates import TEMPLATES, Segment, TextTemplate, attach_template
 from gemma_keras_tune.testing import FAMILIES, tiny_model
 
 # Long enough to cross the tiny models' sliding window of 8 tokens.
@@ -49,8 +50,8 @@ def ids(model, rows, **kwargs):
 
 
 def assert_like_stock(model, monkeypatch, lengths):
-    monkeypatch.setattr(generation, "SHORT_CHUNK", 8)
-    monkeypatch.setattr(_decoding, "LEAST_ROOM", 0)
+    monkeypatch.setattr(answers, "SHORT_CHUNK", 8)
+    monkeypatch.setattr(decoding, "LEAST_ROOM", 0)
     rows = rows_of_lengths(*lengths)
     for row, written in zip(rows, ids(model, rows), strict=True):
         np.testing.assert_array_equal(written, stock_ids(model, row))
@@ -111,7 +112,7 @@ def test_many_lengths_take_few_programs(model, monkeypatch):
         assert all(len(row) <= batch.chunks * batch.chunk + 1 for row in rows)
         return [row[-1:] for row in rows]
 
-    monkeypatch.setattr(generation, "_run_batch", run)
+    monkeypatch.setattr(answers, "_run_batch", run)
     written = ids(model, rows, batch_size=8)
     assert [w[0] for w in written] == [row[-1] for row in rows]
     assert 1 < len(made) <= 3
@@ -139,13 +140,13 @@ def test_a_row_ends_at_a_stop_token_and_says_so(model):
 def passes(monkeypatch):
     """Counts the passes that programs compiled from now on make to write."""
     made = []
-    choose = _decoding._choose
+    choose = decoding._choose
 
     def counted(*args):
         jax.debug.callback(lambda: made.append(1))
         return choose(*args)
 
-    monkeypatch.setattr(_decoding, "_choose", counted)
+    monkeypatch.setattr(decoding, "_choose", counted)
     return made
 
 
@@ -165,7 +166,7 @@ def test_writing_ends_when_all_rows_have_stopped(passes):
 def test_guesses_are_what_followed_before():
     def guessed(text, start=0, count=3):
         row = np.asarray([*text, *[9] * 5])[None]
-        asked = _decoding._last_and_guessed(
+        asked = decoding._last_and_guessed(
             jnp.asarray(row), jnp.asarray([len(text) - 1]), jnp.asarray([start]), count
         )
         return np.asarray(asked)[0].tolist()
@@ -182,16 +183,16 @@ def test_guesses_are_what_followed_before():
 
 
 def test_fewer_guesses_for_more_rows_none_for_short_texts_or_a_sampler():
-    counts = [_decoding.guesses(None, rows, 128) for rows in (1, 8, 9, 16, 32, 33, 64, 500)]
+    counts = [decoding.guesses(None, rows, 128) for rows in (1, 8, 9, 16, 32, 33, 64, 500)]
     assert counts == [7, 7, 6, 3, 1, 0, 0, 0]
-    assert _decoding.guesses(None, 1, 96) == 0
-    assert _decoding.guesses(keras_hub.samplers.RandomSampler(), 1, 128) == 0
+    assert decoding.guesses(None, 1, 96) == 0
+    assert decoding.guesses(keras_hub.samplers.RandomSampler(), 1, 128) == 0
 
 
 def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
     asked = jnp.asarray([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
     chosen = jnp.asarray([[2, 3, 4, 5], [9, 3, 4, 5], [2, 7, 4, 5], [2, 3, 4, 8]])
-    right, to_stop = _decoding._right_and_to_stop(asked, chosen, jnp.asarray([7, 8, -1]))
+    right, to_stop = decoding._right_and_to_stop(asked, chosen, jnp.asarray([7, 8, -1]))
     assert right.tolist() == [4, 1, 2, 4]
     assert to_stop.tolist() == [5, 5, 2, 4]
 
@@ -199,15 +200,15 @@ def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guesses_save_passes_and_change_nothing(family, monkeypatch, passes):
-    monkeypatch.setattr(_decoding, "LEAST_ROOM", 0)
+    monkeypatch.setattr(decoding, "LEAST_ROOM", 0)
     model = tiny_model(family)
     period = [70, 81, 92]
     rows = [np.asarray([2, *period * n]) for n in (2, 5, 9)] + rows_of_lengths(4, 17, 30)
     stop = int(ids(model, rows, max_new_tokens=40)[1][25])
     taken = {}
     for count in (0, 3):
-        monkeypatch.setattr(_decoding, "MOST_GUESSES", count)
-        generation.programs_of(model).by_key.clear()
+        monkeypatch.setattr(decoding, "MOST_GUESSES", count)
+        answers.programs_of(model).by_key.clear()
         passes.clear()
         taken[count] = generate_ids(
             model, rows, stop_token_ids=[stop], max_new_tokens=40, batch_size=4
@@ -258,7 +259,7 @@ def test_the_attached_template_is_applied(model, monkeypatch):
         asked.append((rows, kwargs["stop_token_ids"]))
         return [(np.zeros(0, "int32"), True)] * len(rows)
 
-    monkeypatch.setattr(generation, "generate_ids", spy)
+    monkeypatch.setattr(answers, "generate_ids", spy)
     attach_template(model, TextTemplate("{input} =>{output}<turn|>"))
     try:
         assert generate(model, "box") == ""
@@ -276,7 +277,7 @@ def test_stop_token_is_not_part_of_the_answer(model, monkeypatch):
     words = list(np.asarray(tokenizer("two boxes")))
     row = np.asarray([*words, end, *words], "int32")
     monkeypatch.setattr(
-        generation, "_run_batch", lambda model, weights, rows, *rest: [row] * len(rows)
+        answers, "_run_batch", lambda model, weights, rows, *rest: [row] * len(rows)
     )
     assert generate(model, "box", template=TEMPLATES["gemma3"]) == "two boxes"
 
@@ -410,7 +411,7 @@ def test_programs_do_not_keep_a_model_alive():
 
 @pytest.mark.real
 def test_real_model_writes_as_kerashub():
-    from gemma_keras_tune.loading import load
+    from gemma_keras_tune.loading.loader import load
 
     model = load("package://gemma3_270m")
     prompts = [

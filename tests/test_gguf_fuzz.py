@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_keras_tune.errors import LoadError
-from gemma_keras_tune.gguf_files import load_gguf, read_header
+from gemma_keras_tune.formats.gguf.reader import load_gguf, read_header
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 6, 7, 8, 9, 10
 F32 = 0

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.exporting._weights import merged_weights
-from gemma_keras_tune.hugging_face_folders import INDEX, WEIGHTS
+from gemma_keras_tune.formats.weights import merged_weights
+from gemma_keras_tune.formats.hugging_face.reader import INDEX, WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gemma_keras_tune._layouts import axes_of, pack, packed_axes, unpack
-from gemma_keras_tune.families import family_of
+from gemma_keras_tune.gemma.packing import axes_of, pack, packed_axes, unpack
+from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.testing import FAMILIES, tiny_model
 
 

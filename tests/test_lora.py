@@ -7,8 +7,8 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.families import backbone_inputs, family_of, fingerprint, to_matrix
-from gemma_keras_tune.lora import (
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of, fingerprint, to_matrix
+from gemma_keras_tune.adapters.lora import (
     ALL_TARGETS,
     get_factors,
     kernel_update,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_keras_tune.losses import token_cross_entropy
+from gemma_keras_tune.training.losses import token_cross_entropy
 
 
 def plain(hidden, embedding, labels, soft_cap):

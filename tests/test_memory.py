@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from gemma_keras_tune._memory import kept_memory
+from gemma_keras_tune._support.memory import kept_memory
 
 SIZE = 64 << 20
 
@@ -45,7 +45,7 @@ THREADS = """
 import resource
 import jax
 import gemma_keras_tune
-from gemma_keras_tune._memory import kept_memory
+from gemma_keras_tune._support.memory import kept_memory
 
 more = jax.jit(lambda x: x + 1)
 x = jax.numpy.ones((4096, 4096))

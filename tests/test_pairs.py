@@ -21,9 +21,9 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma_keras_tune import _pair_sources
+from gemma_keras_tune.pairs import sources
 from gemma_keras_tune.errors import PairsError, PairsWarning
-from gemma_keras_tune.pairs import (
+from gemma_keras_tune.pairs.reader import (
     SCHEMAS,
     Message,
     Pair,
@@ -538,7 +538,7 @@ def test_json_array_problems_name_row_and_line(tmp_path):
 )
 def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        _pair_sources, "_CHUNK_CHARACTERS", data.draw(st.integers(1, 40), label="chunk")
+        sources, "_CHUNK_CHARACTERS", data.draw(st.integers(1, 40), label="chunk")
     )
     rows = data.draw(st.lists(st.tuples(field, field), min_size=1, max_size=6))
     indent = data.draw(st.sampled_from([None, 0, 2]))
@@ -554,7 +554,7 @@ def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunk", range(1, 12))
 def test_a_number_is_not_cut_at_the_end_of_a_chunk(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(_pair_sources, "_CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", chunk)
     (tmp_path / "rows.json").write_text("[1234567]")
     assert problems(tmp_path / "rows.json") == [
         "row 1 (line 1): an int, expected (input, output) or a dictionary: 1234567"
@@ -856,7 +856,7 @@ def test_importing_pairs_imports_no_heavy_package():
     code = (
         "import sys, types, pathlib\n"
         "package = types.ModuleType('gemma_keras_tune')\n"
-        f"package.__path__ = [{str(pathlib.Path(_pair_sources.__file__).parent)!r}]\n"
+        f"package.__path__ = [{str(pathlib.Path(sources.__file__).parent)!r}]\n"
         "sys.modules['gemma_keras_tune'] = package\n"
         "from gemma_keras_tune.pairs import read_pairs\n"
         "assert len(list(read_pairs([('a', 'b')]))) == 1\n"

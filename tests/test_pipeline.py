@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune import pipeline, testing
-from gemma_keras_tune.pipeline import (
+from gemma_keras_tune import testing
+from gemma_keras_tune.training import pipeline
+from gemma_keras_tune.training.pipeline import (
     Batcher,
     TokenizedPairs,
     choose_shapes,

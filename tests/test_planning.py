@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune import planning, testing
-from gemma_keras_tune._memory import control_group_memory
-from gemma_keras_tune.planning import check_settings, plan_settings, step_bytes, template_setting
+from gemma_keras_tune import testing
+from gemma_keras_tune.training import planning
+from gemma_keras_tune._support.memory import control_group_memory
+from gemma_keras_tune.training.planning import check_settings, plan_settings, step_bytes, template_setting
 
 PLAIN = "{input}\n{output}"
 
@@ -145,7 +146,7 @@ def test_callbacks_that_lose_lora_are_refused_by_name(callback):
 
 
 def test_full_tuning_takes_checkpoints_of_weights_alone():
-    from gemma_keras_tune.tuning import _wrong_callbacks
+    from gemma_keras_tune.training.tuning import _wrong_callbacks
 
     whole = keras.callbacks.ModelCheckpoint("x.keras")
     assert "save_weights_only=True" in refused(callbacks=[whole], method="full").problems[0]

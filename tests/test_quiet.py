@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gemma_keras_tune._quiet import quiet_stderr
+from gemma_keras_tune._support.quiet import quiet_stderr
 
 SCRIPT = """
 import gemma_keras_tune as gkt

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.families import backbone_inputs
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import (
+from gemma_keras_tune.gemma.families import backbone_inputs
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     NOT_CHECKED,
     SCHEMA,

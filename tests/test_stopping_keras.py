@@ -12,7 +12,7 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.families import family_of
+from gemma_keras_tune.gemma.families import family_of
 
 # Generation and stop token: that of its turns, and `<eos>`, which plain templates end with.
 CASES = [

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune.generation import compiled_programs
-from gemma_keras_tune.streaming import _pieces
+from gemma_keras_tune.generation.answers import compiled_programs
+from gemma_keras_tune.generation.streaming import _pieces
 from gemma_keras_tune.testing import tiny_model
 
 

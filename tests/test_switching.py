@@ -12,12 +12,12 @@ from safetensors.numpy import load_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.errors import AdapterError
-from gemma_keras_tune.families import family_of
-from gemma_keras_tune.generation import compiled_programs
-from gemma_keras_tune.gguf_files import read_header
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import read_receipt
-from gemma_keras_tune.switching import adapter_strength
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.generation.answers import compiled_programs
+from gemma_keras_tune.formats.gguf.reader import read_header
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.exporting.receipts import read_receipt
+from gemma_keras_tune.adapters.switching import adapter_strength
 from gemma_keras_tune.testing import tiny_model, tiny_pairs
 
 PROMPT = "Say something."

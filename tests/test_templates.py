@@ -9,12 +9,12 @@ import weakref
 import jinja2
 import pytest
 
-from gemma_keras_tune import templates
+from gemma_keras_tune.gemma import templates
 from gemma_keras_tune.errors import LoraError, PairsWarning, TemplateError
-from gemma_keras_tune.loading import _handle_instruct
-from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.pipeline import Encoder
-from gemma_keras_tune.templates import (
+from gemma_keras_tune.loading.loader import _handle_instruct
+from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.training.pipeline import Encoder
+from gemma_keras_tune.gemma.templates import (
     PLAIN,
     SIDECAR,
     TEMPLATES,
@@ -31,7 +31,7 @@ from gemma_keras_tune.templates import (
     write_template,
 )
 from gemma_keras_tune.testing import FAMILIES, tiny_model, tiny_tokenizer
-from gemma_keras_tune.tuning import tune
+from gemma_keras_tune.training.tuning import tune
 
 TURN_FORMATS = [name for name in TEMPLATES if name != "plain"]
 ASK = (Message("user", " Hi \n"),)

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune import testing, training, tuning
-from gemma_keras_tune.families import backbone_inputs
-from gemma_keras_tune.lora import get_factors, lora_linears
-from gemma_keras_tune.losses import token_cross_entropy
-from gemma_keras_tune.pipeline import make_batcher, tokenize_pairs
-from gemma_keras_tune.training import TuningModel
+from gemma_keras_tune import testing
+from gemma_keras_tune.training import model as model_module
+from gemma_keras_tune.training import tuning
+from gemma_keras_tune.gemma.families import backbone_inputs
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears
+from gemma_keras_tune.training.losses import token_cross_entropy
+from gemma_keras_tune.training.pipeline import make_batcher, tokenize_pairs
+from gemma_keras_tune.training.model import TuningModel
 
 GENERATIONS = ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4 moe"]
 PLAIN = "{input}\n{output}"
@@ -401,7 +403,7 @@ def test_the_whole_gradient_is_clipped_by_its_norm():
 def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(generation, monkeypatch):
     block = 64
     monkeypatch.setattr(
-        training, "token_cross_entropy", functools.partial(token_cross_entropy, block_rows=block)
+        model_module, "token_cross_entropy", functools.partial(token_cross_entropy, block_rows=block)
     )
     model = tiny(generation)
     trainer = TuningModel(model)

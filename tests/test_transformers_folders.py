@@ -11,7 +11,7 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 
 pytestmark = [
     pytest.mark.slow,

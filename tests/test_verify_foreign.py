@@ -9,7 +9,7 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.exporting.verifying import verify
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["Hello!", "part number  for\nbrake 7"]

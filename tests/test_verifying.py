@@ -16,8 +16,8 @@ from gemma_keras_tune.__main__ import main
 from gemma_keras_tune.exporting import verifying
 from gemma_keras_tune.exporting.runtimes import Answered, NotRunError
 from gemma_keras_tune.exporting.verifying import _compare, tolerance_of, verify
-from gemma_keras_tune.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.receipts import (
+from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     NOT_CHECKED,
     FileRecord,

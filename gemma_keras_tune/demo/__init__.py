@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_keras_tune._files import write_text
+from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import ExportError
 
 MODEL = "package://gemma3_270m"

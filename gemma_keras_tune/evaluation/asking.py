@@ -12,14 +12,14 @@ import keras_hub
 import numpy as np
 
 from gemma_keras_tune.evaluation.resuming import AnswerLog
-from gemma_keras_tune.generation import (
+from gemma_keras_tune.generation.answers import (
     MAX_BUFFERS,
     Answer,
     ProgramShapes,
     choose_programs,
     generate_ids,
 )
-from gemma_keras_tune.lora import lora_disabled
+from gemma_keras_tune.adapters.lora import lora_disabled
 
 Side = Literal["base", "tuned"]
 Group = list["Question"]

@@ -30,7 +30,7 @@ from gemma_keras_tune.evaluation.policies import (
     policy_threshold,
 )
 from gemma_keras_tune.evaluation.refusals import LANGUAGES, find_refusal
-from gemma_keras_tune.generation import Answer
+from gemma_keras_tune.generation.answers import Answer
 
 Space = Literal["strip", "collapse", "keep"]
 PATTERN_SECONDS = 1.0

@@ -23,21 +23,21 @@ from gemma_keras_tune.evaluation.asking import is_share, is_whole, progress_bar
 from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
 from gemma_keras_tune.evaluation.results import SampleResult
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
-from gemma_keras_tune.generation import generate_answers
-from gemma_keras_tune.loading import load
-from gemma_keras_tune.lora import lora_config, remove_lora
-from gemma_keras_tune.pairs import Pair, read_pairs
-from gemma_keras_tune.pipeline import (
+from gemma_keras_tune.generation.answers import generate_answers
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.adapters.lora import lora_config, remove_lora
+from gemma_keras_tune.pairs.reader import Pair, read_pairs
+from gemma_keras_tune.training.pipeline import (
     Batcher,
     Shape,
     TokenizedPairs,
     choose_shapes,
     tokenize_pairs,
 )
-from gemma_keras_tune.planning import Plan, check_updates, plan_settings, template_setting
-from gemma_keras_tune.templates import Template, get_template
-from gemma_keras_tune.training import TuningModel
-from gemma_keras_tune.tuning import (
+from gemma_keras_tune.training.planning import Plan, check_updates, plan_settings, template_setting
+from gemma_keras_tune.gemma.templates import Template, get_template
+from gemma_keras_tune.training.model import TuningModel
+from gemma_keras_tune.training.tuning import (
     planned_optimizer,
     prepare_weights,
     settle,

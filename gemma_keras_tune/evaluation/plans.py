@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-from gemma_keras_tune._files import write_text
-from gemma_keras_tune._pair_sources import Broken, open_source
+from gemma_keras_tune._support.files import write_text
+from gemma_keras_tune.pairs.sources import Broken, open_source
 from gemma_keras_tune.errors import EvaluationError, PairsError
 from gemma_keras_tune.evaluation.checks import (
     CHECKS,
@@ -24,7 +24,7 @@ from gemma_keras_tune.evaluation.checks import (
     has_text,
     shown,
 )
-from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.pairs.reader import Message
 
 Kind = Literal["success", "failure", "boundary"]
 KINDS: tuple[Kind, ...] = ("success", "failure", "boundary")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from gemma_keras_tune.adapters import load_adapter
+from gemma_keras_tune.exporting.saving import load_adapter
 from gemma_keras_tune.errors import EvaluationError, GemmaTuneError
 from gemma_keras_tune.evaluation.plans import SUFFIXES, Case, TestPlan
 from gemma_keras_tune.evaluation.results import CaseResult
 from gemma_keras_tune.evaluation.running import evaluate
 from gemma_keras_tune.evaluation.safety import ShieldGemma
-from gemma_keras_tune.loading import load
+from gemma_keras_tune.loading.loader import load
 
 _MODELS = pytest.StashKey[tuple[Any, Any]]()
 _FAILURE = pytest.StashKey[GemmaTuneError]()

@@ -10,13 +10,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from gemma_keras_tune._files import write_text
+from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.checks import Function, Outcome, check_from_config
 from gemma_keras_tune.evaluation.plans import Case, Kind
 from gemma_keras_tune.evaluation.retention import Retention
 from gemma_keras_tune.evaluation.statistics import Verdict
-from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.pairs.reader import Message
 
 Variant = Literal["base", "tuned", "few_shot"]
 VARIANTS: tuple[Variant, ...] = ("base", "tuned", "few_shot")

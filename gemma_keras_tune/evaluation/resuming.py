@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.generation import Answer
+from gemma_keras_tune.generation.answers import Answer
 
 SCHEMA = "gemma_keras_tune.answers/2"
 

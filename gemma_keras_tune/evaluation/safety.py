@@ -17,9 +17,9 @@ import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.scoring import Scorer
-from gemma_keras_tune.families import fingerprint
-from gemma_keras_tune.loading import load
-from gemma_keras_tune.templates import Segment
+from gemma_keras_tune.gemma.families import fingerprint
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.gemma.templates import Segment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.families import backbone_inputs, family_of
-from gemma_keras_tune.generation import values_of
-from gemma_keras_tune.lora import lora_enabled
-from gemma_keras_tune.losses import token_cross_entropy
-from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
-from gemma_keras_tune.templates import Segment
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.generation.answers import values_of
+from gemma_keras_tune.adapters.lora import lora_enabled
+from gemma_keras_tune.training.losses import token_cross_entropy
+from gemma_keras_tune.training.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
+from gemma_keras_tune.gemma.templates import Segment
 
 # So that few shapes are compiled, prompts are padded to one of these lengths, or a multiple of the
 # last, and rows to score have so many shapes at most.

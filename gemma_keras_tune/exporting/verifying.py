@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from gemma_keras_tune._files import write_text
+from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
 from gemma_keras_tune.exporting.runtimes import (
     Answered,
@@ -16,7 +16,7 @@ from gemma_keras_tune.exporting.runtimes import (
     ask,
     check_receipt,
 )
-from gemma_keras_tune.receipts import (
+from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     FileRecord,
     Outcome,

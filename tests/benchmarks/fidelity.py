@@ -40,9 +40,9 @@ from _peak_memory import PeakMemory
 from _short_pairs import short_pairs
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune.exporting import gguf_file
-from gemma_keras_tune.generation import compiled_programs
-from gemma_keras_tune.templates import attach_template
+from gemma_keras_tune.formats.gguf import writer as gguf_writer
+from gemma_keras_tune.generation.answers import compiled_programs
+from gemma_keras_tune.gemma.templates import attach_template
 
 PROMPTS = 20
 NEW_TOKENS = 24
@@ -62,7 +62,7 @@ class Reference:
         template = gkt.template_of(model) or gkt.get_template("auto", model)
         tokenizer = model.preprocessor.tokenizer
         self.stops = np.array(sorted(template.stop_token_ids(tokenizer)))
-        from gemma_keras_tune.generation import encode_prompts
+        from gemma_keras_tune.generation.answers import encode_prompts
 
         rows = encode_prompts(prompts, template, tokenizer)
         self.rendered = [tokenizer.detokenize(row[1:]) for row in rows]
@@ -124,7 +124,7 @@ def compare(reference: Reference, found: dict[str, Any]) -> tuple[int, float]:
 
 def from_llama_cpp(path: pathlib.Path, reference: Reference) -> tuple[int, float]:
     """llama.cpp, through a binding."""
-    runtime = gguf_file.open_runtime(path)
+    runtime = gguf_writer.open_runtime(path)
     same, largest = 0, 0.0
     try:
         for i, (start, length) in enumerate(zip(reference.starts, reference.lengths, strict=True)):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_keras_tune._pictures import COLOURS, draw_history, new_figure, style, to_svg
+from gemma_keras_tune._support.pictures import COLOURS, draw_history, new_figure, style, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

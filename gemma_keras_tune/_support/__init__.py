@@ -1,0 +1,1 @@
+"""What every room uses: files, memory, quiet starts, pictures, the backend."""

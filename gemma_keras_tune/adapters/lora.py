@@ -1,0 +1,602 @@
+"""Low-rank adaptation (LoRA) on every Gemma generation, in the factorisation the field shares.
+
+LoRA (Hu et al., 2021, arXiv:2106.09685) adds `scale * x A B` to a frozen linear layer. Keras has
+LoRA on `EinsumDense`, but splits the kernel so that on a query kernel `[heads, width, head_dim]`
+every head gets an `A` of its own: written as a PEFT adapter that is rank `heads * rank`. Here one
+`A` serves all heads, as in PEFT and in the Gemma library for JAX, so rank r leaves as rank r.
+
+The factors are kept under Keras's own names on the Keras layer (`lora_kernel_a`, `lora_kernel_b`,
+`lora_rank`, `lora_alpha`, `lora_enabled`), in shapes whose `matmul` broadcasts to the kernel's. So
+everything Keras and KerasHub do with LoRA goes on working: `layer.kernel` is the merged kernel and
+`save_to_preset` writes a merged preset. In the forward pass the two thin products are taken instead
+of the merged kernel, so no gradient of a full kernel is ever formed.
+"""
+
+import contextlib
+import dataclasses
+import math
+import numbers
+import string
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import keras
+import numpy as np
+from keras import ops
+
+from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune.errors import LoraError
+from gemma_keras_tune.gemma.families import Linear, family_of
+from gemma_keras_tune.gemma.templates import Template, template_of
+
+Targets = Literal["all", "attention"] | Iterable[str]
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """How LoRA was put on a model.
+
+    Attributes:
+        rank: Inner size of the factors.
+        alpha: Scale before division: by `rank`, or by its square root when `rank_stabilized`.
+        targets: Hugging Face module names of the adapted layers, sorted.
+        rank_stabilized: Whether the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
+        parameters: Number of trainable parameters.
+        total_parameters: Number of parameters of the base model.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rank_stabilized: bool
+    parameters: int
+    total_parameters: int
+
+    @property
+    def scale(self) -> float:
+        """Factor on `A B`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def __str__(self) -> str:
+        share = 100 * self.parameters / self.total_parameters
+        return (
+            f"LoRA rank {self.rank}, alpha {self.alpha:g} on {', '.join(self.targets)}: "
+            f"{self.parameters:,} of {self.total_parameters:,} parameters train ({share:.2f} %)"
+        )
+
+
+@dataclasses.dataclass
+class _State:
+    config: LoraConfig
+    linears: tuple[Linear, ...]
+    template: Template | None
+    was_trainable: list[tuple[keras.Variable, bool]]
+
+
+_states: "weakref.WeakKeyDictionary[keras.Model, _State]" = weakref.WeakKeyDictionary()
+
+
+def enable_lora(
+    model: keras.Model,
+    rank: int = 8,
+    *,
+    alpha: float | None = None,
+    targets: Targets = "all",
+    rank_stabilized: bool = False,
+    seed: int = 0,
+    verbose: int = 1,
+) -> LoraConfig:
+    """Freeze the model and put trainable low-rank factors on its linear layers.
+
+    `A` starts uniform in `±1/sqrt(inputs)` (as in PEFT) and `B` at zero, so the model's output does
+    not change until it is trained. The vision and audio towers are left alone.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` of any generation.
+        rank: Inner size of the factors, at least 1. At most the smaller side of every kernel.
+        alpha: The update is scaled by `alpha / rank`. Defaults to `rank`, a scale of 1.
+        targets: `"all"` linear layers of attention and feed-forward, `"attention"` alone, or names
+            as Hugging Face (`"q_proj"`) or KerasHub (`"query"`) spell them.
+        rank_stabilized: Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732).
+        seed: Seed of the initial `A`.
+        verbose: 0 prints nothing, 1 prints what is trainable.
+
+    Returns:
+        The `LoraConfig` in force.
+
+    Raises:
+        LoraError: The rank is not a positive integer or too large, a target matches no layer, LoRA
+            is already on, of this library or Keras's own, or a target layer is quantized to a form
+            that cannot carry it.
+    """
+    check_backend()
+    if model in _states:
+        raise LoraError(
+            f"LoRA is already on this model: {_states[model].config}",
+            next_step="First call `merge_lora(model)` to keep it, or `remove_lora(model)`.",
+        )
+    rank = _rank(rank)
+    alpha = _alpha(rank, alpha)
+    family = family_of(model)
+    _check_bare(family.linears(model))
+    linears = _select(family.linears(model), targets)
+    _check_fit(family.name, linears, rank)
+    state = _State(
+        config=LoraConfig(
+            rank=rank,
+            alpha=alpha,
+            targets=tuple(sorted({linear.target for linear in linears})),
+            rank_stabilized=rank_stabilized,
+            parameters=sum(rank * sum(_matrix_shape(linear)) for linear in linears),
+            total_parameters=model.count_params(),
+        ),
+        linears=linears,
+        template=template_of(model),
+        was_trainable=[(v, v.trainable) for v in model.variables],
+    )
+    for variable in model.variables:
+        variable.trainable = False
+    random = np.random.default_rng(seed)
+    for linear in linears:
+        _add_factors(linear, rank, state.config.scale * rank, random)
+    _states[model] = state
+    _forget_compiled(model)
+    if verbose:
+        print(state.config)
+    return state.config
+
+
+def lora_config(model: keras.Model) -> LoraConfig | None:
+    """The LoRA configuration of a model, or `None` when LoRA is not on.
+
+    Args:
+        model: A model.
+
+    Returns:
+        What `enable_lora` returned, while LoRA is on.
+    """
+    state = _states.get(model)
+    return state.config if state else None
+
+
+def lora_linears(model: keras.Model) -> tuple[Linear, ...]:
+    """The linear layers that carry LoRA, in layer order; empty when LoRA is not on."""
+    state = _states.get(model)
+    return state.linears if state else ()
+
+
+def lora_active(model: keras.Model) -> bool:
+    """Whether LoRA is on and not switched off by `lora_disabled`."""
+    return any(linear.layer.lora_enabled for linear in lora_linears(model))
+
+
+@contextlib.contextmanager
+def lora_disabled(model: keras.Model) -> Iterator[None]:
+    """Within the context the model answers as its base, bit for bit.
+
+    Args:
+        model: A model; without LoRA nothing happens.
+
+    Yields:
+        Nothing.
+    """
+    was_on = lora_active(model)
+    switch_lora(model, on=False)
+    try:
+        yield
+    finally:
+        switch_lora(model, on=was_on)
+
+
+@contextlib.contextmanager
+def lora_enabled(model: keras.Model) -> Iterator[None]:
+    """Within the context LoRA is on, also where it is switched off just now.
+
+    A program that is traced so serves both: whoever calls it gives zeros for `B` to have the base.
+
+    Args:
+        model: A model; without LoRA nothing happens.
+
+    Yields:
+        Nothing.
+    """
+    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
+    for layer in off:
+        layer.lora_enabled = True
+    try:
+        yield
+    finally:
+        for layer in off:
+            layer.lora_enabled = False
+
+
+def switch_lora(model: keras.Model, *, on: bool) -> None:
+    """Switch LoRA on or off on every layer that carries it.
+
+    Args:
+        model: A model; without LoRA nothing happens.
+        on: Whether it shall be on.
+    """
+    if on == lora_active(model):
+        return
+    for linear in lora_linears(model):
+        linear.layer.lora_enabled = on
+    _forget_compiled(model)
+
+
+def remove_lora(model: keras.Model) -> None:
+    """Take LoRA off and throw it away: the model is its base again.
+
+    Args:
+        model: A model with LoRA on.
+
+    Raises:
+        LoraError: LoRA is not on.
+    """
+    state = _require(model)
+    for linear in state.linears:
+        _remove_factors(linear.layer)
+    for variable, trainable in state.was_trainable:
+        variable.trainable = trainable
+    del _states[model]
+    _forget_compiled(model)
+
+
+def merge_lora(model: keras.Model) -> None:
+    """Add the update into the base kernels for good, and take LoRA off.
+
+    The sum is taken in float32 and rounded once to the kernel's dtype.
+
+    Args:
+        model: A model with LoRA on.
+
+    Raises:
+        LoraError: LoRA is not on, or the base is quantized, where a sum would be rounded away.
+    """
+    state = _require(model)
+    quantized = [linear.path for linear in state.linears if linear.layer.quantization_mode]
+    if quantized:
+        raise LoraError(
+            "LoRA cannot be merged into quantized kernels without loss.",
+            quantized,
+            "Save the adapter with `save_adapter`, and merge it into the unquantized model.",
+        )
+    for linear in state.linears:
+        kernel = linear.layer._kernel
+        kernel.assign(np.asarray(kernel, "float32") + kernel_update(linear))
+    remove_lora(model)
+
+
+def get_factors(linear: Linear) -> tuple[np.ndarray, np.ndarray, float]:
+    """The factors of one layer in PEFT's layout.
+
+    Args:
+        linear: One of `lora_linears(model)`.
+
+    Returns:
+        `A [rank, inputs]`, `B [outputs, rank]` in float32 and the scale, so that the update of
+        Hugging Face's `[outputs, inputs]` weight is `scale * B @ A`.
+    """
+    layer = linear.layer
+    rank = layer.lora_rank
+    a = np.asarray(layer.lora_kernel_a, "float32").reshape(-1, rank).T
+    b = np.moveaxis(np.asarray(layer.lora_kernel_b, "float32"), -2, -1).reshape(-1, rank)
+    return np.ascontiguousarray(a), np.ascontiguousarray(b), layer.lora_alpha / rank
+
+
+def set_factors(linear: Linear, a: np.ndarray, b: np.ndarray) -> None:
+    """Set the factors of one layer from PEFT's layout.
+
+    Args:
+        linear: One of `lora_linears(model)`.
+        a: `[rank, inputs]`.
+        b: `[outputs, rank]`.
+
+    Raises:
+        LoraError: The shapes do not fit the layer.
+    """
+    layer = linear.layer
+    rank = layer.lora_rank
+    outputs, inputs = _matrix_shape(linear)
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+        raise LoraError(
+            f"The factors do not fit {linear.path}: expected A {(rank, inputs)} and "
+            f"B {(outputs, rank)}. Received: A {a.shape}, B {b.shape}"
+        )
+    b_shape = layer.lora_kernel_b.shape
+    layer.lora_kernel_a.assign(a.T.reshape(layer.lora_kernel_a.shape))
+    layer.lora_kernel_b.assign(np.moveaxis(b.reshape(*b_shape[:-2], b_shape[-1], rank), -1, -2))
+
+
+def kernel_update(linear: Linear) -> np.ndarray:
+    """What LoRA adds to one kernel, float32, in the kernel's own shape."""
+    layer = linear.layer
+    a, b = (np.asarray(f, "float32") for f in (layer.lora_kernel_a, layer.lora_kernel_b))
+    return (layer.lora_alpha / layer.lora_rank) * np.matmul(a, b)
+
+
+def _require(model: keras.Model) -> _State:
+    if model not in _states:
+        raise LoraError("LoRA is not on this model.", next_step="Call `enable_lora(model)` first.")
+    return _states[model]
+
+
+def _forget_compiled(model: keras.Model) -> None:
+    """KerasHub caches a compiled `generate`, Keras compiled steps: they hold the old layers."""
+    for name in ("generate_function", "train_function", "test_function", "predict_function"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+
+
+def _rank(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        raise LoraError(f"`rank` must be an integer of at least 1. Received: {rank!r}")
+    return int(rank)
+
+
+def _alpha(rank: int, alpha: Any) -> float:
+    value = float(rank) if alpha is None else alpha
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
+        raise LoraError(f"`alpha` must be a positive number. Received: {alpha!r}")
+    return float(value)
+
+
+def _check_bare(linears: tuple[Linear, ...]) -> None:
+    stock = [linear.path for linear in linears if linear.layer.lora_enabled]
+    if stock:
+        raise LoraError(
+            "Keras's own LoRA is on this model, and would be lost.",
+            stock,
+            'Keep it with `model.backbone.save_lora_weights("x.lora.h5")`, load it anew, and '
+            'go on with `load_adapter(model, "x.lora.h5")`.',
+        )
+
+
+_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
+
+
+def _select(linears: tuple[Linear, ...], targets: Targets) -> tuple[Linear, ...]:
+    known = {linear.target for linear in linears}
+    alias = {linear.layer.name: linear.target for linear in linears}
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise LoraError(
+            f"`targets` must be names of layers. Received: {targets!r}", next_step=_known(known)
+        )
+    names = set(names)
+    if not names:
+        raise LoraError("`targets` is empty: nothing would be trained.", next_step=_known(known))
+    # A group stands for those of its layers that the model has.
+    wanted = {target for name in names for target in _GROUPS.get(name, ())} & known
+    wanted |= {alias.get(name, name) for name in names - _GROUPS.keys()}
+    unknown = wanted - known
+    if unknown:
+        raise LoraError(
+            "`targets` names layers this model does not have; they would train nothing.",
+            [repr(name) for name in sorted(unknown)],
+            _known(known),
+        )
+    return tuple(linear for linear in linears if linear.target in wanted)
+
+
+def _known(known: set[str]) -> str:
+    return (
+        f"Known targets of this model: 'all', 'attention', {', '.join(map(repr, sorted(known)))}."
+    )
+
+
+def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
+    problems = []
+    for linear in linears:
+        mode = linear.layer.quantization_mode
+        if type(linear.layer) not in _LORA_CLASSES:
+            problems.append(f"{linear.path}: a {type(linear.layer).__name__} cannot carry LoRA")
+        elif mode not in (None, "int8", "int4") or (mode and family == "gemma4"):
+            problems.append(
+                f"{linear.path}: quantized to {mode}, which KerasHub computes wrongly here"
+            )
+        elif mode == "int4" and isinstance(linear.layer, keras.layers.Dense):
+            problems.append(f"{linear.path}: LoRA on a Dense layer in int4 is not supported")
+        elif rank > min(_matrix_shape(linear)):
+            problems.append(f"{linear.path}: the rank can be at most {min(_matrix_shape(linear))}")
+    if problems:
+        raise LoraError(f"LoRA of rank {rank} does not fit every target layer.", problems)
+
+
+def _matrix_shape(linear: Linear) -> tuple[int, int]:
+    """`(outputs, inputs)` of the layer seen as one matrix."""
+    shape = kernel_shape(linear.layer)
+    outputs, inputs = (
+        math.prod(shape[axis] for axis in axes) for axes in (linear.output_axes, linear.input_axes)
+    )
+    return outputs, inputs
+
+
+def largest_rank(model: keras.Model, targets: Iterable[str] = ALL_TARGETS) -> int:
+    """The largest rank that every linear layer of some targets can carry: its smaller side."""
+    wanted = set(targets)
+    linears = (n for n in family_of(model).linears(model) if n.target in wanted)
+    return min(min(_matrix_shape(linear)) for linear in linears)
+
+
+def base_template(model: keras.Model) -> Template | None:
+    """The template that was attached to a model when LoRA was put on it."""
+    state = _states.get(model)
+    return state.template if state else None
+
+
+class _LoraForward:
+    """Adds `scale * (x A) B` to the frozen layer's output instead of merging the kernel first."""
+
+    def call(self: Any, inputs: Any, training: bool | None = None) -> Any:
+        return _with_update(self, super().call, inputs)  # type: ignore[misc]
+
+    def quantized_call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        base = super().quantized_call  # type: ignore[misc]
+        return _with_update(self, lambda x: base(x, *args, **kwargs), inputs)
+
+
+class _LoraEinsumDense(_LoraForward, keras.layers.EinsumDense):
+    """`EinsumDense` whose LoRA is applied to the activations."""
+
+
+class _LoraDense(_LoraForward, keras.layers.Dense):
+    """`Dense` whose LoRA is applied to the activations."""
+
+
+_LORA_CLASSES: dict[type, type] = {
+    keras.layers.EinsumDense: _LoraEinsumDense,
+    keras.layers.Dense: _LoraDense,
+}
+
+
+def _with_update(layer: Any, base: Callable[[Any], Any], inputs: Any) -> Any:
+    if not layer.lora_enabled:
+        return base(inputs)
+    with without_lora(layer):  # the stock call would merge the kernel
+        outputs = base(inputs)
+    return ops.add(outputs, ops.cast(_update_of(layer, inputs), outputs.dtype))
+
+
+def _update_of(layer: Any, inputs: Any) -> Any:
+    into, out = _einsums(layer, len(inputs.shape))
+    low = thin_product(into, inputs, _squeeze_ones(layer.lora_kernel_a, layer, first=True))
+    high = thin_product(out, low, _squeeze_ones(layer.lora_kernel_b, layer, first=False))
+    return ops.multiply(high, ops.cast(layer.lora_alpha / layer.lora_rank, high.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def thin_product(equation: str, x: Any, factor: Any) -> Any:
+    """`einsum(equation, x, factor)`, with a gradient that is fast on the CPU.
+
+    JAX multiplies `x` by the slope and transposes what comes out, and XLA on the CPU then computes
+    the slope twice, the second time transposed: a quarter of a training step. Here the product has
+    the factor's shape from the start.
+
+    Args:
+        equation: Two operands without an ellipsis, such as `"btd,dR->btR"`.
+        x: Activations.
+        factor: One of the two factors of an update.
+
+    Returns:
+        The product.
+    """
+    return ops.einsum(equation, x, factor)
+
+
+def _thin_product_forward(equation: str, x: Any, factor: Any) -> tuple[Any, tuple[Any, Any]]:
+    return thin_product(equation, x, factor), (x, factor)
+
+
+def _thin_product_backward(equation: str, kept: tuple[Any, Any], slope: Any) -> tuple[Any, Any]:
+    x, factor = kept
+    operands, result = equation.split("->")
+    of_x, of_factor = operands.split(",")
+    to_x = ops.einsum(f"{result},{of_factor}->{of_x}", slope, factor)
+    to_factor = ops.einsum(f"{result},{of_x}->{of_factor}", slope, x)
+    return ops.cast(to_x, x.dtype), ops.cast(to_factor, factor.dtype)
+
+
+thin_product.defvjp(_thin_product_forward, _thin_product_backward)
+
+
+@contextlib.contextmanager
+def without_lora(layer: Any) -> Iterator[None]:
+    """Within the context one layer computes with its base kernel alone."""
+    was_on, layer.lora_enabled = layer.lora_enabled, False
+    try:
+        yield
+    finally:
+        layer.lora_enabled = was_on
+
+
+def _equation(layer: Any) -> tuple[str, str, str]:
+    """Axis letters of input, kernel and output; `Dense` is `...x,xy->...y`."""
+    if isinstance(layer, keras.layers.Dense):
+        return "...x", "xy", "...y"
+    source, rest = layer.equation.split(",")
+    kernel, result = rest.split("->")
+    return source, kernel, result
+
+
+def _einsums(layer: Any, axes: int) -> tuple[str, str]:
+    """`input, A -> low` and `low, B -> output`, for example `btd,dR->btR` and `btR,nRh->btnh`.
+
+    Args:
+        layer: The layer.
+        axes: Axes of its input.
+    """
+    source, kernel, result = _equation(layer)
+    leading = string.ascii_letters[: axes - 1]
+    source, result = (part.replace("...", leading) for part in (source, result))
+    contracted = "".join(axis for axis in kernel if axis in source)
+    kept = "".join(axis for axis in source if axis not in contracted)
+    heads = "".join(axis for axis in kernel[:-2] if axis not in source)
+    into = f"{source},{contracted}R->{kept}R"
+    return into, f"{kept}R,{heads}R{kernel[-1]}->{result}"
+
+
+def _squeeze_ones(factor: Any, layer: Any, *, first: bool) -> Any:
+    """The factor without axes of size one that only make `matmul(A, B)` broadcast to the kernel."""
+    source, kernel, _ = _equation(layer)
+    if first:
+        ones = tuple(i for i, axis in enumerate(kernel[:-1]) if axis not in source)
+    else:
+        ones = tuple(i for i, axis in enumerate(kernel[:-2]) if axis in source)
+    return ops.squeeze(factor, axis=ones) if ones else ops.convert_to_tensor(factor)
+
+
+def _add_factors(linear: Linear, rank: int, alpha: float, random: np.random.Generator) -> None:
+    """Give the layer its factors, under the names Keras's own LoRA uses.
+
+    Keras offers no public way to choose the factorisation, nor to replace a layer inside a built
+    model: so the layer's class becomes a subclass of itself, and its tracker is unlocked as
+    `EinsumDense.enable_lora` does. This function and `_remove_factors` are the only places.
+    """
+    layer = linear.layer
+    _, kernel, _ = _equation(layer)
+    source = _equation(layer)[0]
+    shape = kernel_shape(layer)
+    sizes = dict(zip(kernel, shape, strict=True))
+    a_shape = [sizes[axis] if axis in source else 1 for axis in kernel[:-1]] + [rank]
+    b_shape = [1 if axis in source else sizes[axis] for axis in kernel[:-2]] + [rank, shape[-1]]
+    inputs = math.prod(a_shape[:-1])
+    start = random.uniform(-1.0, 1.0, a_shape) / math.sqrt(inputs)
+    layer._tracker.unlock()
+    try:
+        for name, size in (("lora_kernel_a", a_shape), ("lora_kernel_b", b_shape)):
+            weight = layer.add_weight(
+                name=name, shape=tuple(size), initializer="zeros", dtype="float32"
+            )
+            setattr(layer, name, weight)
+    finally:
+        layer._tracker.lock()
+    layer.lora_kernel_a.assign(start.astype("float32"))
+    layer.lora_rank, layer.lora_alpha, layer.lora_enabled = rank, alpha, True
+    layer.__class__ = _LORA_CLASSES[type(layer)]
+
+
+def _remove_factors(layer: Any) -> None:
+    layer.__class__ = next(stock for stock, ours in _LORA_CLASSES.items() if ours is type(layer))
+    for name in ("lora_kernel_a", "lora_kernel_b"):
+        layer._untrack_variable(getattr(layer, name))
+        setattr(layer, name, None)
+    layer.lora_rank, layer.lora_alpha, layer.lora_enabled = None, None, False
+
+
+def kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a kernel as the layer's equation sees it, packed or not."""
+    if layer.quantization_mode != "int4":
+        shape = layer._kernel.shape
+    elif isinstance(layer, keras.layers.Dense):
+        shape = (layer.input_spec.axes[-1], layer.units)
+    else:
+        shape = layer.original_kernel_shape
+    return tuple(int(size) for size in shape)

@@ -1,0 +1,1 @@
+"""Orbax checkpoints of the Gemma library for JAX."""

@@ -1,0 +1,229 @@
+"""Checkpoints of the Gemma library for JAX, read back: `load_gemma_jax`.
+
+The tree says nothing of the model's settings, so `export` records them beside it. A checkpoint
+without that record, such as the published ones, is not opened.
+"""
+
+import collections
+import importlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
+from gemma_keras_tune.errors import LoadError, TemplateError
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    Weight,
+    backbone_settings,
+    family_of,
+    split,
+)
+from gemma_keras_tune.gemma.templates import SIDECAR, read_sidecar
+
+PARAMETERS = "params"
+TOKENIZER = "tokenizer.model"
+BACKBONE_KEY = "backbone"
+# The rows the library's embeddings have. Its Gemma 2 has some for tokens that do not exist; its
+# Gemma 3 and 3n have none for the ids Hugging Face keeps for pictures and sounds.
+VOCABULARIES = {256_000: 256_128, 262_208: 262_144, 262_400: 262_144}
+# Of a layer's keys and values.
+_KEYS = ("attn/kv_einsum/w", "attn/k_einsum/w", "attn/key_norm/scale")
+
+_NOT_RECORDED = (
+    "name",
+    "trainable",
+    "dtype",
+    "vision_encoder",
+    "vision_encoder_config",
+    "audio_encoder_config",
+)
+_AGAIN = "Export the model again, or copy the whole folder again."
+
+
+def backbone_record(model: Any) -> dict[str, Any]:
+    """The settings a backbone is built from again, as JSON data.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
+
+    Returns:
+        The backbone's arguments by name, those of its text tower, with the rows its checkpoint has.
+    """
+    given = backbone_settings(model)
+    record = {name: value for name, value in given.items() if name not in _NOT_RECORDED}
+    for name in {"vocabulary_size", "text_vocab_size"} & record.keys():
+        record[name] = min(record[name], VOCABULARIES.get(record[name], record[name]))
+    return record
+
+
+def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Model:
+    """Open a folder that `export(..., format="gemma_jax")` wrote.
+
+    Args:
+        folder: The folder, with `params`, `tokenizer.model` and this library's record.
+        dtype: Keras dtype of the weights.
+
+    Returns:
+        A KerasHub `CausalLM` with preprocessor and tokenizer.
+
+    Raises:
+        LoadError: The record is missing, Orbax is not installed, or the tree is not the one the
+            record describes.
+    """
+    family, config = _recorded(folder)
+    try:
+        orbax = importlib.import_module("orbax.checkpoint")
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"{folder} holds an Orbax checkpoint, and Orbax is not installed.",
+            next_step="pip install orbax-checkpoint",
+        ) from error
+    path = (folder / PARAMETERS).absolute()
+    try:
+        with orbax.StandardCheckpointer() as checkpointer:
+            found = _shapes(checkpointer.metadata(path).item_metadata.tree)
+            _check_depth(folder, config, found)
+            backbone = empty_backbone(family, config, dtype)
+            model = causal_lm(family, backbone, (folder / TOKENIZER).read_bytes())
+            weights = family_of(model).weights(model)
+            _check_shapes(folder, weights, found, unread_weights(model))
+            tree = dict(_flat(checkpointer.restore(path)))
+    except LoadError:
+        raise
+    except Exception as error:
+        # Orbax, KerasHub and SentencePiece fail in many ways on damaged files.
+        raise LoadError(
+            f"{folder} cannot be read as a checkpoint of the Gemma library for JAX.",
+            [f"{type(error).__name__}: {error}"],
+            next_step=_AGAIN,
+        ) from error
+    _assign(weights, tree)
+    return model
+
+
+def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
+    try:
+        record = read_sidecar(folder)
+    except TemplateError as error:
+        raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
+    family, config = FAMILIES.get(str(record.get("generation"))), record.get(BACKBONE_KEY)
+    missing = [name for name in (TOKENIZER,) if not (folder / name).is_file()]
+    if family is None or not family.jax_complete or not isinstance(config, dict):
+        missing.append(f"{SIDECAR} with the model's settings")
+    if missing:
+        raise LoadError(
+            f"The Orbax checkpoint in {folder} does not say which model it is.",
+            [f"{name} is missing" for name in missing],
+            "Only folders that `export(..., format='gemma_jax')` wrote are opened. Load "
+            "a published Gemma as a KerasHub preset or a Hugging Face folder.",
+        )
+    assert family is not None
+    assert isinstance(config, dict)
+    return family, config
+
+
+def _flat(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for name, node in tree.items():
+            yield from _flat(node, f"{place}/{name}" if place else str(name))
+    else:
+        yield place, tree
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _flat(tree)}
+
+
+def _check_depth(
+    folder: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Before anything is built after the record: as many layers as it says."""
+    layers = len({name.partition("/")[0] for name in found if name.startswith("layer_")})
+    told = config.get("num_layers", config.get("num_hidden_layers"))
+    if told != layers:
+        raise LoadError(
+            f"{folder}: the record tells of {told!r} layers, and the checkpoint holds {layers}.",
+            next_step=_AGAIN,
+        )
+
+
+def _check_shapes(
+    folder: pathlib.Path,
+    weights: Sequence[Weight],
+    found: Mapping[str, tuple[int, ...]],
+    unread: Mapping[str, tuple[int, ...]],
+) -> None:
+    expected = _tree_shapes(weights)
+    problems = []
+    for name, shape in expected.items():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name] != shape:
+            problems.append(f"{name} has shape {found[name]}, expected {shape}")
+    known = expected.keys() | unread.keys()
+    problems += [f"{name} is no weight of this model" for name in found if name not in known]
+    if problems:
+        raise LoadError(
+            f"{folder}: the checkpoint does not fit the model the record describes.",
+            dict.fromkeys(problems),
+            next_step=_AGAIN,
+        )
+
+
+def unread_weights(model: Any) -> dict[str, tuple[int, ...]]:
+    """What the library's Gemma 4 has for layers that take the keys of an earlier one, unread.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
+
+    Returns:
+        Shapes by path in the tree; empty for the other generations.
+    """
+    family = family_of(model)
+    if family.name != "gemma4":
+        return {}
+    given = model.backbone.get_config()
+    kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
+    shapes = _tree_shapes(family.weights(model))
+    found = {}
+    for layer in range(len(kinds) - shared, len(kinds)):
+        alike = [i for i in range(len(kinds) - shared) if kinds[i] == kinds[layer]]
+        for name in _KEYS:
+            for source in alike[-1:]:
+                if f"layer_{source}/{name}" in shapes:
+                    found[f"layer_{layer}/{name}"] = shapes[f"layer_{source}/{name}"]
+    return found
+
+
+def _tree_shapes(weights: Sequence[Weight]) -> dict[str, tuple[int, ...]]:
+    used = [weight for weight in weights if weight.used]
+    counts = collections.Counter(str(weight.jax) for weight in used)
+    return {str(weight.jax): _tree_shape(weight, counts[str(weight.jax)]) for weight in used}
+
+
+def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
+    shape = weight.jax_shape
+    if weight.entry.kind == "embedding":
+        shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])
+    piece = weight.entry.jax_piece
+    # All that hold several stack them on an axis of their own.
+    return shape if piece is None else (*shape[: piece.axis], count, *shape[piece.axis :])
+
+
+def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
+    counts = collections.Counter(str(weight.jax) for weight in weights)
+    for weight in weights:
+        if not weight.used:
+            weight.variable.assign(np.zeros(weight.variable.shape))
+            continue
+        value = np.asarray(tree[str(weight.jax)])
+        if weight.entry.jax_piece is not None:
+            value = split(value, weight.entry.jax_piece, counts[str(weight.jax)])
+        if weight.entry.kind == "embedding":
+            value = value[: weight.variable.shape[0]]
+        weight.variable.assign(weight.from_jax(value))

@@ -1,0 +1,271 @@
+"""An Orbax checkpoint that the Gemma library for JAX reads (the package `gemma`).
+
+    from gemma import gm
+
+    model = gm.nn.Gemma3_270M()
+    params = gm.ckpts.load_params("folder/params")
+    tokenizer = gm.text.Gemma3Tokenizer("folder/tokenizer.model")
+
+The names and layouts come from `families`.
+"""
+
+import collections
+import importlib
+import itertools
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    Piece,
+    Weight,
+    backbone_settings,
+    family_of,
+    join,
+)
+from gemma_keras_tune.formats.gemma_jax.reader import (
+    BACKBONE_KEY,
+    PARAMETERS,
+    TOKENIZER,
+    VOCABULARIES,
+    backbone_record,
+    unread_weights,
+)
+from gemma_keras_tune.gemma.templates import write_sidecar
+
+FORMAT = "gemma_jax"
+RUNTIME = "gemma"
+Progress = Callable[[str, int, int], None]
+
+
+def write(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "auto",
+    progress: Progress = lambda name, done, total: None,
+) -> None:
+    """Write `params`, an Orbax checkpoint, `tokenizer.model`, and what `load` needs to know.
+
+    LoRA is merged in float32 and rounded once. Weights are written one after another: the largest,
+    and some 64 MB of smaller ones, lie in memory beside the model.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4. Of a model that sees or hears, the
+            text tower.
+        folder: An existing folder.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
+        progress: Called with each weight's name, how many are done, and how many there are.
+
+    Raises:
+        ExportError: The library cannot compute this model, a weight is beyond the dtype, or
+            `orbax-checkpoint` is not installed.
+    """
+    orbax_tree = _orbax_tree()
+    names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
+    tensors = _tensors(model, stored_dtype(model, dtype), progress)
+    _warn_of_vision(model)
+    orbax_tree.save(folder / PARAMETERS, _nested({name: name for name in names}), tensors)
+    tokenizer: Any = model.preprocessor.tokenizer
+    (folder / TOKENIZER).write_bytes(tokenizer.proto)
+    write_sidecar(folder, {BACKBONE_KEY: backbone_record(model)})
+
+
+def parameter_tree(
+    model: keras.Model,
+    *,
+    dtype: str = "auto",
+    progress: Progress = lambda name, done, total: None,
+) -> dict[str, Any]:
+    """The parameters as the library's own model holds them.
+
+    Args:
+        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
+        dtype: As in `write`.
+        progress: As in `write`.
+
+    Returns:
+        A tree of dictionaries with NumPy arrays as leaves.
+
+    Raises:
+        ExportError: The library cannot compute this model, or a weight is beyond the dtype.
+    """
+    _supported(model)
+    return _nested(dict(_tensors(model, stored_dtype(model, dtype), progress)))
+
+
+def _tensors(
+    model: keras.Model, dtype: str, progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor of the tree and its path, as soon as all its pieces are there."""
+    weights = family_of(model).weights(model)
+    counts = _counts(weights)
+    found: dict[str, dict[Piece | None, np.ndarray]] = collections.defaultdict(dict)
+    done = itertools.count(1)  # `enumerate` would hold on to the last value
+    for weight, value in merged_weights(model):
+        name = str(weight.jax)
+        if weight.used:
+            found[name][weight.entry.jax_piece] = _stored(weight, value, dtype)
+        del value
+        progress(weight.path, next(done), len(weights))
+        if name in found and len(found[name]) == counts[name]:
+            yield name, join(found.pop(name))
+    for name, shape in unread_weights(model).items():
+        yield name, np.zeros(shape, DTYPES[dtype])
+
+
+def _counts(weights: Sequence[Weight]) -> collections.Counter[str]:
+    """How many weights each tensor of the tree is made of."""
+    for weight in weights:
+        if weight.jax is None:
+            raise ExportError(f"{weight.path} has no name in the Gemma library for JAX.")
+    return collections.Counter(str(weight.jax) for weight in weights if weight.used)
+
+
+def _stored(weight: Weight, value: np.ndarray, dtype: str) -> np.ndarray:
+    value = weight.to_jax(value)
+    if weight.entry.kind == "embedding":
+        value = _with_its_rows(value)
+    return rounded(weight.path, value, dtype)
+
+
+def _supported(model: Any) -> Family:
+    family = family_of(model)
+    instead = "Export a Hugging Face folder with `format='safetensors'`, or save the adapter with "
+    instead += "`save_adapter`."
+    if not family.jax_complete:
+        *known, last = [known.title for known in FAMILIES.values() if known.jax_complete]
+        raise ExportError(
+            f"{family.title} cannot be written for the Gemma library for JAX.",
+            next_step=f"It is written for {', '.join(known)} and {last}. {instead}",
+        )
+    given = backbone_settings(model)
+    problems = [
+        f"{name} is {given[name]!r}; the library computes with {expected!r}"
+        for name, expected in _fixed(family).items()
+        if given.get(name, expected) != expected
+    ]
+    if family.name == "gemma3n":
+        problems += _unlike_gemma3n(given)
+    if family.name in ("gemma3n", "gemma4"):
+        problems += _unlike_sharing(given)
+    heads = given.get("num_query_heads", given.get("num_attention_heads"))
+    if heads == given["num_key_value_heads"] and family.name != "gemma4":
+        problems.append(
+            f"every query head has a key of its own: no published {family.title} is built so, and "
+            "the library holds keys otherwise then"
+        )
+    if problems:
+        raise ExportError(
+            f"The Gemma library for JAX cannot compute this {family.title}.", problems, instead
+        )
+    return family
+
+
+def _fixed(family: Family) -> dict[str, Any]:
+    """What the library's models of this generation compute with, whatever their size."""
+    if family.name == "gemma3n":
+        return {
+            "altup_num_inputs": 4,
+            "altup_active_idx": 0,
+            "altup_correct_scale": True,
+            "attention_bias": False,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+        }
+    if family.name == "gemma4":
+        return {
+            "attention_logit_soft_cap": None,
+            "final_logit_soft_cap": 30.0,
+            "use_sliding_window_attention": True,
+            "local_rope_scaling_factor": 1.0,
+            "global_rope_scaling_factor": 1.0,
+            "local_rope_wavelength": None,
+            "global_rope_wavelength": None,
+            "layer_norm_epsilon": 1e-6,
+            "use_bidirectional_attention": False,
+            "is_embedding_model": False,
+            # Of models with experts, or with keys that serve as values, it computes other logits.
+            "enable_moe_block": False,
+            "num_global_key_value_heads": None,
+        }
+    fixed: dict[str, Any] = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
+    if family.name == "gemma2":
+        return fixed | {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
+    return fixed | {
+        "attention_logit_soft_cap": None,
+        "final_logit_soft_cap": None,
+        "use_query_key_norm": True,
+        "use_bidirectional_attention": False,
+        "is_embedding_model": False,
+    }
+
+
+def _unlike_gemma3n(given: Mapping[str, Any]) -> Iterator[str]:
+    """What a Gemma 3n has that no size or setting of the library's model stands for."""
+    if len(set(given["intermediate_size"])) > 1:
+        yield f"the layers differ in width: intermediate_size is {given['intermediate_size']}"
+    tokens = given["text_vocab_size"]
+    rows, inputs = VOCABULARIES.get(tokens, tokens), given["vocab_size_per_layer_input"]
+    if rows != inputs:
+        yield f"its embeddings have {rows:,} and {inputs:,} rows; the library's have as many"
+
+
+def _unlike_sharing(given: Mapping[str, Any]) -> Iterator[str]:
+    """Layers that take keys and values of others than the library's would."""
+    kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
+    own = kinds[: len(kinds) - shared]
+    # The library takes the keys and values of the last two layers that have some.
+    if shared and own[-2:] != ["sliding_attention", "full_attention"]:
+        yield (
+            "the last layers with keys of their own must be one with a sliding window and one "
+            f"without; they are {own[-2:]}"
+        )
+
+
+def _with_its_rows(embedding: np.ndarray) -> np.ndarray:
+    """The rows the library expects; those to add are copies of `<pad>`'s, which never wins."""
+    rows = len(embedding)
+    expected = VOCABULARIES.get(rows, rows)
+    if expected <= rows:
+        return embedding[:expected]
+    return np.concatenate([embedding, np.repeat(embedding[:1], expected - rows, axis=0)])
+
+
+def _nested(found: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in found.items():
+        *places, name = path.split("/")
+        node = tree
+        for place in places:
+            node = node.setdefault(place, {})
+        node[name] = value
+    return tree
+
+
+def _warn_of_vision(model: Any) -> None:
+    if getattr(model.backbone, "vision_encoder", None) is not None:
+        warnings.warn(
+            "The checkpoint holds the text tower alone: it will not see images. Open it with a "
+            "model made with `text_only=True`.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _orbax_tree() -> Any:
+    try:
+        return importlib.import_module("gemma_keras_tune.formats.gemma_jax.orbax_tree")
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            "The Gemma library for JAX reads Orbax checkpoints, and Orbax is not installed.",
+            next_step="pip install orbax-checkpoint",
+        ) from error

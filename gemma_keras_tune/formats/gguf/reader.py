@@ -1,0 +1,958 @@
+"""Reading GGUF files into KerasHub models.
+
+The weights' names and axes come from `families`; this module knows the container, the metadata and
+what conversion does to the tokenizer. The header is parsed here, because `gguf.GGUFReader` makes an
+array of every string: 10 seconds and half a gigabyte for Gemma 3's 262,144 tokens, against 0.3
+seconds. Dequantization is the `gguf` package's.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import gguf
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import scipy.special
+
+from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
+from gemma_keras_tune.errors import LoadError, TemplateError
+from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
+from gemma_keras_tune.formats.hugging_face.settings import EPSILON
+from gemma_keras_tune.gemma.templates import Template, attach_template
+from gemma_keras_tune.gemma.vocabularies import (
+    CONTROL,
+    CONTROL_IDS,
+    SPACE,
+    UNK_ID,
+    UNKNOWN,
+    USER_DEFINED,
+    scores_of_merges,
+    sentencepiece_model,
+)
+
+MAGIC = b"GGUF"
+# What this library adds to a file it writes: the template as JSON, and whether it is instruct.
+TEMPLATE_KEY = "gemma_keras_tune.template"
+INSTRUCT_KEY = "gemma_keras_tune.instruct"
+# And what adding 1 to the norms cost them, where that is anything: see `norm_rests`.
+RESTS_KEY, CHECKSUM_KEY = "gemma_keras_tune.norm_rests", "gemma_keras_tune.norm_checksum"
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_MAX_NESTING = 4
+# Far beyond any Gemma; a header that says more is damaged, and nothing is built after it.
+_MAX_SIZE = 1 << 24
+# The fewest bytes that a metadata entry and a tensor's entry take.
+_MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
+# Values dequantized at a time: what lies beside the result stays under some 20 MB.
+_CHUNK_VALUES = 1 << 20
+# Values handed over at a time of a larger embedding: XLA goes over all of it for each.
+_BLOCK_VALUES = 1 << 24
+_SPLIT_COUNT = "split.count"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_BROKEN = "Download or convert it again: the file is damaged or was cut off."
+_TOKENIZERS = ("llama", "gemma4")
+# A factor beyond it slows a rotary frequency to a standstill; converters write 1e30.
+_STANDSTILL = 1e20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape as numpy has it, outermost axis first.
+        kind: How its values are quantized.
+        offset: First byte, from the start of the file.
+        size: Length in bytes.
+        path: The file: one of several where the model was split.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    offset: int
+    size: int
+    path: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """The header of a GGUF file.
+
+    Attributes:
+        path: The file.
+        metadata: Its keys and values; arrays of strings as lists of bytes, of numbers as arrays.
+        tensors: Its tensors by name.
+    """
+
+    path: pathlib.Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(
+        self, name: str, dtype: Any = np.float32, *, start: int = 0, stop: int | None = None
+    ) -> np.ndarray:
+        """A tensor's values.
+
+        Args:
+            name: Name of the tensor.
+            dtype: NumPy dtype of the result.
+            start: The first to read on the outermost axis.
+            stop: The first to leave out; `None` reads to the end.
+
+        Returns:
+            The values, dequantized in pieces so that little lies in memory beside them.
+        """
+        info = self.tensors[name]
+        values = np.empty((len(range(info.shape[0])[start:stop]), *info.shape[1:]), dtype)
+        rows = values.reshape(-1, info.shape[-1])
+        row_bytes = info.size // (math.prod(info.shape) // info.shape[-1])
+        step = max(1, _CHUNK_VALUES // info.shape[-1])
+        with info.path.open("rb") as file:
+            file.seek(info.offset + start * (info.size // info.shape[0]))
+            for first in range(0, len(rows), step):
+                part = rows[first : first + step]
+                data = np.fromfile(file, np.uint8, len(part) * row_bytes)
+                raw = data.reshape(len(part), row_bytes)
+                part[...] = gguf.dequantize(raw, info.kind).reshape(part.shape)
+        return values
+
+
+def read_header(path: str | os.PathLike[str]) -> GgufFile:
+    """Read and check a GGUF file's header; of a model that was split, those of all its parts.
+
+    Args:
+        path: The file, or any part of one that llama.cpp's `gguf-split` made.
+
+    Returns:
+        Its metadata, and where its tensors lie.
+
+    Raises:
+        LoadError: It is no GGUF file, or damaged, or shorter than its header says, or a part is
+            missing.
+    """
+    path = pathlib.Path(path)
+    parts = _parts(path)
+    missing = [f"{part} is missing" for part in parts if not part.exists()]
+    if len(parts) > 1 and missing:
+        raise LoadError(
+            f"{path} is one of {len(parts)} parts of a model.",
+            missing,
+            next_step="Put all parts into one folder.",
+        )
+    first, *rest = (_read_header(part) for part in parts)
+    count = first.metadata.get(_SPLIT_COUNT, 1)
+    if count not in (0, 1, len(parts)):
+        raise LoadError(
+            f"{path} is one of {count} parts of a model, and its name does not say which.",
+            next_step="Give the parts the names they had, such as model-00001-of-00002.gguf, or "
+            "merge them: llama-gguf-split --merge FIRST_PART MODEL.gguf",
+        )
+    tensors = dict(first.tensors)
+    for part in rest:
+        twice = sorted(tensors.keys() & part.tensors.keys())
+        if twice:
+            raise LoadError(f"{part.path} holds tensors of another part.", twice, _BROKEN)
+        tensors |= part.tensors
+    return GgufFile(first.path, first.metadata, tensors)
+
+
+def is_later_part(path: pathlib.Path) -> bool:
+    """Whether a file is a part of a split model, and not the first."""
+    return _parts(path)[0] != path
+
+
+def is_model(path: pathlib.Path) -> bool:
+    """Whether a file may hold a model: it is no adapter, and not the part of one that sees."""
+    try:
+        metadata = _read_header(path).metadata
+    except LoadError:
+        return True  # What is wrong with it is told when it is opened.
+    kind = metadata.get("general.type", "model")
+    return kind == "model" and metadata.get("general.architecture") != "clip"
+
+
+def _parts(path: pathlib.Path) -> list[pathlib.Path]:
+    """All parts of a model, after the names `gguf-split` gives them; most are whole."""
+    found = _PART.fullmatch(path.name)
+    if found is None or not 1 <= int(found[2]) <= int(found[3]):
+        return [path]
+    count = int(found[3])
+    names = (f"{found[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1))
+    return [path.with_name(name) for name in names]
+
+
+def _read_header(path: pathlib.Path) -> GgufFile:
+    try:
+        with path.open("rb") as file:
+            return _Parser(file, path).header()
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise LoadError(f"{path} is not a sound GGUF file: {error}", next_step=_BROKEN) from error
+
+
+def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.Model:
+    """Turn a GGUF file into a KerasHub model with its tokenizer.
+
+    Args:
+        path: A GGUF file of any generation, quantized or not.
+        dtype: Keras dtype of the weights.
+
+    Returns:
+        A KerasHub `CausalLM` with preprocessor and tokenizer.
+
+    Raises:
+        LoadError: The file is damaged, is no such Gemma, or does not hold the weights its metadata
+            describes.
+    """
+    file = read_header(path)
+    family = _family(file)
+    try:
+        config = backbone_config(file, family)
+        proto = tokenizer_proto(file)
+        file = _without_vocabulary(file)
+        backbone = empty_backbone(family, config, dtype)
+        model = causal_lm(family, backbone, proto)
+    except LoadError:
+        raise
+    except Exception as error:
+        # KerasHub and SentencePiece fail in many ways on what no converter writes.
+        raise LoadError(
+            f"{file.path}: the metadata describe no model that KerasHub can build.",
+            [f"{type(error).__name__}: {error}"],
+            next_step=_BROKEN,
+        ) from error
+    _assign(file, family.weights(backbone))
+    mark_origin(model, str(path), instruct=is_instruct(file))
+    _attach_template(file, model)
+    return model
+
+
+def _without_vocabulary(file: GgufFile) -> GgufFile:
+    """The header without what the tokenizer was made of: a quarter of a million strings."""
+    kept = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
+    return dataclasses.replace(file, metadata=kept)
+
+
+def is_instruct(file: GgufFile) -> bool:
+    """Whether the metadata tell of an instruction-tuned model.
+
+    Args:
+        file: The header.
+
+    Returns:
+        What this library recorded in it; else true with a chat template, or when the file calls
+        itself instruction-tuned.
+    """
+    recorded = file.metadata.get(INSTRUCT_KEY)
+    if isinstance(recorded, bool):
+        return recorded
+    tuned = str(file.metadata.get("general.finetune", "")).lower()
+    return "tokenizer.chat_template" in file.metadata or tuned in ("it", "instruct")
+
+
+def _attach_template(file: GgufFile, model: keras.Model) -> None:
+    """Give the model the template it was tuned with, where this library recorded one."""
+    recorded = file.metadata.get(TEMPLATE_KEY)
+    if recorded is None:
+        return
+    try:
+        config = json.loads(str(recorded))
+        if not isinstance(config, dict):
+            raise TemplateError(f"{TEMPLATE_KEY} must hold a JSON object.")
+        attach_template(model, Template.from_config(config))
+    except (TemplateError, ValueError) as error:
+        text = f"{file.path}: its template is left out. {error}"
+        warnings.warn(text, UserWarning, stacklevel=4)
+
+
+def tokenizer_proto(file: GgufFile) -> bytes:
+    """Rebuild the SentencePiece model that conversion to GGUF took apart.
+
+    Conversion spells runs of spaces in ASCII and calls every special token a control token.
+    SentencePiece never finds a control token in text, so all but `<pad>`, `<eos>` and `<bos>`
+    become user-defined pieces again.
+
+    Args:
+        file: The header.
+
+    Returns:
+        A serialized SentencePiece model that gives the original's ids.
+
+    Raises:
+        LoadError: The file has no SentencePiece tokenizer, or half of one.
+    """
+    tokens, scores, types = _vocabulary(file)
+    pieces, kinds = [], []
+    for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if number == UNK_ID:
+            kind = UNKNOWN
+        elif kind == CONTROL and number not in CONTROL_IDS:
+            kind = USER_DEFINED
+        text = token.decode("utf-8")
+        pieces.append(text.replace(" ", SPACE) if kind == USER_DEFINED else text)
+        kinds.append(kind)
+    return sentencepiece_model(pieces, scores, kinds)
+
+
+class _Parser:
+    """Reads a header, never past the end of the file."""
+
+    def __init__(self, file: BinaryIO, path: pathlib.Path) -> None:
+        self.file = file
+        self.path = path
+        self.size = os.fstat(file.fileno()).st_size
+
+    def header(self) -> GgufFile:
+        magic = self.file.read(4)
+        if magic != MAGIC:
+            raise ValueError(f"it starts with {magic!r} instead of {MAGIC!r}")
+        version = self._number("I")
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version} is not one of {_VERSIONS}")
+        tensors, pairs = self._number("Q"), self._number("Q")
+        self._require(pairs * _MIN_PAIR + tensors * _MIN_TENSOR)
+        metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = self._text()
+            if key in metadata:
+                raise ValueError(f"the key {key!r} is there twice")
+            metadata[key] = self._value(self._number("I"))
+        entries = [self._entry() for _ in range(tensors)]
+        start = self._data_start(metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
+        found: dict[str, TensorInfo] = {}
+        for entry in entries:
+            if entry.name in found:
+                raise ValueError(f"the tensor {entry.name!r} is there twice")
+            found[entry.name] = dataclasses.replace(entry, offset=start + entry.offset)
+        self._check_places(found.values())
+        return GgufFile(self.path, metadata, found)
+
+    def _data_start(self, alignment: Any) -> int:
+        if not isinstance(alignment, int) or not 0 < alignment <= _MAX_SIZE:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        return -(-self.file.tell() // alignment) * alignment
+
+    def _check_places(self, tensors: Iterable[TensorInfo]) -> None:
+        """No tensor may end behind the file or lie on another, so all fit into memory together."""
+        end, before = 0, "the header"
+        for info in sorted(tensors, key=lambda info: info.offset):
+            if info.offset + info.size > self.size:
+                raise ValueError(
+                    f"its tensors need {info.offset + info.size:,} bytes and the file has "
+                    f"{self.size:,}; it is cut off"
+                )
+            if info.offset < end:
+                raise ValueError(f"the tensor {info.name!r} lies on {before!r}")
+            end, before = info.offset + info.size, info.name
+
+    def _require(self, count: int) -> None:
+        if count > self.size - self.file.tell():
+            raise ValueError("the header runs past the end of the file; it is cut off")
+
+    def _bytes(self, count: int) -> bytes:
+        self._require(count)
+        return self.file.read(count)
+
+    def _number(self, code: str) -> int:
+        return struct.unpack("<" + code, self._bytes(struct.calcsize(code)))[0]
+
+    def _string(self) -> bytes:
+        return self._bytes(self._number("Q"))
+
+    def _text(self) -> str:
+        return self._string().decode("utf-8")
+
+    def _value(self, code: int, depth: int = 0) -> Any:
+        kind = gguf.GGUFValueType(code)
+        if kind == gguf.GGUFValueType.STRING:
+            return self._text()
+        if kind == gguf.GGUFValueType.ARRAY:
+            return self._array(self._number("I"), self._number("Q"), depth + 1)
+        number = np.frombuffer(self._bytes(_NUMBERS[kind].itemsize), _NUMBERS[kind])[0]
+        # The shortest decimal that gives this float32: 1e-06 and not 9.999999974752427e-07.
+        return float(str(number)) if kind == gguf.GGUFValueType.FLOAT32 else number.item()
+
+    def _array(self, code: int, count: int, depth: int) -> Any:
+        kind = gguf.GGUFValueType(code)
+        if depth > _MAX_NESTING:
+            raise ValueError(f"arrays lie in arrays more than {_MAX_NESTING} deep")
+        if kind == gguf.GGUFValueType.STRING:
+            self._require(count * 8)
+            return [self._string() for _ in range(count)]
+        if kind == gguf.GGUFValueType.ARRAY:
+            self._require(count * 12)
+            return [self._value(code, depth) for _ in range(count)]
+        return np.frombuffer(self._bytes(count * _NUMBERS[kind].itemsize), _NUMBERS[kind])
+
+    def _entry(self) -> TensorInfo:
+        name = self._text()
+        dimensions = self._number("I")
+        if not 0 < dimensions <= _MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
+        kind = gguf.GGMLQuantizationType(self._number("I"))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise ValueError(f"tensor {name!r} of shape {shape} cannot be {kind.name}")
+        size = math.prod(shape) // block * block_bytes
+        return TensorInfo(name, shape, kind, self._number("Q"), size, self.path)
+
+
+_NUMBERS = {
+    getattr(gguf.GGUFValueType, name): np.dtype(dtype)
+    for name, dtype in {
+        "UINT8": "u1", "INT8": "i1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4",
+        "INT32": "<i4", "FLOAT32": "<f4", "BOOL": "?", "UINT64": "<u8", "INT64": "<i8",
+        "FLOAT64": "<f8",
+    }.items()
+}  # fmt: skip
+
+
+def _family(file: GgufFile) -> Family:
+    name = str(file.metadata.get("general.architecture", "none"))
+    if str(file.metadata.get("general.type", "model")) != "model":
+        raise LoadError(
+            f"{file.path} holds no model. Received: general.type={file.metadata['general.type']!r}",
+            next_step="Load the base model, then the adapter onto it.",
+        )
+    family = FAMILIES.get(name)
+    if family is None:
+        raise LoadError(
+            f"{file.path} is not a Gemma. Received: general.architecture={name!r}",
+            next_step=f"GGUF files of {', '.join(f.title for f in FAMILIES.values())} can be read.",
+        )
+    return family
+
+
+def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
+    """The arguments of the KerasHub backbone that the metadata describe.
+
+    Args:
+        file: The header; of its tensors the embedding alone is looked at.
+        family: Its generation.
+
+    Returns:
+        Arguments of `backbone_class(family)`.
+
+    Raises:
+        LoadError: Something is missing or out of range; all of it is listed.
+    """
+    values = _Metadata(file, family.name)
+    layers, width = _layers(values), values.count("embedding_length")
+    heads = values.count("attention.head_count")
+    config: dict[str, Any] = {
+        "num_layers": layers,
+        "num_query_heads": heads,
+        "num_key_value_heads": values.each("attention.head_count_kv", layers, heads)[0],
+        "hidden_dim": width,
+        "intermediate_dim": values.each("feed_forward_length", layers)[0],
+        "head_dim": values.count("attention.key_length"),
+        "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon", 1e-6),
+    }
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        values.problems.append("the tensor token_embd.weight is missing or no matrix")
+    else:
+        config["vocabulary_size"] = embedding.shape[0]
+    _FAMILY_CONFIGS[family.name](values, config)
+    if values.problems:
+        raise LoadError(
+            f"{file.path}: the metadata describe no {family.title} that KerasHub can build.",
+            values.problems,
+            next_step=_BROKEN,
+        )
+    return config
+
+
+class _Metadata:
+    """Values under the architecture's prefix; what is wrong is collected in `problems`."""
+
+    def __init__(self, file: GgufFile, prefix: str) -> None:
+        self.file = file
+        self.metadata = file.metadata
+        self.prefix = prefix
+        self.problems: list[str] = []
+
+    def number(self, key: str, default: float | None = None) -> float:
+        name = f"{self.prefix}.{key}"
+        value = self.metadata.get(name, default)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not math.isfinite(value):
+            what = "is missing" if value is None else f"must be a number, not {value!r}"
+            self.problems.append(f"{name} {what}")
+            return 1
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value) or not 1 <= value <= _MAX_SIZE:
+            self.problems.append(f"{self.prefix}.{key} must be a whole number, not {value!r}")
+            return 1
+        return int(value)
+
+    def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """A count for each layer, where the file may say one for all."""
+        name = f"{self.prefix}.{key}"
+        found = self.metadata.get(name)
+        if not isinstance(found, np.ndarray):
+            return [self.count(key, default)] * layers
+        whole = np.issubdtype(found.dtype, np.integer) and len(found) == layers
+        if not whole or not np.all((found >= 0) & (found <= _MAX_SIZE)):
+            self.problems.append(f"{name} must be {layers} whole numbers, not {found[:8]!r}")
+            return [1] * layers
+        return [int(value) for value in found]
+
+    def flags(self, key: str, layers: int) -> list[bool]:
+        name = f"{self.prefix}.{key}"
+        found = self.metadata.get(name)
+        if not isinstance(found, np.ndarray) or found.dtype != bool or len(found) != layers:
+            self.problems.append(f"{name} must be {layers} flags, one for each layer")
+            return [True] * layers
+        return [bool(value) for value in found]
+
+    def expect(self, key: str, value: float) -> None:
+        found = self.number(key, value)
+        if not math.isclose(found, value, rel_tol=1e-6):
+            self.problems.append(
+                f"{self.prefix}.{key} is {found:g}, and KerasHub's model has {value:g}"
+            )
+
+
+def _layers(values: _Metadata) -> int:
+    """As many layers as there are tensors for: nothing is laid out after a number alone."""
+    told = values.count("block_count")
+    blocks = {name.split(".")[1] for name in values.file.tensors if name.startswith("blk.")}
+    if len(blocks) != told:
+        values.problems.append(
+            f"{values.prefix}.block_count is {told}, tensors of {len(blocks)} are there"
+        )
+    return max(1, len(blocks))
+
+
+def _gemma(values: _Metadata, config: dict[str, Any]) -> None:
+    # KerasHub gives Gemma 1 and 2 the width of both gates together.
+    config["intermediate_dim"] *= 2
+    values.expect("attention.layer_norm_rms_epsilon", EPSILON)
+    values.expect("rope.freq_base", 10_000.0)
+
+
+def _gemma2(values: _Metadata, config: dict[str, Any]) -> None:
+    _gemma(values, config)
+    config |= {
+        # 27B alone scales its queries by the width of the model; no key says so.
+        "query_head_dim_normalize": config["num_layers"] != 46,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "attention_logit_soft_cap": values.number("attn_logit_softcapping", 50.0),
+        "final_logit_soft_cap": values.number("final_logit_softcapping", 30.0),
+        "use_sliding_window_attention": True,
+        "sliding_window_size": values.count("attention.sliding_window", 4096),
+    }
+
+
+def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
+    values.expect("attention.layer_norm_rms_epsilon", EPSILON)
+    values.expect("rope.freq_base", 1_000_000.0)
+    values.expect("rope.freq_base_swa", 10_000.0)
+    scaling = values.metadata.get("gemma3.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        values.problems.append(f"gemma3.rope.scaling.type must be 'linear', not {scaling!r}")
+    config |= {
+        "image_size": None,
+        # 27B alone scales its queries by the width of the model; no key says so.
+        "query_head_dim_normalize": config["num_layers"] != 62,
+        "use_query_key_norm": True,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "use_sliding_window_attention": True,
+        "sliding_window_size": values.count("attention.sliding_window", 1024),
+        "global_rope_scaling_factor": float(values.number("rope.scaling.factor", 1.0)),
+    }
+
+
+def _gemma3n(values: _Metadata, config: dict[str, Any]) -> None:
+    layers, tensors = config["num_layers"], values.file.tensors
+    found = [tensors.get(name) for name in ("per_layer_token_embd.weight", "blk.0.laurel_l.weight")]
+    rows, rank = (info.shape[0] if info else 1 for info in found)
+    values.expect("rope.freq_base_swa", 10_000.0)
+    local = [i % 5 != 4 for i in range(layers)]  # what llama.cpp computes with
+    if "gemma3n.attention.sliding_window_pattern" in values.metadata:
+        local = values.flags("attention.sliding_window_pattern", layers)
+    given = {
+        "text_vocab_size": config.get("vocabulary_size", 1),
+        "text_hidden_size": config["hidden_dim"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": config["num_query_heads"],
+        "num_key_value_heads": config["num_key_value_heads"],
+        "head_dim": config["head_dim"],
+        "intermediate_size": values.each("feed_forward_length", layers),
+        "rms_norm_eps": config["layer_norm_epsilon"],
+        "layer_types": [
+            "sliding_attention" if is_local else "full_attention" for is_local in local
+        ],
+        "sliding_window": values.count("attention.sliding_window"),
+        "max_position_embeddings": values.count("context_length"),
+        "vocab_size_per_layer_input": rows,
+        "hidden_size_per_layer_input": values.count("embedding_length_per_layer_input"),
+        "altup_num_inputs": values.count("altup.num_inputs"),
+        "altup_active_idx": int(values.number("altup.active_idx", 0)),
+        "altup_coef_clip": 120.0,
+        "laurel_rank": rank,
+        "num_kv_shared_layers": int(values.number("attention.shared_kv_layers", 0)),
+        "activation_sparsity_pattern": _sparse_parts(values, layers),
+        "final_logit_soft_cap": float(values.number("final_logit_softcapping", 30.0)),
+        "rope_theta": float(values.number("rope.freq_base", 1_000_000.0)),
+        "rope_local_base_freq": 10_000.0,
+        "hidden_activation": "gelu_approximate",
+        "pad_token_id": 0,
+    }
+    config.clear()
+    config.update(given)
+
+
+def _sparse_parts(values: _Metadata, layers: int) -> list[float]:
+    """How much of each layer's feed-forward is cut: the file has the normal quantiles of it."""
+    name = "gemma3n.activation_sparsity_scale"
+    found: Any = values.metadata.get(name)
+    numeric = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.floating)
+    if not numeric or len(found) != layers or np.isnan(found).any():
+        values.problems.append(f"{name} must be {layers} numbers, one for each layer")
+        return [0.0] * layers
+    return [round(float(part), 6) for part in scipy.special.ndtr(found.astype("float64"))]
+
+
+def _gemma4(values: _Metadata, config: dict[str, Any]) -> None:
+    layers = config["num_layers"]
+    local = values.flags("attention.sliding_window_pattern", layers)
+    shared = int(values.number("attention.shared_kv_layers", 0))
+    widths = values.each("feed_forward_length", layers)
+    doubled = [widths[0] * (1 + (i >= layers - shared)) for i in range(layers)]
+    if widths not in ([widths[0]] * layers, doubled):
+        values.problems.append(
+            "gemma4.feed_forward_length must be one width, doubled at most in the "
+            f"{shared} layers that share keys and values, not {widths}"
+        )
+    heads = values.each("attention.head_count_kv", layers, config["num_query_heads"])
+    near = next((h for h, is_local in zip(heads, local, strict=True) if is_local), max(heads))
+    experts = int(values.number("expert_count", 0))
+    cap = values.number("final_logit_softcapping", 0)
+    config |= {
+        "image_size": None,
+        "layer_types": [
+            "sliding_attention" if is_local else "full_attention" for is_local in local
+        ],
+        "num_key_value_heads": near,
+        "num_global_key_value_heads": _heads_without_values(values, local, heads),
+        "head_dim": values.count("attention.key_length_swa", config["head_dim"]),
+        "global_head_dim": config["head_dim"],
+        "intermediate_dim": widths[0],
+        "use_double_wide_mlp": widths != [widths[0]] * layers,
+        "sliding_window_size": values.count("attention.sliding_window"),
+        "num_kv_shared_layers": shared,
+        "hidden_size_per_layer_input": int(values.number("embedding_length_per_layer_input", 0)),
+        "final_logit_soft_cap": float(cap) or None,
+        "global_rope_wavelength": float(values.number("rope.freq_base", 1_000_000.0)),
+        "local_rope_wavelength": float(values.number("rope.freq_base_swa", 10_000.0)),
+        "global_rope_partial_rotary_factor": _turned_part(values.file),
+        "enable_moe_block": experts > 0,
+    }
+    if experts:
+        config |= {
+            "num_experts": values.count("expert_count"),
+            "num_experts_per_token": values.count("expert_used_count"),
+            "expert_intermediate_dim": values.count("expert_feed_forward_length"),
+        }
+
+
+def _heads_without_values(
+    values: _Metadata, local: Sequence[bool], heads: Sequence[int]
+) -> int | None:
+    """Key heads of the layers that see everything, where they take their keys for values."""
+    names = values.file.tensors
+    for block, (is_local, count) in enumerate(zip(local, heads, strict=True)):
+        keys = f"blk.{block}.attn_k.weight" in names
+        if not is_local and keys and f"blk.{block}.attn_v.weight" not in names:
+            return count
+    return None
+
+
+def _turned_part(file: GgufFile) -> float:
+    """How much of each global head the rotary embedding turns; the rest stands still."""
+    info = file.tensors.get("rope_freqs.weight")
+    if info is None or info.kind != gguf.GGMLQuantizationType.F32:
+        return 1.0
+    factors = file.read("rope_freqs.weight")
+    return float((factors < _STANDSTILL).mean())
+
+
+_FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gemma3n": _gemma3n,
+    "gemma4": _gemma4,
+}
+
+
+def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
+    parts = parts_of_tensors(weights)
+    _check_tensors(file, parts)
+    rests = _read_rests(file, [weight for weight in weights if weight.gguf_offset])
+    broken: list[str] = []
+    # The largest first: what is read and not yet handed over is then never beside the whole model.
+    for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
+        if weight.entry.kind == "embedding" and math.prod(weight.variable.shape) > _BLOCK_VALUES:
+            if not _assign_in_blocks(file, weight):
+                broken.append(weight.gguf)
+            continue
+        dtype = weight.variable.dtype
+        matrix = file.read(weight.gguf, np.float32 if weight.gguf_offset else dtype)
+        if not all_finite(matrix):
+            broken.append(weight.gguf)
+        piece = weight.entry.gguf_piece
+        if piece is not None:
+            matrix = split(matrix, piece, len(parts[weight.gguf]))
+        if weight.gguf_offset:
+            exact = matrix.astype(np.float64) - weight.gguf_offset + rests.get(weight.gguf, 0.0)
+            matrix = exact.astype(np.float32)
+        value = weight.from_matrix(matrix)
+        weight.variable.assign(value.astype(dtype, copy=False))
+    if broken:
+        raise LoadError(
+            f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=_BROKEN
+        )
+
+
+def norm_rests(values: Sequence[np.ndarray], stored: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What the norms of a float32 file lack, because 1 was added to them.
+
+    A norm `w` is stored as `w + 1`, rounded: a small `w` loses its last bits. The rest is a float32
+    itself, so `stored - 1 + rest` is `w` again. llama.cpp passes over both keys.
+
+    Args:
+        values: The float32 norms, in the order of `Family.weights`.
+        stored: The same as the file holds them.
+
+    Returns:
+        Metadata: `gemma_keras_tune.norm_rests`, the rests of all norms behind each other in
+        float32, and `gemma_keras_tune.norm_checksum`, a CRC-32 of the stored norms and the rests.
+        Empty where nothing was lost.
+    """
+    if not stored:
+        return {}
+    before, after = np.concatenate(values), np.concatenate(stored)
+    rests = (before - (after.astype(np.float64) - 1)).astype(np.float32)
+    if not rests.any():
+        return {}
+    return {RESTS_KEY: rests.tolist(), CHECKSUM_KEY: _checksum(after, rests)}
+
+
+def _read_rests(file: GgufFile, norms: Sequence[Weight]) -> dict[str, np.ndarray]:
+    """The rests by tensor; none where another program changed the norms."""
+    rests: Any = file.metadata.get(RESTS_KEY)
+    sizes = [math.prod(norm.variable.shape) for norm in norms]
+    if not norms or not isinstance(rests, np.ndarray) or len(rests) != sum(sizes):
+        return {}
+    stored = np.concatenate([file.read(norm.gguf) for norm in norms])
+    if _checksum(stored, rests) != file.metadata.get(CHECKSUM_KEY):
+        return {}
+    pieces = np.split(rests, np.cumsum(sizes)[:-1])
+    return {norm.gguf: piece for norm, piece in zip(norms, pieces, strict=True)}
+
+
+def _checksum(stored: np.ndarray, rests: np.ndarray) -> int:
+    return zlib.crc32(rests.tobytes(), zlib.crc32(stored.tobytes()))
+
+
+def _assign_in_blocks(file: GgufFile, weight: Weight) -> bool:
+    """Assign rows as they are read: no second array as large lies beside the variable's.
+
+    Returns:
+        Whether all values are finite.
+    """
+    variable = weight.variable
+    count, width = variable.shape
+    step = max(1, _BLOCK_VALUES // width)
+    finite = True
+    value = jnp.zeros((count, width), variable.dtype)
+    for start in range(0, count, step):
+        rows = file.read(weight.gguf, variable.dtype, start=start, stop=start + step)
+        finite &= all_finite(rows)
+        # JAX copies by and by, and would keep all blocks until then.
+        value = jax.block_until_ready(_put_rows(value, rows, start))
+    variable.assign(value)
+    return finite
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(value: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    """Write rows into an array, in its place."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    if value.dtype.itemsize != 2:
+        return put(value, rows, start, axis=0)
+    # XLA's CPU computes with half precision in float32, and would convert the whole array.
+    bits, part = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (value, rows))
+    return jax.lax.bitcast_convert_type(put(bits, part, start, axis=0), value.dtype)
+
+
+def parts_of_tensors(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
+    """The weights that each tensor of a file holds, one of most.
+
+    Args:
+        weights: Weights of a model.
+
+    Returns:
+        Weights by the name of their tensor.
+    """
+    parts = collections.defaultdict(list)
+    for weight in weights:
+        parts[weight.gguf].append(weight)
+    return dict(parts)
+
+
+def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
+    """The shape of the tensor that holds some weights.
+
+    Args:
+        parts: All weights in it.
+
+    Returns:
+        Its shape as numpy has it.
+    """
+    shape, piece = list(parts[0].matrix_shape), parts[0].entry.gguf_piece
+    if piece is None:
+        return tuple(shape)
+    if piece.stacked:
+        shape.insert(piece.axis, len(parts))
+    else:
+        shape[piece.axis] *= len(parts)
+    return tuple(shape)
+
+
+def _check_tensors(file: GgufFile, tensors: Mapping[str, Sequence[Weight]]) -> None:
+    problems = []
+    for name, parts in tensors.items():
+        info, expected = file.tensors.get(name), tensor_shape(parts)
+        if info is None:
+            problems.append(f"{name} is missing")
+        elif info.shape != expected:
+            problems.append(f"{name} has shape {info.shape}, expected {expected}")
+    unknown = [name for name in file.tensors if name not in tensors and not _idle(name, tensors)]
+    problems += [f"{name} is no weight of this model" for name in unknown]
+    kinds = {info.kind for info in file.tensors.values()}
+    problems += [
+        f"the quantization {kind.name} cannot be read"
+        for kind in sorted(kinds)
+        if not _readable(kind)
+    ]
+    if problems:
+        raise LoadError(
+            f"{file.path}: the tensors do not fit the model its metadata describe.",
+            problems,
+            next_step="Convert the model again, with a quantization such as Q8_0 or Q4_K_M.",
+        )
+
+
+def _idle(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a tensor is never computed with."""
+    # The frequencies of the rotary embedding are computed, not learnt.
+    if name.startswith("rope_freqs"):
+        return True
+    # Gemma 4's checkpoints hold keys and values for layers that take those of an earlier one.
+    block, _, rest = name.rpartition(".attn_")
+    shared = rest in ("k.weight", "v.weight", "k_norm.weight")
+    return (
+        shared and f"{block}.attn_q.weight" in tensors and f"{block}.attn_k.weight" not in tensors
+    )
+
+
+def _readable(kind: gguf.GGMLQuantizationType) -> bool:
+    block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
+    prefix = "tokenizer.ggml."
+    kind = file.metadata.get(prefix + "model")
+    if kind not in _TOKENIZERS:
+        raise LoadError(
+            f"{file.path} must hold a SentencePiece tokenizer: {prefix}model one of "
+            f"{_TOKENIZERS}. Received: {kind!r}",
+            next_step="Convert the model again from the original with its tokenizer.model.",
+        )
+    names = ("tokens", "scores", "token_type")
+    parts: dict[str, Any] = {name: file.metadata.get(prefix + name) for name in names}
+    problems = _vocabulary_problems(parts, file.tensors["token_embd.weight"].shape[0])
+    if problems:
+        raise LoadError(
+            f"{file.path}: the tokenizer is incomplete.",
+            [f"{prefix}{problem}" for problem in problems],
+            next_step=_BROKEN,
+        )
+    merges = file.metadata.get(prefix + "merges")
+    scores = parts["scores"].tolist()
+    if kind == "gemma4" and merges is not None and len(set(scores)) == 1:
+        scores = _scores_of_merges(file, parts["tokens"], merges)
+    return parts["tokens"], scores, parts["token_type"].tolist()
+
+
+def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> list[float]:
+    """Scores for a file that has the merges alone.
+
+    llama.cpp's converter reads Gemma 4's tokenizer.json, which has no scores.
+    """
+    pairs = [merge.decode("utf-8").split(" ") for merge in merges if isinstance(merge, bytes)]
+    if not isinstance(merges, list) or [len(pair) for pair in pairs] != [2] * len(merges):
+        raise LoadError(
+            f"{file.path}: tokenizer.ggml.merges must be pairs of pieces with a space between.",
+            next_step=_BROKEN,
+        )
+    return scores_of_merges(
+        [token.decode("utf-8") for token in tokens], [(left, right) for left, right in pairs]
+    )
+
+
+def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:
+    missing = [f"{name} is missing" for name, part in parts.items() if part is None]
+    if missing:
+        return missing
+    tokens, scores, types = parts["tokens"], parts["scores"], parts["token_type"]
+    problems = []
+    if not isinstance(tokens, list) or not all(isinstance(token, bytes) for token in tokens):
+        problems.append("tokens must be strings")
+    if not isinstance(scores, np.ndarray) or not np.isfinite(scores).all():
+        problems.append("scores must be finite numbers")
+    if not isinstance(types, np.ndarray) or not np.isin(types, range(1, 7)).all():
+        problems.append("token_type must hold numbers from 1 to 6")
+    if problems:
+        return problems
+    lengths = {name: len(part) for name, part in parts.items()}
+    if len(set(lengths.values())) > 1:
+        return [f"tokens, scores and types differ in number: {lengths}"]
+    if not UNK_ID < len(tokens) <= rows:
+        return [f"tokens are {len(tokens)}, for {rows} rows of the embedding"]
+    if len(set(tokens)) < len(tokens):
+        return ["tokens holds some twice"]
+    return []

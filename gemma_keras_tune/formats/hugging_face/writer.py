@@ -1,0 +1,311 @@
+"""A Hugging Face folder: sharded safetensors, configuration, tokenizer, chat template, stop tokens.
+
+The names and axes come from `families`. Configuration fields are those of `transformers`'
+`GemmaConfig`, `Gemma2Config` and the text configurations of Gemma 3, 3n and 4; a setting they have
+no field for is refused. Of a model that sees or hears, the text tower is written: transformers
+opens it as `Gemma…ForCausalLM`.
+"""
+
+import itertools
+import math
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from safetensors.numpy import save_file
+
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
+from gemma_keras_tune.formats.hugging_face.tokenizer import write_json, write_tokenizer
+from gemma_keras_tune.gemma.families import (
+    Family,
+    Weight,
+    backbone_settings,
+    family_of,
+    is_instruct,
+    join,
+)
+from gemma_keras_tune.formats.hugging_face.reader import INDEX
+from gemma_keras_tune.formats.hugging_face.settings import EPSILON, FIELDS, layer_types, settings
+from gemma_keras_tune.gemma.templates import Template, get_template, template_of
+
+FORMAT = "safetensors"
+RUNTIME = "transformers"
+_MODEL_TYPES = {
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
+    "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
+}
+_POSITIONS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma4": 131_072}
+_LONG_POSITIONS = 131_072
+_BOS, _EOS, _PAD = 2, 1, 0
+
+Progress = Callable[[str, int, int], None]
+
+
+def write(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    dtype: str = "auto",
+    shard_size: int = 5_000_000_000,
+    progress: Progress = lambda name, done, total: None,
+) -> None:
+    """Write a model as `transformers` saves it.
+
+    LoRA is merged in float32 and rounded once. One shard at a time lies in memory beside the
+    model.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`. Of a model that sees or hears, the text tower.
+        folder: An existing, empty folder.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the dtype of the weights.
+        shard_size: Bytes of weights in one file at most.
+        progress: Called with each weight's name, how many are written, and how many there are.
+
+    Raises:
+        ExportError: `transformers` cannot compute this model, or a weight is beyond the dtype.
+    """
+    family = family_of(model)
+    _warn_of_media(model)
+    stored = stored_dtype(model, dtype)
+    template = _template(model)
+    tokenizer: Any = model.preprocessor.tokenizer
+    stops = {_EOS}
+    if template is not None:
+        stops.update(template.stop_token_ids(tokenizer))
+    ends = sorted(stops)
+    config = _config(model, family)
+    config |= {"dtype": stored, "torch_dtype": stored, "eos_token_id": ends}
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": _BOS, "eos_token_id": ends, "pad_token_id": _PAD},
+    )
+    write_tokenizer(tokenizer, folder, template, (family.turn.start, family.turn.end))
+    _write_weights(model, folder, family, stored, shard_size, progress)
+
+
+# The configuration.
+
+
+def _warn_of_media(model: Any) -> None:
+    towers = [
+        word
+        for word, name in (("see images", "vision_encoder"), ("hear", "audio_encoder"))
+        if getattr(model.backbone, name, None) is not None
+    ]
+    if towers:
+        warnings.warn(
+            f"The folder holds the text tower alone: it will not {' or '.join(towers)}. For the "
+            "whole model, save the adapter with `save_adapter`: PEFT puts it on the original.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _template(model: keras.Model) -> Template | None:
+    """The prompt format; `None` for a pretrained model that was not tuned."""
+    if is_instruct(model) is False and template_of(model) is None:
+        return None
+    return get_template("auto", model)
+
+
+def _config(model: Any, family: Family) -> dict[str, Any]:
+    given = backbone_settings(model)
+    _refuse_settings(given, family)
+    model_type, architecture = _MODEL_TYPES[family.name]
+    sizes = settings(given, family) if family.name in FIELDS else _older_settings(given, family)
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": _POSITIONS.get(family.name),
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": _BOS,
+        "pad_token_id": _PAD,
+        **sizes,
+    }
+
+
+def _older_settings(given: dict[str, Any], family: Family) -> dict[str, Any]:
+    old = family.name in ("gemma", "gemma2")
+    config: dict[str, Any] = {
+        "vocab_size": given["vocabulary_size"],
+        "hidden_size": given["hidden_dim"],
+        # KerasHub gives Gemma 1 and 2 the width of both gates together.
+        "intermediate_size": given["intermediate_dim"] // (2 if old else 1),
+        "num_hidden_layers": given["num_layers"],
+        "num_attention_heads": given["num_query_heads"],
+        "num_key_value_heads": given["num_key_value_heads"],
+        "head_dim": given["head_dim"],
+        "rms_norm_eps": EPSILON,
+        "rope_theta": 10_000.0,
+    }
+    if family.name != "gemma":
+        config |= _later_config(given)
+    if family.name == "gemma3":
+        config |= _gemma3_config(given)
+    return config
+
+
+def _later_config(given: dict[str, Any]) -> dict[str, Any]:
+    scalar = given["head_dim"]
+    if not given["query_head_dim_normalize"]:
+        scalar = given["hidden_dim"] / given["num_query_heads"]
+    window = given["sliding_window_size"]
+    if not given["use_sliding_window_attention"]:
+        window = _LONG_POSITIONS
+    return {
+        "query_pre_attn_scalar": scalar,
+        "attn_logit_softcapping": given["attention_logit_soft_cap"],
+        "final_logit_softcapping": given["final_logit_soft_cap"],
+        "sliding_window": window,
+    }
+
+
+def _gemma3_config(given: dict[str, Any]) -> dict[str, Any]:
+    period = 6 if given["use_sliding_window_attention"] else 1
+    config: dict[str, Any] = {
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window_pattern": period,
+        "layer_types": layer_types(given["num_layers"], period),
+        "use_bidirectional_attention": False,
+    }
+    factor = float(given["global_rope_scaling_factor"])
+    if factor != 1:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        config["max_position_embeddings"] = _LONG_POSITIONS
+    return config
+
+
+# What each generation computes with, where its Hugging Face configuration has no field.
+_FIXED: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "layer_norm_epsilon": EPSILON,
+        "query_head_dim_normalize": True,
+        "use_post_ffw_norm": False,
+        "use_post_attention_norm": False,
+        "attention_logit_soft_cap": None,
+        "final_logit_soft_cap": None,
+        "use_sliding_window_attention": False,
+    },
+    "gemma2": {
+        "layer_norm_epsilon": EPSILON,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+    },
+    "gemma3": {
+        "layer_norm_epsilon": EPSILON,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "use_query_key_norm": True,
+        "local_rope_scaling_factor": 1.0,
+        "use_bidirectional_attention": False,
+        "is_embedding_model": False,
+    },
+    "gemma3n": {
+        "hidden_activation": "gelu_approximate",
+        "rope_scaling": None,
+        "pad_token_id": _PAD,
+    },
+    "gemma4": {
+        "attention_logit_soft_cap": None,
+        "use_sliding_window_attention": True,
+        "local_rope_scaling_factor": 1.0,
+        "global_rope_scaling_factor": 1.0,
+        "use_bidirectional_attention": False,
+        "is_embedding_model": False,
+    },
+}
+
+
+def _refuse_settings(given: dict[str, Any], family: Family) -> None:
+    problems = [
+        f"{name} is {given[name]!r}; transformers computes with {expected!r}"
+        for name, expected in _FIXED[family.name].items()
+        if name in given and given[name] != expected
+    ]
+    if family.name == "gemma4" and given["layer_types"][-1] != "full_attention":
+        problems.append("the last layer attends to a window; transformers lets it see everything")
+    if problems:
+        raise ExportError(
+            f"transformers cannot compute this {family.title}.",
+            problems,
+            "Save a Keras preset with `save_preset` instead.",
+        )
+
+
+# The weights.
+
+
+def _write_weights(
+    model: keras.Model,
+    folder: pathlib.Path,
+    family: Family,
+    dtype: str,
+    shard_size: int,
+    progress: Progress,
+) -> None:
+    sizes = _sizes(family.weights(model), dtype)
+    shards = _shards(sizes, shard_size)
+    count = len(shards)
+    stem = "model" if count == 1 else "model-{:05}-of-{:05}"
+    tensors = _tensors(model, dtype)
+    placed: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"{stem.format(number, count)}.safetensors"
+        held = {}
+        for name in names:
+            found, held[name] = next(tensors)
+            if found != name:
+                raise ExportError(f"{name} came out of turn; this is a fault of the library.")
+            placed[name] = file
+            progress(name, len(placed), len(sizes))
+        save_file(held, folder / file, metadata={"format": "pt"})
+    if count > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+        write_json(folder / INDEX, index)
+
+
+def _sizes(weights: tuple[Weight, ...], dtype: str) -> dict[str, int]:
+    """Bytes of each tensor, in order."""
+    sizes: dict[str, int] = {}
+    for weight in weights:
+        size = math.prod(weight.matrix_shape) * DTYPES[dtype].itemsize
+        sizes[weight.text_name] = sizes.get(weight.text_name, 0) + size
+    return sizes
+
+
+def _shards(sizes: dict[str, int], shard_size: int) -> list[list[str]]:
+    """Names in order, cut where the next tensor would not fit any more."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > shard_size:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _tensors(model: keras.Model, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor, its pieces put together: they follow one another in the table."""
+    pairs = ((weight.text_name, weight, value) for weight, value in merged_weights(model))
+    for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        pieces = (
+            (weight.entry.piece, rounded(name, weight.to_matrix(value), dtype))
+            for _, weight, value in group
+        )
+        yield name, join(dict(pieces))

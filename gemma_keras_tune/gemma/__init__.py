@@ -1,0 +1,1 @@
+"""The facts of each Gemma: families, weights, templates, tokenizers."""

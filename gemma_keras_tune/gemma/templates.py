@@ -1,0 +1,788 @@
+"""Prompt templates: how a conversation becomes the text a Gemma reads and writes.
+
+A template cuts a conversation into segments. Those the model must learn to write are `trained`:
+each answer with the token that ends it, so that a tuned model stops by itself. Segments are
+tokenized one by one, and a prompt therefore has the same token ids in training and when served.
+
+The instruct models of each generation were taught one turn format, kept here as data. A pretrained
+model knows none of them and gets plain text. What a model was tuned with is attached to it and
+written beside its weights, because a model answers well only in the format it was taught.
+
+Formats after the chat templates published with the models: `google/gemma-2b-it`,
+`google/gemma-2-2b-it`, `google/gemma-3-270m-it`, `google/gemma-3n-E2B-it`, `google/gemma-4-E2B-it`.
+"""
+
+import abc
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import keras
+
+from gemma_keras_tune._support.files import write_text
+from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.gemma.families import family_of, is_instruct
+
+SIDECAR = "gemma_keras_tune.json"
+START_OF_TEXT = "<bos>"
+END_OF_TEXT = "<eos>"
+KNOWN_STOP_TOKENS = (END_OF_TEXT, "<end_of_turn>", "<turn|>")
+# SentencePiece never reads these out of text: it spells them out, letter by letter.
+CONTROL_TOKENS = (START_OF_TEXT, END_OF_TEXT, "<pad>", "<unk>")
+# Control signs of some Gemma. No tokenizer has all of them.
+SPECIAL_TOKENS = (
+    *CONTROL_TOKENS, "<mask>",
+    "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>",
+    "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
+    "<|tool_response>", "<tool_response|>", '<|"|>',
+    "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<|image>", "<|image|>", "<image|>",
+    "<start_of_audio>", "<end_of_audio>", "<audio_soft_token>", "<|audio>", "<|audio|>", "<audio|>",
+    "<|video>", "<|video|>", "<video|>",
+)  # fmt: skip
+
+
+class MessageLike(Protocol):
+    """What a template asks of a message."""
+
+    @property
+    def role(self) -> str:
+        """`"system"`, `"user"` or `"assistant"`."""
+
+    @property
+    def content(self) -> str:
+        """The text of the message."""
+
+
+Messages = Sequence[MessageLike]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of the text of one conversation.
+
+    Attributes:
+        text: The text, special tokens written out.
+        trained: Whether the model is taught to write it.
+    """
+
+    text: str
+    trained: bool
+
+
+class Template(abc.ABC):
+    """How conversations are written for one model."""
+
+    kind: ClassVar[str]
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """A short name, for people to read."""
+
+    @property
+    @abc.abstractmethod
+    def stop_token(self) -> str:
+        """The token every answer ends with."""
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """Tokens at which generation ends: `stop_token` and, always, `<eos>`."""
+        return tuple(dict.fromkeys((self.stop_token, END_OF_TEXT)))
+
+    @abc.abstractmethod
+    def _segments(self, messages: Messages) -> list[Segment]:
+        """Segments of messages whose order has been checked."""
+
+    @abc.abstractmethod
+    def chat_template(self) -> str | None:
+        """The template in Jinja, as Hugging Face and llama.cpp want it.
+
+        Returns:
+            A Jinja template over `messages`, `bos_token` and `add_generation_prompt`, or `None`
+            where there is none: a Python function cannot be written in Jinja.
+        """
+
+    @abc.abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """The template as JSON data, for `from_config`."""
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> "Template":
+        """The template that `to_config` described.
+
+        Args:
+            config: What `to_config` returned, perhaps read back from JSON.
+
+        Returns:
+            The template.
+
+        Raises:
+            TemplateError: It was a Python function, or the description cannot be understood.
+        """
+        return _from_config(config)
+
+    def segments(
+        self, messages: Messages, *, generation_prompt: bool = False
+    ) -> tuple[Segment, ...]:
+        """Cut a conversation into trained and untrained text.
+
+        `<bos>` is not part of the text: it is put in front when the segments are tokenized.
+
+        Args:
+            messages: At most one system message, first; then user and assistant in turn.
+            generation_prompt: Whether the conversation ends with a user message and the text must
+                end where the answer begins. Otherwise it ends with the answer and its stop token.
+
+        Returns:
+            Segments, trained and untrained in turn.
+
+        Raises:
+            TemplateError: The messages are in an order that makes no conversation.
+        """
+        _check_order(messages, generation_prompt)
+        return _joined(self._segments(messages))
+
+    def stop_token_ids(self, tokenizer: keras.layers.Layer) -> tuple[int, ...]:
+        """Ids of `stop_tokens`.
+
+        Args:
+            tokenizer: A KerasHub tokenizer.
+
+        Returns:
+            One id for each of `stop_tokens`.
+
+        Raises:
+            TemplateError: A stop token is no single token of this tokenizer.
+        """
+        ids = {token: _token_id(tokenizer, token) for token in self.stop_tokens}
+        missing = [token for token, found in ids.items() if found is None]
+        if missing:
+            raise TemplateError(
+                f"The template {self.name!r} does not fit the model's tokenizer.",
+                [f"{token!r} is not one token of it" for token in missing],
+                "Use `template='auto'`, or end the template with a token the model knows.",
+            )
+        return tuple(found for found in ids.values() if found is not None)
+
+    def __str__(self) -> str:
+        """Name and stop token."""
+        return f"{self.name} (answers end with {self.stop_token})"
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnTemplate(Template):
+    """The turn format an instruct model was taught.
+
+    Leading and trailing white space of every message is left out, as the published templates do.
+
+    Attributes:
+        turns: Name of the format.
+        turn_start: Token that begins a turn; the role and a line feed follow.
+        turn_end: Token that ends a turn, and the stop token of an answer.
+        system: `"turn"` where the generation has a system role; `"first_user"` where it has none,
+            and the system text is put in front of the first user message with an empty line
+            between.
+        answer_start: Text put in front of the answer that is to be given, and of no earlier one.
+    """
+
+    turns: str
+    turn_start: str
+    turn_end: str
+    system: Literal["turn", "first_user"]
+    answer_start: str = ""
+
+    kind: ClassVar[str] = "turns"
+
+    def __post_init__(self) -> None:
+        """Check the marks.
+
+        Raises:
+            TemplateError: One of them holds a control token.
+        """
+        _check_control(self.name, (self.turn_start, self.turn_end, self.answer_start))
+
+    @property
+    def name(self) -> str:
+        """Name of the format."""
+        return self.turns
+
+    @property
+    def stop_token(self) -> str:
+        """The token that ends a turn."""
+        return self.turn_end
+
+    def _segments(self, messages: Messages) -> list[Segment]:
+        system, rest = _split_system(messages)
+        prefix = ""
+        parts = []
+        if system is not None and self.system == "turn":
+            parts.append(Segment(self._turn("system", system.strip()) + "\n", False))
+        elif system is not None:
+            # Not stripped: the published template of Gemma 3 strips the user's text alone.
+            prefix = system + "\n\n"
+        for index, message in enumerate(rest):
+            if message.role == "user":
+                text = self._turn("user", prefix + message.content.strip())
+                start = self.answer_start if index >= len(rest) - 2 else ""
+                parts.append(Segment(f"{text}\n{self.turn_start}model\n{start}", False))
+                prefix = ""
+            else:
+                parts.append(Segment(message.content.strip() + self.turn_end, True))
+                if index < len(rest) - 1:
+                    parts.append(Segment("\n", False))
+        return parts
+
+    def _turn(self, role: str, content: str) -> str:
+        return f"{self.turn_start}{role}\n{content}{self.turn_end}"
+
+    def chat_template(self) -> str:
+        """The format in Jinja, with the same result as the published template for text."""
+        return "".join(
+            [
+                "{{ bos_token }}",
+                "{%- set start = " + json.dumps(self.turn_start) + " -%}",
+                "{%- set end = " + json.dumps(self.turn_end) + " -%}",
+                _JINJA_SYSTEM[self.system],
+                _JINJA_TURNS,
+                "{%- if add_generation_prompt -%}",
+                '{{ start + "model\\n" + ' + json.dumps(self.answer_start) + " }}",
+                "{%- endif -%}",
+            ]
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The format and its name as JSON data."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTemplate(Template):
+    """A template written as one string, for pretrained models and for users' own formats.
+
+    `{input}` and `{output}` stand for the user's text and the answer, `{system}` (optional) for
+    the system text. `{{` and `}}` stand for one brace. Where `{system}` is absent, a system text is
+    put in front of the first input with an empty line between. Later exchanges of a conversation
+    repeat the template on a new line, `{system}` left empty.
+
+    When text follows `{output}`, it is taught as part of the answer, up to and with the first of
+    `<eos>`, `<end_of_turn>` and `<turn|>` in it, which becomes the stop token. With none of them,
+    `<eos>` is added. Spaces just before `{output}` count to the answer, as tokens carry the space
+    in front of a word with the word. A leading `<bos>` is left out: every row gets one anyway.
+
+    Attributes:
+        text: The template.
+        label: A short name.
+    """
+
+    text: str
+    label: str = "custom"
+
+    kind: ClassVar[str] = "text"
+
+    def __post_init__(self) -> None:
+        """Check the placeholders, and the text between them.
+
+        Raises:
+            TemplateError: One is missing, unknown, repeated, or out of order; or a control token
+                stands where it would be spelled out.
+        """
+        _check_placeholders(self.text)
+        before, _, ending, following = self._cut
+        own = [text for kind, text in before if kind == "text"]
+        _check_control(self.text, (*own, ending.removesuffix(END_OF_TEXT), following))
+
+    @property
+    def name(self) -> str:
+        """The label."""
+        return self.label
+
+    @property
+    def stop_token(self) -> str:
+        """The first known stop token after `{output}`, or `<eos>`."""
+        return _first_stop(self._parts()[1]) or END_OF_TEXT
+
+    def _parts(self) -> tuple[list[tuple[str, str]], str]:
+        """What stands before `{output}`, in `(kind, text)` pieces, and the text behind it."""
+        pieces = _pieces(self.text.removeprefix(START_OF_TEXT))
+        index = pieces.index(("field", "output"))
+        after = "".join(text for _, text in pieces[index + 1 :])
+        return pieces[:index], after
+
+    @functools.cached_property
+    def _cut(self) -> tuple[list[tuple[str, str]], str, str, str]:
+        """Pieces before the answer, its leading spaces, its ending, and what follows."""
+        before, after = self._parts()
+        spaces = ""
+        if before and before[-1][0] == "text":
+            text = before[-1][1]
+            bare = text.rstrip(" ")
+            spaces = text[len(bare) :]
+            before = [*before[:-1], ("text", bare)]
+        stop = _first_stop(after)
+        if stop is None:
+            return before, spaces, after + END_OF_TEXT, ""
+        ending, _, rest = after.partition(stop)
+        return before, spaces, ending + stop, rest
+
+    def _segments(self, messages: Messages) -> list[Segment]:
+        system, rest = _split_system(messages)
+        before, spaces, ending, following = self._cut
+        own_place = ("field", "system") in before
+        parts = []
+        for index, message in enumerate(rest):
+            if message.role == "assistant":
+                parts.append(Segment(spaces + message.content + ending, True))
+                if index < len(rest) - 1:
+                    parts.append(Segment(_newline(following), False))
+                continue
+            first = index == 0 and system is not None
+            values = {"input": message.content, "system": system if first and system else ""}
+            if first and not own_place:
+                values["input"] = f"{system}\n\n{message.content}"
+            text = "".join([t if kind == "text" else values[t] for kind, t in before])
+            parts.append(Segment(text, False))
+        return parts
+
+    def chat_template(self) -> str:
+        """The template in Jinja."""
+        before, spaces, ending, following = self._cut
+        own_place = ("field", "system") in before
+        fields = {
+            "input": "message['content']" if own_place else "ns.system + message['content']",
+            "system": "ns.system",
+        }
+        prompt = " + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before)
+        blank = '""' if own_place else '"\\n\\n"'
+        answer = f"{json.dumps(spaces)} + message['content'] + {json.dumps(ending)}"
+        return "".join(
+            [
+                '{{ bos_token }}{%- set ns = namespace(system="") -%}',
+                "{%- for message in messages -%}",
+                "{%- if message['role'] == 'system' -%}",
+                "{%- set ns.system = message['content'] + " + blank + " -%}",
+                "{%- elif message['role'] == 'user' -%}{{ "
+                + prompt
+                + ' }}{%- set ns.system = "" -%}',
+                "{%- else -%}{{ " + answer + " }}",
+                "{%- if not loop.last -%}{{ "
+                + json.dumps(_newline(following))
+                + " }}{%- endif -%}",
+                "{%- endif -%}{%- endfor -%}",
+            ]
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """The text and its label as JSON data."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionTemplate(Template):
+    """A template written as a Python function.
+
+    Attributes:
+        function: Takes the messages before the answer, returns the text before the answer. A
+            leading `<bos>` is left out, as it is put in front of every row. In a conversation of
+            several turns the last answer alone is trained.
+        stop: The stop token.
+    """
+
+    function: Callable[[Messages], str]
+    stop: str = END_OF_TEXT
+
+    kind: ClassVar[str] = "function"
+
+    @property
+    def name(self) -> str:
+        """Module and name of the function."""
+        module = getattr(self.function, "__module__", None) or "?"
+        return f"{module}.{getattr(self.function, '__qualname__', type(self.function).__name__)}"
+
+    @property
+    def stop_token(self) -> str:
+        """The stop token."""
+        return self.stop
+
+    def _segments(self, messages: Messages) -> list[Segment]:
+        answered = messages[-1].role == "assistant"
+        parts = [Segment(self._prompt(messages[:-1] if answered else messages), False)]
+        if answered:
+            parts.append(Segment(messages[-1].content + self.stop, True))
+        return parts
+
+    def _prompt(self, messages: Messages) -> str:
+        text = self.function(tuple(messages))
+        if not isinstance(text, str):
+            raise TemplateError(
+                f"The template function {self.name} must return the text of the prompt as a string."
+                f" Received: {type(text).__name__}"
+            )
+        # What the messages themselves hold is the user's text, and stays as it is.
+        given = "".join(message.content for message in messages)
+        own = {t: text.count(t) - given.count(t) for t in CONTROL_TOKENS if t in text}
+        if own.get(START_OF_TEXT, 0) > 0 and text.startswith(START_OF_TEXT):
+            text = text.removeprefix(START_OF_TEXT)
+            own[START_OF_TEXT] -= 1
+        _check_control(self.name, [token for token, count in own.items() if count > 0])
+        return text
+
+    def chat_template(self) -> None:
+        """There is none."""
+        return None
+
+    def to_config(self) -> dict[str, Any]:
+        """The function's name, which `from_config` refuses to run."""
+        return {"kind": self.kind, "function": self.name, "stop": self.stop}
+
+
+_JINJA_SYSTEM = {
+    "turn": (
+        "{%- set prefix = '' -%}{%- set turns = messages -%}"
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{{ start + 'system\\n' + (messages[0]['content'] | trim) + end + '\\n' }}"
+        "{%- set turns = messages[1:] -%}{%- endif -%}"
+    ),
+    "first_user": (
+        "{%- set prefix = '' -%}{%- set turns = messages -%}"
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{%- set prefix = messages[0]['content'] + '\\n\\n' -%}"
+        "{%- set turns = messages[1:] -%}{%- endif -%}"
+    ),
+}
+_JINJA_TURNS = (
+    "{%- for message in turns -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{%- endif -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{ start + role + '\\n' + (prefix if loop.first else '')"
+    " + (message['content'] | trim) + end + '\\n' }}"
+    "{%- endfor -%}"
+)
+
+TemplateSpec = str | Callable[[Messages], str] | Template
+
+
+def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
+    """The template a user means, checked against the model's tokenizer.
+
+    Args:
+        spec: `"auto"`; a name of `TEMPLATES`; a string with `{input}` and `{output}`; a function
+            from messages to the text before the answer; or a `Template`. `"auto"` is the template
+            attached to the model, when it was tuned here; else `"plain"` when it is known to be
+            pretrained (`load` knows); else the turn format of its generation.
+        model: A KerasHub Gemma `CausalLM`.
+
+    Returns:
+        The template.
+
+    Raises:
+        TemplateError: No such template, wrong placeholders, or a stop token the tokenizer lacks.
+    """
+    if isinstance(spec, Template):
+        template = spec
+    elif spec == "auto":
+        template = template_of(model) or _auto(model)
+    elif isinstance(spec, str):
+        template = _by_name(spec)
+    elif callable(spec):
+        template = FunctionTemplate(spec)
+    else:
+        raise TemplateError(
+            "`template` must be 'auto', a name, a string with {input} and {output}, a function or "
+            f"a Template. Received: {spec!r}"
+        )
+    if getattr(model, "preprocessor", None) is not None:
+        template.stop_token_ids(model.preprocessor.tokenizer)
+    return template
+
+
+def special_tokens(tokenizer: keras.layers.Layer) -> tuple[str, ...]:
+    """Special tokens of a tokenizer as text: control signs to the model, suspect in a user's text.
+
+    Args:
+        tokenizer: A KerasHub tokenizer of a Gemma.
+
+    Returns:
+        Those of `SPECIAL_TOKENS` that are one token of it.
+    """
+    return tuple(t for t in SPECIAL_TOKENS if _token_id(tokenizer, t) is not None)
+
+
+def _token_id(tokenizer: keras.layers.Layer, token: str) -> int | None:
+    """Its id, where this text is one token."""
+    found = int(tokenizer.token_to_id(token))
+    return found if tokenizer.id_to_token(found) == token else None
+
+
+_attached: "weakref.WeakKeyDictionary[keras.Model, Template]" = weakref.WeakKeyDictionary()
+
+
+def attach_template(model: keras.Model, template: Template | None) -> None:
+    """Remember what a model was tuned with; `None` forgets it.
+
+    Args:
+        model: The model.
+        template: Its template.
+    """
+    if template is None:
+        _attached.pop(model, None)
+    else:
+        _attached[model] = template
+
+
+def template_of(model: keras.Model) -> Template | None:
+    """The template a model was tuned with, or `None`.
+
+    Args:
+        model: A model.
+
+    Returns:
+        What `attach_template` was given, also by `tune` and `load`.
+    """
+    return _attached.get(model)
+
+
+def write_template(folder: str | os.PathLike[str], template: Template) -> pathlib.Path:
+    """Record a template beside the weights of a preset or adapter.
+
+    Args:
+        folder: An existing folder.
+        template: The template.
+
+    Returns:
+        The file written.
+    """
+    return write_sidecar(folder, {"template": template.to_config()})
+
+
+def read_template(folder: str | os.PathLike[str]) -> Template | None:
+    """The template recorded in a folder, or `None` when there is none.
+
+    Args:
+        folder: A folder `write_template` wrote to, or any other.
+
+    Returns:
+        The template, if one is recorded.
+
+    Raises:
+        TemplateError: It was a Python function, or the record cannot be read.
+    """
+    config = read_sidecar(folder).get("template")
+    return None if config is None else Template.from_config(config)
+
+
+def write_sidecar(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> pathlib.Path:
+    """Add entries to the record this library keeps beside the weights.
+
+    The file is written aside and renamed, so a reader sees the old record or the new one.
+
+    Args:
+        folder: An existing folder.
+        values: JSON data by name. Entries of the same name are replaced, others kept.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ExportError: The disk is full, or the system refuses.
+    """
+    path = pathlib.Path(folder) / SIDECAR
+    text = json.dumps({**read_sidecar(folder), **values}, indent=2, ensure_ascii=False) + "\n"
+    return write_text(path, text)
+
+
+def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record this library keeps beside the weights, empty when there is none.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        JSON data by name.
+
+    Raises:
+        TemplateError: The file is there but cannot be read.
+    """
+    path = pathlib.Path(folder) / SIDECAR
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TemplateError(
+            f"{path} is not valid JSON: {error}", next_step="Delete it, or restore it from a copy."
+        ) from error
+    if not isinstance(record, dict):
+        raise TemplateError(f"{path} must hold a JSON object. Received: {type(record).__name__}")
+    return record
+
+
+def _from_config(config: Mapping[str, Any]) -> Template:
+    settings = dict(config) if isinstance(config, Mapping) else {}
+    kind = settings.pop("kind", None)
+    if kind == FunctionTemplate.kind:
+        raise TemplateError(
+            f"The model was tuned with the Python function {settings.get('function')!r} as its "
+            "template, and a function cannot be saved.",
+            next_step="Pass the function again: `template=your_function`.",
+        )
+    classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
+    try:
+        if not all(isinstance(value, str) for value in settings.values()):
+            raise TypeError("a setting is no text")
+        return classes[kind](**settings)
+    except (KeyError, TypeError) as error:
+        raise TemplateError(
+            f"This is not the description of a template: {config!r}",
+            next_step=f"`kind` must be one of {sorted(classes)}, with its own settings.",
+        ) from error
+
+
+def _auto(model: keras.Model) -> Template:
+    # Where nothing says, an instruct model is the likelier: small sets are tuned on them.
+    if is_instruct(model) is False:
+        return PLAIN
+    family = family_of(model).name
+    if family == "gemma4" and not model.backbone.hidden_size_per_layer_input:
+        return TEMPLATES["gemma4_no_thought"]
+    return TEMPLATES[family]
+
+
+def _by_name(spec: str) -> Template:
+    if spec in TEMPLATES:
+        return TEMPLATES[spec]
+    if "{" not in spec:
+        raise TemplateError(
+            f"There is no template {spec!r}.",
+            next_step=f"Use 'auto', one of {', '.join(TEMPLATES)}, or a string with {{input}} and "
+            "{output}.",
+        )
+    return TextTemplate(spec)
+
+
+def _check_order(messages: Messages, generation_prompt: bool) -> None:
+    problems = []
+    turns = list(messages)
+    if turns and turns[0].role == "system":
+        turns = turns[1:]
+    if not turns:
+        problems.append("there is no user message")
+    for index, message in enumerate(turns):
+        expected = "assistant" if index % 2 else "user"
+        if message.role != expected:
+            place = index + 1 + len(messages) - len(turns)
+            problems.append(f"message {place}: expected role {expected!r}, got {message.role!r}")
+            break
+    last = "user" if generation_prompt else "assistant"
+    if not problems and turns[-1].role != last:
+        purpose = "to be answered" if generation_prompt else "to train on"
+        problems.append(f"a conversation {purpose} must end with a message of role {last!r}")
+    if problems:
+        raise TemplateError(
+            "These messages are no conversation.",
+            problems,
+            "Give at most one system message, first, then user and assistant in turn.",
+        )
+
+
+def _joined(parts: Sequence[Segment]) -> tuple[Segment, ...]:
+    joined: list[Segment] = []
+    for part in parts:
+        if joined and joined[-1].trained == part.trained:
+            joined[-1] = Segment(joined[-1].text + part.text, part.trained)
+        elif part.text:
+            joined.append(part)
+    return tuple(joined)
+
+
+def _split_system(messages: Messages) -> tuple[str | None, Messages]:
+    if messages[0].role == "system":
+        return messages[0].content, messages[1:]
+    return None, messages
+
+
+_FIELDS = ("system", "input", "output")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+
+
+def _pieces(text: str) -> list[tuple[str, str]]:
+    """`("text", literal)` and `("field", name)` in order, doubled braces undone."""
+    pieces: list[tuple[str, str]] = []
+    end = 0
+    for match in _PLACEHOLDER.finditer(text):
+        pieces.append(("text", text[end : match.start()]))
+        end = match.end()
+        field = match.group(1)
+        pieces.append(("text", match.group()[0]) if field is None else ("field", field))
+    pieces.append(("text", text[end:]))
+    joined: list[tuple[str, str]] = []
+    for kind, value in pieces:
+        if joined and kind == joined[-1][0] == "text":
+            joined[-1] = ("text", joined[-1][1] + value)
+        else:
+            joined.append((kind, value))
+    return [piece for piece in joined if piece[1]]
+
+
+def _check_placeholders(text: str) -> None:
+    fields = [value for kind, value in _pieces(text) if kind == "field"]
+    problems = [f"{{{name}}} is missing" for name in _FIELDS[1:] if name not in fields]
+    problems += [f"{{{name}}} is unknown" for name in dict.fromkeys(fields) if name not in _FIELDS]
+    problems += [
+        f"{{{name}}} is there more than once" for name in _FIELDS if fields.count(name) > 1
+    ]
+    if not problems and fields[-1] != "output":
+        problems.append("{output} must come after {input} and {system}")
+    if problems:
+        raise TemplateError(
+            f"The template {text!r} cannot be used.",
+            problems,
+            "Write {input} where the user's text goes and {output} where the answer goes, "
+            "{system} where a system text goes if you have one, and {{ or }} for a brace.",
+        )
+
+
+def _check_control(template: str, own: Sequence[str]) -> None:
+    """Refuse control tokens in a template's own text."""
+    found = [token for token in CONTROL_TOKENS if any(token in text for text in own)]
+    if found:
+        raise TemplateError(
+            f"The template {template!r} has control tokens where the tokenizer would spell them "
+            "out, letter by letter.",
+            [f"{token!r} stands in the text" for token in found],
+            "Leave them out. <bos> is put in front of every row anyway, and <eos> may only end the "
+            "answer. To end another turn, write a token that text can hold, such as <end_of_turn>.",
+        )
+
+
+def _first_stop(text: str) -> str | None:
+    found = [token for token in KNOWN_STOP_TOKENS if token in text]
+    return min(found, key=text.index) if found else None
+
+
+def _newline(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+PLAIN = TextTemplate("{input}\n{output}", label="plain")
+
+TEMPLATES: Mapping[str, Template] = {
+    "plain": PLAIN,
+    "gemma": TurnTemplate("gemma", "<start_of_turn>", "<end_of_turn>", "first_user"),
+    "gemma2": TurnTemplate("gemma2", "<start_of_turn>", "<end_of_turn>", "first_user"),
+    "gemma3": TurnTemplate("gemma3", "<start_of_turn>", "<end_of_turn>", "first_user"),
+    "gemma3n": TurnTemplate("gemma3n", "<start_of_turn>", "<end_of_turn>", "first_user"),
+    "gemma4": TurnTemplate("gemma4", "<|turn>", "<turn|>", "turn"),
+    # The larger Gemma 4 always open a thought; the published template opens and closes it for them
+    # when thinking is off.
+    "gemma4_no_thought": TurnTemplate(
+        "gemma4_no_thought", "<|turn>", "<turn|>", "turn", "<|channel>thought\n<channel|>"
+    ),
+}

@@ -1,0 +1,1 @@
+"""Responses of a model: all at once, or piece by piece."""

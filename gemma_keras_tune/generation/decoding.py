@@ -1,0 +1,329 @@
+"""The compiled part of generation: prompts into a key/value cache, and writing from there.
+
+Greedy answers are written several tokens at a time where text repeats itself, by prompt lookup
+decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). It is speculative
+decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192) without a second model: what
+followed the last words where they stood before is guessed to follow again. One pass computes what
+really comes after each guess, and what was right is kept, so the answer is the one that single
+tokens would give. A pass over a few tokens takes little longer than over one, since reading the
+weights takes most of its time. Every row goes on at its own pace.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from gemma_keras_tune.gemma.packing import axes_of, unpack
+from gemma_keras_tune.gemma.families import Head, family_of
+
+# Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
+# to compute them than they save; and the tokens of prompt and answer that a program has room for,
+# under which little is repeated.
+MOST_GUESSES = 7
+TOKENS_AT_ONCE = 64
+LEAST_ROOM = 128
+
+Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+
+
+def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
+    """The model with packed weights for its variables.
+
+    Loops enter it in their body: unpacked outside, a kernel would be packed anew in every turn.
+    """
+    values = unpack(weights, axes_of(model.variables, model))
+    return keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True)))
+
+
+def guesses(sampler: Any, rows: int, room: int) -> int:
+    """Tokens guessed for each of some rows at a pass: none for short texts or a sampler's draws."""
+    if sampler is not None or room < LEAST_ROOM:
+        return 0
+    return max(0, min(TOKENS_AT_ONCE // rows - 1, MOST_GUESSES))
+
+
+def write(
+    model: keras.Model,
+    weights: list[Any],
+    sampler: Any,
+    chunk: int,
+    random_state: Any,
+    tokens: Any,
+    starts: Any,
+    done: Any,
+    chunks: Any,
+    new_tokens: Any,
+    stops: Any,
+) -> tuple[Any, Any, Any]:
+    """Read the prompts, then write until every row has stopped.
+
+    Args:
+        model: The model, its variables bound to traced values.
+        weights: The same values, packed.
+        sampler: A sampler, or `None` for greedy.
+        chunk: Tokens read at once.
+        random_state: Values of the sampler's variables.
+        tokens: `[batch, buffer]` int32, every prompt ending at `chunks * chunk`, its last token.
+            The buffer has room for the answers and `MOST_GUESSES` tokens more.
+        starts: `[batch]` int32, where each prompt begins.
+        done: `[batch]` bool, rows that are only there to fill the batch.
+        chunks: Scalar, chunks to read.
+        new_tokens: Scalar, the longest answer.
+        stops: `[stops]` int32.
+
+    Returns:
+        Tokens with the answers, `[batch]` the place of the last one written, and the sampler's
+        variables.
+    """
+    cache = read_prompts(model, weights, chunk, tokens, starts, chunks)
+    first = chunks * chunk
+    state = (ops.full_like(starts, first), tokens, cache, done, random_state)
+    state = write_on(model, weights, sampler, state, starts, first + new_tokens, stops)
+    last, tokens, _, _, random_state = state
+    return tokens, last, random_state
+
+
+def read_prompts(
+    model: keras.Model, weights: list[Any], chunk: int, tokens: Any, starts: Any, chunks: Any
+) -> Any:
+    """The key/value cache after all but the last token of the prompts. Arguments as in `write`."""
+    import jax
+
+    rows, buffer = tokens.shape
+    step, cache = _step_and_cache(model, rows, buffer)
+    mask = ops.arange(buffer)[None, :] >= starts[:, None]
+
+    def read(index: Any, cache: Any) -> Any:
+        part = jax.lax.dynamic_slice(tokens, (0, index * chunk), (rows, chunk))
+        with bound(model, weights):
+            return step(part, cache, index * chunk, mask)[-1]
+
+    return jax.lax.fori_loop(0, chunks, read, cache)
+
+
+def write_on(
+    model: keras.Model,
+    weights: list[Any],
+    sampler: Any,
+    state: Any,
+    starts: Any,
+    end: Any,
+    stops: Any,
+) -> Any:
+    """Write until every row has stopped, or to a place.
+
+    Args:
+        model: As in `write`.
+        weights: As in `write`.
+        sampler: As in `write`.
+        state: `[batch]` the place of each row's last token, tokens, cache, which rows are done, and
+            the sampler's variables.
+        starts: As in `write`.
+        end: Scalar, the place of the last token to write.
+        stops: As in `write`.
+
+    Returns:
+        The state after it. What stands behind the last token of a row means nothing.
+    """
+    import jax
+
+    rows, buffer = state[1].shape
+    step = _row_by_row(_step_and_cache(model, 1, buffer)[0])
+    mask = ops.arange(buffer)[None, :] >= starts[:, None]
+    ahead = ops.arange(guesses(sampler, rows, buffer) + 1)
+
+    def go_on(state: Any) -> Any:
+        at, _, _, done, _ = state
+        return ((at < end) & ~done).any()
+
+    def one_pass(state: Any) -> Any:
+        at, tokens, cache, done, random_state = state
+        asked = _last_and_guessed(tokens, at, starts, len(ahead) - 1)
+        with bound(model, weights):
+            logits, hidden, cache = step(asked, cache, at, mask)
+            chosen, random_state = _choose(model, sampler, logits, hidden, random_state)
+        places = at[:, None] + 1 + ahead
+        tokens = tokens.at[ops.arange(rows)[:, None], places].set(chosen, mode="drop")
+        right, to_stop = _right_and_to_stop(asked, chosen, stops)
+        new = ops.where(done, 0, ops.minimum(ops.minimum(right, to_stop), end - at))
+        return at + new, tokens, cache, done | (to_stop <= new), random_state
+
+    # A batch of one for each row, made here, so that every pass writes into the cache in place.
+    at, tokens, cache, done, random_state = state
+    state = at, tokens, jax.tree.map(lambda part: part[:, None], cache), done, random_state
+    at, tokens, cache, done, random_state = jax.lax.while_loop(go_on, one_pass, state)
+    return at, tokens, jax.tree.map(lambda part: part[:, 0], cache), done, random_state
+
+
+def _last_and_guessed(tokens: Any, at: Any, starts: Any, count: int) -> Any:
+    """The last token of each row, and tokens that may follow: `[batch, 1 + count]` int32.
+
+    They are what followed where the last two tokens, or the last, stood for the last time. If that
+    runs into the end of the text, it is repeated from there.
+
+    Args:
+        tokens: `[batch, buffer]` int32.
+        at: `[batch]` int32, the place of the last token.
+        starts: `[batch]` int32, where each text begins.
+        count: Tokens to guess.
+    """
+    last = ops.take_along_axis(tokens, at[:, None], axis=1)
+    if not count:
+        return last
+    before = ops.take_along_axis(tokens, ops.maximum(at - 1, 0)[:, None], axis=1)
+    places = ops.arange(tokens.shape[1])[None, :]
+    one = (tokens == last) & (places >= starts[:, None]) & (places < at[:, None])
+    two = one & (ops.roll(tokens, 1, axis=1) == before) & (places > starts[:, None])
+    rank = (ops.cast(one, "int32") + two) * tokens.shape[1] + places  # two tokens, then the latest
+    found = ops.cast(ops.argmax(ops.where(one, rank, 0), axis=1), "int32")
+    period = ops.maximum(at - found, 1)
+    follow = found[:, None] + 1 + ops.arange(count)[None, :] % period[:, None]
+    return ops.concatenate([last, ops.take_along_axis(tokens, follow, axis=1)], axis=1)
+
+
+def _right_and_to_stop(asked: Any, chosen: Any, stops: Any) -> tuple[Any, Any]:
+    """How many tokens of each row are right, and how many there are up to a stop: each `[batch]`.
+
+    A token is right if all guesses before it were. Without a stop it is more than there are.
+
+    Args:
+        asked: `[batch, tokens]`, the last token and the guesses.
+        chosen: `[batch, tokens]`, what comes after each.
+        stops: `[stops]`.
+    """
+    guessed = ops.cast(chosen[:, :-1] == asked[:, 1:], "int32")
+    right = 1 + ops.sum(ops.cumprod(guessed, axis=1), axis=1)
+    stop = (chosen[:, :, None] == stops[None, None, :]).any(axis=-1)
+    to_stop = 1 + ops.where(stop.any(axis=1), ops.argmax(stop, axis=1), chosen.shape[1])
+    return right, to_stop
+
+
+def _row_by_row(step: Step) -> Step:
+    """A pass in which every row has a place of its own, `[batch]`, and a cache for a batch of one.
+
+    Rows share the weights, so XLA makes the same matrix products of it.
+    """
+    import jax
+
+    def one(ids: Any, cache: Any, index: Any, mask: Any) -> Any:
+        logits, hidden, cache = step(ids[None], cache, index, mask[None])
+        return logits[0], hidden[0], cache
+
+    return jax.vmap(one)
+
+
+def _choose(
+    model: keras.Model, sampler: Any, logits: Any, hidden: Any, random_state: Any
+) -> tuple[Any, Any]:
+    """The token after each token, `[batch, tokens]` int32, and the sampler's state after it.
+
+    Args:
+        model: The model, its variables bound to traced values.
+        sampler: A sampler, for a single token of each row; or `None` for greedy.
+        logits: `[batch, tokens, vocabulary]`.
+        hidden: `[batch, tokens, width]`, what the logits come from.
+        random_state: Values of the sampler's variables.
+    """
+    if sampler is not None:
+        chosen, random_state = _drawn(sampler, logits[:, 0], random_state)
+        return chosen[:, None], random_state
+    head = family_of(model).head(model)
+    if keras.backend.is_float_dtype(head.embedding.dtype):
+        flat = _largest(head, ops.reshape(hidden, (-1, hidden.shape[-1])))
+        return ops.reshape(flat, hidden.shape[:2]), random_state
+    return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
+
+
+def _drawn(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
+    """A token drawn for each row, `[batch]` int32; logits are `[batch, vocabulary]`."""
+    kept_apart = [len(v.shape) for v in sampler.variables] != [len(v.shape) for v in random_state]
+    if kept_apart:  # every row draws with a state of its own
+        import jax
+
+        chosen, kept = jax.vmap(functools.partial(_draw, sampler))(logits[:, None], random_state)
+        return chosen[:, 0], kept
+    return _draw(sampler, logits, random_state)
+
+
+def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
+    mapping = list(zip(sampler.variables, random_state, strict=True))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        chosen = sampler.get_next_token(sampler.compute_probabilities(logits))
+    values = [scope.get_current_value(v) for v in sampler.variables]
+    kept = [old if new is None else new for new, old in zip(values, random_state, strict=True)]
+    return ops.cast(chosen, "int32"), kept
+
+
+def _largest(head: Head, hidden: Any) -> Any:
+    """The first token of the largest logit in each row, faster than through the logits on a CPU.
+
+    There this is the largest part of a step. The embedding times the hidden states, in this order,
+    takes two thirds of the time of the other; and finding the largest block of the vocabulary
+    before the place in it takes a tenth of XLA's own argmax over a long axis.
+    """
+    weights = ops.cast(head.embedding, hidden.dtype)
+    logits = ops.matmul(weights, ops.transpose(hidden))
+    if head.soft_cap is not None:
+        logits = ops.tanh(logits / head.soft_cap) * head.soft_cap
+    vocabulary, rows = logits.shape
+    width = math.gcd(vocabulary, 4096)
+    blocks = ops.reshape(logits, (vocabulary // width, width, rows))
+    block = ops.argmax(ops.max(blocks, axis=1), axis=0)
+    best = blocks[block, :, ops.arange(rows)]
+    return ops.cast(block * width + ops.argmax(best, axis=-1), "int32")
+
+
+def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
+    """One forward pass over a key/value cache, and the empty cache.
+
+    The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
+    real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
+    `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
+    them out.
+    """
+    family = family_of(model).name
+    backbone = model.backbone
+    heads, width = backbone.num_key_value_heads, backbone.head_dim
+
+    def empty(*shape: int) -> Any:
+        return ops.zeros(shape, model.compute_dtype)
+
+    if family in ("gemma", "gemma2"):
+        layers = backbone.transformer_layers
+        return _gemma_step(backbone), tuple(empty(rows, 2, buffer, heads, width) for _ in layers)
+    cache: Any
+    if family == "gemma3":
+        one = (rows, buffer, heads, width)
+        cache = tuple((empty(*one), empty(*one)) for _ in backbone.transformer_layers)
+    elif family == "gemma3n":
+        cache = empty(rows, backbone.num_hidden_layers, 2, heads, buffer, width)
+    else:
+        width = max(width, backbone.global_head_dim or 0)
+        cache = empty(rows, backbone.num_layers, 2, buffer, heads, width)
+
+    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
+        return model.call_with_cache(
+            token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask
+        )
+
+    return step, cache
+
+
+def _gemma_step(backbone: Any) -> Step:
+    """`GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
+
+    def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
+        x = backbone.token_embedding(ids)
+        x = x * ops.cast(ops.sqrt(backbone.hidden_dim), x.dtype)
+        caches = []
+        for layer, held in zip(backbone.transformer_layers, cache, strict=True):
+            x, held = layer(x, padding_mask=mask, cache=held, cache_update_index=index)
+            caches.append(held)
+        hidden = backbone.layer_norm(x)
+        return backbone.token_embedding(hidden, reverse=True), hidden, tuple(caches)
+
+    return step

@@ -1,0 +1,153 @@
+"""An answer piece by piece, while it is being written.
+
+The same computation as `generate`, cut in two programs: one reads the prompt into a key/value
+cache, one writes a few tokens and hands the cache back. Both are compiled once for a size of prompt
+and answer, and the cache stays on the device between them.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+
+from gemma_keras_tune.generation import decoding
+from gemma_keras_tune.generation import answers
+from gemma_keras_tune._support.memory import kept_memory
+from gemma_keras_tune.generation.answers import Prompt
+from gemma_keras_tune.adapters.lora import lora_config, lora_enabled
+from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
+from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
+
+
+def stream(
+    model: keras.Model,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 256,
+    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    seed: int | None = None,
+    every: int = 4,
+    adapter: str | Active | None = ACTIVE,
+    template: TemplateSpec = "auto",
+) -> Iterator[str]:
+    """Answer one prompt, and give the answer while it is written.
+
+    The weights are taken when the first piece is asked for: an adapter that is switched later does
+    not change an answer that has begun.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` with its preprocessor, tuned or not.
+        prompt: A user's text, or a conversation, as for `generate`.
+        max_new_tokens: Longest answer, in tokens.
+        sampler: As for `generate`.
+        seed: As for `generate`.
+        every: Tokens in a piece, at least 1. Fewer come sooner, more cost less.
+        adapter: As for `generate`. Others may be switched on while the answer is written.
+        template: As for `generate`.
+
+    Yields:
+        Pieces of text. Together they are what `generate` gives with `strip=False`: without the
+        stop token, and no piece ends within a character.
+
+    Raises:
+        TemplateError: The prompt is no conversation, or the template does not fit the model.
+        AdapterError: There is no such adapter.
+        ValueError: A number is out of range.
+    """
+    with use_adapter(model, adapter):
+        resolved = get_template(template, model)
+    tokenizer: Any = answers.tokenizer_of(model)
+    row = answers.encode_prompts([prompt], resolved, tokenizer)[0]
+    answers.check_numbers([row], max_new_tokens=max_new_tokens)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
+    stops = resolved.stop_token_ids(tokenizer)
+    written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
+    return _pieces(written, tokenizer)
+
+
+def _pieces(answers: Iterator[np.ndarray], tokenizer: Any) -> Iterator[str]:
+    """What is new in each of the ever longer answers."""
+    given = ""
+    text = ""
+    for ids in answers:
+        text = str(tokenizer.detokenize(ids))
+        # The last bytes of a character may still be to come.
+        if text.startswith(given) and not text.endswith("\ufffd") and len(text) > len(given):
+            yield text[len(given) :]
+            given = text
+    if len(text) > len(given):
+        yield text[len(given) :]
+
+
+def _written(
+    model: keras.Model,
+    row: np.ndarray,
+    stop_token_ids: Any,
+    max_new_tokens: int,
+    sampler: Any,
+    seed: int | None,
+    every: int,
+    adapter: str | Active | None,
+) -> Iterator[np.ndarray]:
+    """The answer so far, after each few tokens."""
+    stops = tuple(sorted({int(i) for i in stop_token_ids}))
+    state = answers.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
+    state.values = [np.array(value) for value in state.values]  # the program writes over them
+    calls = [([len(row)], max_new_tokens)]
+    shapes = answers.choose_programs(model, calls, state.sampler, 1)
+    batch = answers.batches([row], shapes, max_new_tokens)[0]
+    read, write = _programs(model, batch, state)
+    with use_adapter(model, adapter):
+        weights = answers.weights_of(model)
+    tokens, starts = answers.padded_rows([row], batch)
+    first = batch.chunks * batch.chunk
+    padded = answers.padded_stops(stops)
+    ends = (*range(first + every, first + max_new_tokens, every), first + max_new_tokens)
+    with contextlib.closing(state), kept_memory():
+        cache = read(weights, tokens, starts, np.int32(batch.chunks))
+        held = (np.full(1, first, np.int32), tokens, cache, np.zeros(1, bool), state.values)
+        for end in ends:
+            held = write(weights, held, starts, np.int32(end), padded)
+            last, tokens, _, done, values = held
+            state.values = [np.array(value) for value in values]
+            answer = np.asarray(tokens)[0, first + 1 : np.asarray(last)[0] + 1]
+            ids, stopped = answers.cut(answer, stops)
+            yield ids
+            if stopped or bool(np.asarray(done)[0]):
+                break
+
+
+def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
+    """The two programs for a size; made once, and they do not keep the model alive."""
+    import jax
+
+    programs = answers.programs_of(model)
+    key = ("stream", batch.chunk, batch.buffer, state.key, lora_config(model))
+    if key in programs.by_key:
+        return programs.by_key[key]
+    reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        def program(weights: Any, *arguments: Any) -> Any:
+            programs.traces += 1
+            found = reference()
+            assert found is not None, "a program outlived its model"
+            with decoding.bound(found, weights), lora_enabled(found):
+                return function(found, weights, *arguments)
+
+        return program
+
+    def read(found: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
+        return decoding.read_prompts(found, weights, batch.chunk, tokens, starts, chunks)
+
+    def write(found: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
+        return decoding.write_on(found, weights, sampler, held, starts, end, stops)
+
+    # The state is written over in place: the cache is large.
+    programs.by_key[key] = jax.jit(traced(read)), jax.jit(traced(write), donate_argnums=1)
+    return programs.by_key[key]

@@ -1,0 +1,1 @@
+"""Pairs of prompt and response: read from any source, checked, split."""

@@ -1,0 +1,1 @@
+"""From pairs to a tuned model: settings, plan, batches, loss, `tune`."""
