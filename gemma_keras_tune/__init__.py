@@ -19,7 +19,22 @@ with _quiet_stderr():
     _share_arena()
     import keras_hub as _keras_hub  # noqa: F401
 
-from gemma_keras_tune.exporting.saving import load_adapter, save_adapter, save_preset
+from gemma_keras_tune.adapters.lora import (
+    LoraConfig,
+    enable_lora,
+    lora_config,
+    lora_disabled,
+    merge_lora,
+    remove_lora,
+)
+from gemma_keras_tune.adapters.reading import load_adapter
+from gemma_keras_tune.adapters.switching import (
+    active_adapter,
+    list_adapters,
+    remove_adapter,
+    set_adapter,
+    use_adapter,
+)
 from gemma_keras_tune.errors import (
     AdapterError,
     BackendError,
@@ -61,18 +76,12 @@ from gemma_keras_tune.evaluation import (
     measure_retention,
 )
 from gemma_keras_tune.exporting.exporter import export
+from gemma_keras_tune.exporting.saving import AdapterCheckpoint, save_adapter, save_preset
 from gemma_keras_tune.exporting.verifying import Verdict, verify
+from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, template_of
 from gemma_keras_tune.generation.answers import Answer, generate, generate_answers
+from gemma_keras_tune.generation.streaming import stream
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.adapters.lora import (
-    LoraConfig,
-    enable_lora,
-    lora_config,
-    lora_disabled,
-    merge_lora,
-    remove_lora,
-)
-from gemma_keras_tune.training.losses import token_cross_entropy
 from gemma_keras_tune.pairs.reader import (
     Message,
     Pair,
@@ -82,20 +91,12 @@ from gemma_keras_tune.pairs.reader import (
     read_pairs,
     split_pairs,
 )
+from gemma_keras_tune.training.losses import token_cross_entropy
+from gemma_keras_tune.training.model import TuningModel, make_optimizer
 from gemma_keras_tune.training.pipeline import make_dataset
 from gemma_keras_tune.training.planning import Plan
 from gemma_keras_tune.training.previewing import Preview, preview
-from gemma_keras_tune.generation.streaming import stream
-from gemma_keras_tune.adapters.switching import (
-    active_adapter,
-    list_adapters,
-    remove_adapter,
-    set_adapter,
-    use_adapter,
-)
-from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, template_of
-from gemma_keras_tune.training.model import TuningModel, make_optimizer
-from gemma_keras_tune.training.tuning import AdapterCheckpoint, TuneResult, tune
+from gemma_keras_tune.training.tuning import TuneResult, tune
 
 __all__ = [
     "AdapterCheckpoint",

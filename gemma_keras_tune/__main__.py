@@ -242,7 +242,7 @@ def _refuse_lost_work(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
-    from gemma_keras_tune.training.tuning import use_compilation_cache
+    from gemma_keras_tune._support.compilation import use_compilation_cache
 
     use_compilation_cache()
     model = gkt.load(options.model, dtype=options.dtype)
@@ -276,8 +276,8 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _test(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune._support.compilation import use_compilation_cache
     from gemma_keras_tune.evaluation.results import check_report_path
-    from gemma_keras_tune.training.tuning import use_compilation_cache
 
     use_compilation_cache()
     for path in options.report:

@@ -30,8 +30,8 @@ def test_export_writes_what_its_name_says(preset, tmp_path, capsys):
 def test_export_merges_an_adapter(preset, tmp_path):
     import numpy as np
 
-    from gemma_keras_tune.formats.weights import merged_weights
     from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
+    from gemma_keras_tune.formats.weights import merged_weights
 
     model = gkt.load(preset)
     gkt.enable_lora(model, rank=2)

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.gemma.families import Linear, family_of, fingerprint
 from gemma_keras_tune.adapters.lora import kernel_shape, without_lora
+from gemma_keras_tune.gemma.families import Linear, family_of, fingerprint, is_instruct, origin_of
+from gemma_keras_tune.gemma.templates import template_of, write_sidecar
 
 _LAYERS = 8
 _INPUTS = 2
@@ -36,6 +38,35 @@ def base_record(model: keras.Model) -> dict[str, Any]:
         "base_sample": base64.b64encode(_sample(model).astype("<f4").tobytes()).decode(),
         "base_tolerance": _tolerance(model),
     }
+
+
+def write_record(model: keras.Model, folder: pathlib.Path) -> None:
+    """Write this library's record: generation, base fingerprint, template and stop tokens."""
+    template = template_of(model)
+    entries: dict[str, Any] = {
+        "generation": family_of(model).name,
+        **base_record(model),
+    }
+    instruct = is_instruct(model)
+    if instruct is not None:
+        entries["instruct"] = instruct
+    if template is not None:
+        entries["template"] = template.to_config()
+        entries["stop_tokens"] = list(template.stop_tokens)
+    write_sidecar(folder, entries)
+
+
+def base_name(model: keras.Model) -> str | None:
+    """Where PEFT finds the base: its name on the Hugging Face Hub, or its folder."""
+    origin = origin_of(model)
+    if origin is None:
+        return None
+    if origin.source.startswith("hf://"):
+        return origin.source.removeprefix("hf://")
+    folder = pathlib.Path(origin.source)
+    # KerasHub's presets, other hubs and packages are nothing that PEFT opens.
+    is_theirs = (folder / "config.json").is_file() and not (folder / "task.json").is_file()
+    return origin.source if is_theirs else None
 
 
 def wrong_base(model: keras.Model, record: Mapping[str, Any]) -> str | None:

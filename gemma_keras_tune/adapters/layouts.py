@@ -29,9 +29,9 @@ import keras
 import numpy as np
 import regex  # type: ignore[import-untyped]
 
+from gemma_keras_tune.adapters.lora import kernel_shape
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.families import Family, Linear, Weight, family_of
-from gemma_keras_tune.adapters.lora import kernel_shape
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"

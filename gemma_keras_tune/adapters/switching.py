@@ -19,7 +19,6 @@ from typing import Any, Final
 import keras
 import numpy as np
 
-from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.adapters.lora import (
     LoraConfig,
     base_template,
@@ -33,6 +32,7 @@ from gemma_keras_tune.adapters.lora import (
     set_factors,
     switch_lora,
 )
+from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.templates import Template, attach_template, template_of
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]

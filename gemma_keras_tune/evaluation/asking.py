@@ -11,6 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune.adapters.lora import lora_disabled
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.generation.answers import (
     MAX_BUFFERS,
@@ -19,7 +20,6 @@ from gemma_keras_tune.generation.answers import (
     choose_programs,
     generate_ids,
 )
-from gemma_keras_tune.adapters.lora import lora_disabled
 
 Side = Literal["base", "tuned"]
 Group = list["Question"]

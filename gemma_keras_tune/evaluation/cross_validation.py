@@ -18,15 +18,18 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.compilation import use_compilation_cache
+from gemma_keras_tune.adapters.lora import lora_config, remove_lora
 from gemma_keras_tune.errors import EvaluationError, LoraError, PlanError
 from gemma_keras_tune.evaluation.asking import is_share, is_whole, progress_bar
 from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
 from gemma_keras_tune.evaluation.results import SampleResult
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
+from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.generation.answers import generate_answers
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.adapters.lora import lora_config, remove_lora
 from gemma_keras_tune.pairs.reader import Pair, read_pairs
+from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.pipeline import (
     Batcher,
     Shape,
@@ -35,15 +38,7 @@ from gemma_keras_tune.training.pipeline import (
     tokenize_pairs,
 )
 from gemma_keras_tune.training.planning import Plan, check_updates, plan_settings, template_setting
-from gemma_keras_tune.gemma.templates import Template, get_template
-from gemma_keras_tune.training.model import TuningModel
-from gemma_keras_tune.training.tuning import (
-    planned_optimizer,
-    prepare_weights,
-    settle,
-    tune,
-    use_compilation_cache,
-)
+from gemma_keras_tune.training.tuning import planned_optimizer, prepare_weights, settle, tune
 
 MOST_ROWS = 8  # that are asked at once
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import yaml
 
 from gemma_keras_tune._support.files import write_text
-from gemma_keras_tune.pairs.sources import Broken, open_source
 from gemma_keras_tune.errors import EvaluationError, PairsError
 from gemma_keras_tune.evaluation.checks import (
     CHECKS,
@@ -25,6 +24,7 @@ from gemma_keras_tune.evaluation.checks import (
     shown,
 )
 from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs.sources import Broken, open_source
 
 Kind = Literal["success", "failure", "boundary"]
 KINDS: tuple[Kind, ...] = ("success", "failure", "boundary")

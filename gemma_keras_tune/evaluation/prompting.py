@@ -12,10 +12,10 @@ from typing import Any
 
 from gemma_keras_tune.evaluation.results import CaseResult, FewShot
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
+from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.templates import Template
 from gemma_keras_tune.generation.answers import Answer
 from gemma_keras_tune.pairs.reader import Message, Pair
-from gemma_keras_tune.training.pipeline import Encoder
-from gemma_keras_tune.gemma.templates import Template
 
 EXAMPLES = 5
 TOKENS = 512

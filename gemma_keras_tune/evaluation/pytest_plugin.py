@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gemma_keras_tune.exporting.saving import load_adapter
+from gemma_keras_tune.adapters.reading import load_adapter
 from gemma_keras_tune.errors import EvaluationError, GemmaTuneError
 from gemma_keras_tune.evaluation.plans import SUFFIXES, Case, TestPlan
 from gemma_keras_tune.evaluation.results import CaseResult

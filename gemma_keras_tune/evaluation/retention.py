@@ -19,15 +19,15 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from gemma_keras_tune.adapters.lora import lora_active
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.asking import Question, Side, Sides, ask
 from gemma_keras_tune.evaluation.resuming import AnswerLog
-from gemma_keras_tune.evaluation.scoring import Scorer
 from gemma_keras_tune.evaluation.statistics import Verdict
-from gemma_keras_tune.generation.answers import Answer
-from gemma_keras_tune.adapters.lora import lora_active
-from gemma_keras_tune.pairs.reader import Message
 from gemma_keras_tune.gemma.templates import Segment, Template, TemplateSpec, get_template
+from gemma_keras_tune.generation.answers import Answer
+from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.training.scoring import Scorer
 
 # A loss of half a bit makes a token 1.4 times less likely.
 TOLERANCE = 0.5

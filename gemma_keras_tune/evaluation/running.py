@@ -17,6 +17,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune.adapters.lora import get_factors, lora_active, lora_linears
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.asking import (
     Question,
@@ -62,13 +63,12 @@ from gemma_keras_tune.evaluation.retention import (
     retention_items,
 )
 from gemma_keras_tune.evaluation.statistics import compare, judge, mcnemar
+from gemma_keras_tune.gemma.encoding import Encoder
 from gemma_keras_tune.gemma.families import family_of, fingerprint
+from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation.answers import Answer, SamplerState
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.adapters.lora import get_factors, lora_active, lora_linears
 from gemma_keras_tune.pairs.reader import Message, Pair, PairSource, read_pairs
-from gemma_keras_tune.training.pipeline import Encoder
-from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.training.tuning import TuneResult
 
 Auto = Literal["auto"]

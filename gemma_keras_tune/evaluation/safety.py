@@ -16,10 +16,10 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.scoring import Scorer
 from gemma_keras_tune.gemma.families import fingerprint
-from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.gemma.templates import Segment
+from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.training.scoring import Scorer
 
 
 @dataclasses.dataclass(frozen=True)

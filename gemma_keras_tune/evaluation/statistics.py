@@ -6,7 +6,7 @@ not independent.
 The verdict is an exact one-sided binomial test (Clopper and Pearson, 1934), not a look at the
 Wilson interval that is shown beside it. Near 0 and 1, where test plans are, a Wilson interval holds
 the true rate less often than it says; the exact test is never wrong more often than its level, for
-any number of cases and any true rate. `tests/test_evaluation_statistics.py` counts that out.
+any number of cases and any true rate. `tests/evaluation/test_statistics.py` counts that out.
 """
 
 import dataclasses

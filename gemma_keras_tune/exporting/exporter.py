@@ -15,14 +15,19 @@ from typing import Any
 
 import keras
 
-from gemma_keras_tune._support.files import explained, new_folder
-from gemma_keras_tune.exporting.saving import write_record
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.files import explained, new_folder
+from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.exporting.receipts import (
+    FILE_NAME,
+    Check,
+    refuse_unknown_check,
+)
+from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.weights import refuse_quantized, stored_dtype
 from gemma_keras_tune.gemma.families import family_of
-from gemma_keras_tune.exporting.receipts import FILE_NAME, Check, refuse_unknown_check, write_receipt
-from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 
 __all__ = ["FORMATS", "export"]
 
@@ -126,7 +131,7 @@ def export(
         refuse_quantized(model)
 
     def finish(folder: pathlib.Path, file_name: str = FILE_NAME) -> None:
-        write_receipt(
+        write_checked_receipt(
             model,
             folder,
             format=format,

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,13 +18,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.gemma.encoding import Encoder
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of, fingerprint, quantizations
+from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 from gemma_keras_tune.generation.answers import generate_ids
 from gemma_keras_tune.pairs.reader import Message
-from gemma_keras_tune.training.pipeline import Encoder
-from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
-from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 
 SCHEMA = "gemma_keras_tune.receipt/3"
 # The first is without an outcome; both are without the version of the format.
@@ -181,10 +180,10 @@ def write_receipt(
     dtype: str,
     quantization: str | None = None,
     prompts: Iterable[str] | None = None,
-    check: Check = False,
+    answers: bool = False,
     file_name: str = FILE_NAME,
 ) -> Receipt:
-    """Describe all files of a folder, in a file beside them, and check them where asked to.
+    """Describe all files of a folder, in a file beside them.
 
     Args:
         model: The model that was written.
@@ -193,14 +192,14 @@ def write_receipt(
         dtype: What the weights are stored in.
         quantization: Of a GGUF file.
         prompts: As for `record`.
-        check: Whether to record answers; `"run"` also opens what was written in its own runtime.
+        answers: Whether to record answers.
         file_name: Name of the receipt; that of a lone file is `x.gguf.receipt.json`.
 
     Returns:
         The receipt.
 
     Raises:
-        ExportError: As from `record`; or what was written does not answer as the model does.
+        ExportError: As from `record`.
     """
     template = get_template("auto", model)
     files = tuple(_describe(folder, file_name))
@@ -218,11 +217,11 @@ def write_receipt(
         adapter=_adapter_on(model),
         packages=_versions(format),
         files=files,
-        recordings=record(model, prompts) if check else (),
+        recordings=record(model, prompts) if answers else (),
         format_version=next(filter(None, (_format_version(folder / f.path) for f in files)), None),
     )
     (folder / file_name).write_text(receipt.to_json(), encoding="utf-8")
-    return _run(model, folder, file_name) if check == "run" else receipt
+    return receipt
 
 
 def refuse_unknown_check(check: Any) -> None:
@@ -236,26 +235,6 @@ def refuse_unknown_check(check: Any) -> None:
     """
     if not (isinstance(check, bool) or check == "run"):
         raise ExportError(f"`check` must be True, False or 'run'. Received: {check!r}")
-
-
-def _run(model: keras.Model, folder: pathlib.Path, file_name: str) -> Receipt:
-    """Open what was written in its own runtime. The outcome stands in the receipt."""
-    # `verify` opens files with rooms above this one.
-    from gemma_keras_tune.exporting.verifying import verify
-
-    lone = file_name.removesuffix(FILE_NAME).removesuffix(".")
-    written = folder / lone if lone else folder
-    receipt = read_receipt(written)
-    verdict = verify(written, base=model if receipt.format == "adapter" else None)
-    if not verdict.passed:
-        raise ExportError(
-            f"What was written as {receipt.format!r} does not answer as the model in memory does.",
-            verdict.problems,
-            "Nothing was kept. To keep it and look into it, pass `check=True` and run `verify`.",
-        )
-    for reason in verdict.skipped:
-        warnings.warn(f"{receipt.format}: {reason}", UserWarning, stacklevel=4)
-    return read_receipt(written)
 
 
 def _computed_in(model: Any) -> str:

@@ -16,21 +16,21 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.adapters.bases import wrong_base
-from gemma_keras_tune.exporting.saving import load_adapter
-from gemma_keras_tune.errors import ExportError, GemmaTuneError, LoadError
-from gemma_keras_tune.formats.gguf import writer as gguf_writer
-from gemma_keras_tune.gemma.families import family_of
-from gemma_keras_tune.formats.gguf.reader import read_header
-from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.adapters.lora import lora_config
-from gemma_keras_tune.exporting.receipts import MAX_NEW_TOKENS, Receipt, answer_texts
+from gemma_keras_tune.adapters.reading import load_adapter
 from gemma_keras_tune.adapters.switching import (
     active_adapter,
     list_adapters,
     remove_adapter,
     use_adapter,
 )
+from gemma_keras_tune.errors import ExportError, GemmaTuneError, LoadError
+from gemma_keras_tune.exporting import llama_cpp
+from gemma_keras_tune.exporting.receipts import MAX_NEW_TOKENS, Receipt, answer_texts
+from gemma_keras_tune.formats.gguf.reader import read_header
+from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.templates import read_sidecar
+from gemma_keras_tune.loading.loader import load
 
 _WORKER = pathlib.Path(__file__).with_name("foreign.py")
 _TIMEOUT = 3600
@@ -184,7 +184,7 @@ def _llama_cpp(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
         path, options["adapter"] = _gguf_base(base, receipt), _adapter_file(path, receipt)
     longest = max(len(one.ids) for one in receipt.recordings) + MAX_NEW_TOKENS
     try:
-        runtime = gguf_writer.open_runtime(path, context_length=max(512, 2 * longest), **options)
+        runtime = llama_cpp.open_runtime(path, context_length=max(512, 2 * longest), **options)
     except ModuleNotFoundError as error:
         raise NotRunError(str(error)) from error
     try:

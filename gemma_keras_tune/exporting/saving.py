@@ -3,45 +3,35 @@
 Whatever is saved holds weights derived from Gemma, and is under the Gemma terms of use.
 """
 
-import contextlib
 import json
 import os
 import pathlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 
-from gemma_keras_tune.adapters.bases import base_record, wrong_base
-from gemma_keras_tune._support.files import new_folder
-from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite, read_adapter
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune.errors import AdapterError, ExportError, TemplateError
-from gemma_keras_tune.gemma.families import (
-    family_of,
-    is_instruct,
-    origin_of,
-    quantizations,
-)
-from gemma_keras_tune.adapters.lora import LoraConfig, lora_active, lora_linears
-from gemma_keras_tune.exporting.receipts import Check, refuse_unknown_check, write_receipt
+from gemma_keras_tune._support.files import check_free, new_folder
+from gemma_keras_tune.adapters.bases import base_name, write_record
+from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
+from gemma_keras_tune.adapters.lora import LoraConfig
 from gemma_keras_tune.adapters.switching import (
     ACTIVE,
-    DEFAULT,
     Active,
     adapter_factors,
-    add_adapter,
     chosen_adapter,
-    name_conflict,
     use_adapter,
 )
-from gemma_keras_tune.gemma.templates import (
-    Template,
-    read_sidecar,
-    read_template,
-    template_of,
-    write_sidecar,
+from gemma_keras_tune.errors import PlanError
+from gemma_keras_tune.exporting.receipts import Check, refuse_unknown_check
+from gemma_keras_tune.exporting.verifying import write_checked_receipt
+from gemma_keras_tune.formats.keras_preset import write_preset
+from gemma_keras_tune.gemma.families import (
+    family_of,
+)
+from gemma_keras_tune.training.model import (
+    batches_per_update,
 )
 
 _PREFIX = "base_model.model."
@@ -88,76 +78,10 @@ def save_preset(
     stored = str(family_of(model).head(model).embedding.dtype)
     with use_adapter(model, adapter), new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
-        write_receipt(model, folder, format="keras", dtype=stored, prompts=prompts, check=check)
+        write_checked_receipt(
+            model, folder, format="keras", dtype=stored, prompts=prompts, check=check
+        )
     return pathlib.Path(path).expanduser()
-
-
-def write_preset(
-    model: keras.Model, folder: pathlib.Path, *, shard_size: int = 5_000_000_000
-) -> None:
-    """Write the files of `save_preset` into an existing folder.
-
-    Args:
-        model: A KerasHub Gemma.
-        folder: An existing, empty folder.
-        shard_size: Bytes of weights in one file at most.
-
-    Raises:
-        ExportError: LoRA is on a quantized base.
-    """
-    codes = quantizations(model) if lora_active(model) else {}
-    if codes:
-        raise ExportError(
-            "LoRA cannot be merged into quantized kernels: Keras would round it away.",
-            [f"{path}: {mode}" for path, mode in codes.items()],
-            "Save the adapter with `save_adapter`, and the base within `lora_disabled(model)`. Or "
-            "load the adapter onto the model before quantization, and save that.",
-        )
-    if _scaled_otherwise(model):
-        warnings.warn(
-            "This model scales its queries by hidden size over heads, and KerasHub's decoder "
-            "blocks take the head size whatever a preset says: opened by KerasHub alone it will "
-            "compute something else. `load` opens the preset as it is; or export it to "
-            "'safetensors' or 'gguf'.",
-            UserWarning,
-            stacklevel=3,
-        )
-    with _unmixed(model):
-        model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
-    write_record(model, folder)
-
-
-def _scaled_otherwise(model: Any) -> bool:
-    """Whether the queries are scaled as KerasHub's own blocks never do; see `building`."""
-    if family_of(model).name not in ("gemma", "gemma2", "gemma3"):
-        return False
-    backbone = model.backbone
-    by_head = backbone.transformer_layers[0].attention.query_head_dim_normalize
-    return not by_head and backbone.head_dim * backbone.num_query_heads != backbone.hidden_dim
-
-
-@contextlib.contextmanager
-def _unmixed(model: keras.Model) -> Iterator[None]:
-    """Layers under a `mixed_*` policy have that of their weights for a while.
-
-    Keras rounds merged kernels to what a layer computes in, and KerasHub opens no preset that names
-    a mixed policy.
-    """
-    layers = [model, model.backbone, *model.backbone.layers]
-    layers += [linear.layer for linear in lora_linears(model)]
-    mixed = [
-        (layer, layer.dtype_policy)
-        for layer in layers
-        # Keras takes the name off a quantized layer's policy when it writes down the settings.
-        if str(layer.dtype_policy.name).startswith("mixed_")
-    ]
-    for layer, policy in mixed:
-        layer.dtype_policy = policy.variable_dtype
-    try:
-        yield
-    finally:
-        for layer, policy in mixed:
-            layer.dtype_policy = policy
 
 
 def save_adapter(
@@ -206,96 +130,17 @@ def save_adapter(
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         write_record(model, folder)
-        write_receipt(
+        write_checked_receipt(
             model, folder, format="adapter", dtype="float32", prompts=prompts, check=check
         )
     return pathlib.Path(path).expanduser()
-
-
-def load_adapter(
-    model: keras.Model,
-    path: str | os.PathLike[str] | Mapping[str, Any],
-    *,
-    name: str = DEFAULT,
-    check_base: bool = True,
-) -> LoraConfig:
-    """Put an adapter on its base model, and switch to it.
-
-    Adapters saved by this library, PEFT, TRL, Unsloth and Axolotl share a layout; those of mlx-lm,
-    of KerasHub's `save_lora_weights` (`.lora.h5`) and of the Gemma library for JAX are read too.
-    Where ranks differ from layer to layer, the smaller ones are filled up with zeros; where scales
-    do, they are multiplied into the factors: what the model computes is the same. Several may be
-    on one base, each under a name; `set_adapter`, `use_adapter` and `generate(adapter=…)` switch
-    between them. The template recorded with it is attached; one that cannot be, such as a Python
-    function, is left out with a warning.
-
-    The base may be loaded in another dtype, or quantized, than it was trained in: a sample of its
-    weights, recorded with the adapter, is compared within what rounding explains. Adapters made
-    elsewhere bring none; where one names its base and that is not this model's name, a warning says
-    so.
-
-    Args:
-        model: A KerasHub Gemma: the base the adapter was trained on.
-        path: The adapter's folder or file; or the nested dictionary of parameters that the Gemma
-            library for JAX trains.
-        name: What to call it. An adapter of that name is replaced.
-        check_base: Whether other weights than those of the adapter's base are refused. Without it
-            the generation and every shape must still fit.
-
-    Returns:
-        The adapter's `LoraConfig`.
-
-    Raises:
-        AdapterError: A file is missing or broken, the adapter needs something this library cannot
-            do, or it does not fit the model; every mismatch is listed and the model is unchanged.
-    """
-    adapter = read_adapter(path, model)
-    folder = None if isinstance(path, Mapping) else pathlib.Path(path).expanduser()
-    own = LoraConfig(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        targets=adapter.targets,
-        rank_stabilized=adapter.rank_stabilized,
-        parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
-        total_parameters=0,
-    )
-    record = _record(folder) if folder else {}
-    problems = [
-        *_wrong_generation(model, record),
-        *filter(None, [_other_base(model, record, adapter.base) if check_base else None]),
-        *adapter.problems,
-        *filter(None, [name_conflict(model, name, own)]),
-    ]
-    if problems:
-        raise AdapterError(
-            f"The adapter in {folder or 'memory'} does not fit this model.", problems
-        )
-    template = _template(folder) if folder else None
-    add_adapter(model, name, own, dict(adapter.factors), template)
-    return adapter_factors(model, name)[0]
-
-
-def write_record(model: keras.Model, folder: pathlib.Path) -> None:
-    """Write this library's record: generation, base fingerprint, template and stop tokens."""
-    template = template_of(model)
-    entries: dict[str, Any] = {
-        "generation": family_of(model).name,
-        **base_record(model),
-    }
-    instruct = is_instruct(model)
-    if instruct is not None:
-        entries["instruct"] = instruct
-    if template is not None:
-        entries["template"] = template.to_config()
-        entries["stop_tokens"] = list(template.stop_tokens)
-    write_sidecar(folder, entries)
 
 
 def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base_name(model),
+        "base_model_name_or_path": base_name(model),
         "r": config.rank,
         "lora_alpha": config.alpha,
         "use_rslora": config.rank_stabilized,
@@ -307,55 +152,59 @@ def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _record(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        return read_sidecar(folder)
-    except TemplateError as error:
-        raise AdapterError(error.headline, error.problems, error.next_step) from error
+class AdapterCheckpoint(keras.callbacks.Callback):
+    """Saves the adapter while it is trained, in place of the one it saved before.
 
+    Each time the new folder is written aside and renamed, so a run that is cut off leaves a whole
+    adapter. `load_adapter` puts it on the base again, and `tune` goes on with it.
 
-def _template(folder: pathlib.Path) -> Template | None:
-    try:
-        return read_template(folder)
-    except TemplateError as error:
-        warnings.warn(f"{folder}: its template is left out. {error}", UserWarning, stacklevel=3)
-        return None
+    Args:
+        path: The folder, as `save_adapter` writes it.
+        updates: Save after this many updates; `None` saves after every epoch.
+        overwrite: Whether a folder that is there before the run may be replaced.
 
+    Raises:
+        PlanError: `updates` is no positive integer.
+        ExportError: The folder exists.
+        AdapterError: When training begins: LoRA is not on the model.
 
-def _wrong_generation(model: keras.Model, record: Mapping[str, Any]) -> list[str]:
-    name = family_of(model).name
-    there = record.get("generation", name)
-    return [] if there == name else [f"it was trained on {there}, this is {name}"]
+    Example:
+    ```python
+    gkt.tune(model, pairs, callbacks=[gkt.AdapterCheckpoint("part_numbers_adapter")])
+    ```
+    """
 
+    def __init__(
+        self, path: str | os.PathLike[str], *, updates: int | None = None, overwrite: bool = False
+    ) -> None:
+        super().__init__()
+        if updates is not None and (not isinstance(updates, int) or updates < 1):
+            raise PlanError(
+                f"`updates` must be None or an integer of at least 1. Received: {updates!r}"
+            )
+        check_free(path, overwrite=overwrite)
+        self.path = pathlib.Path(path)
+        self.updates = updates
+        self._overwrite = overwrite
+        self._batches = 0
 
-def _other_base(model: keras.Model, record: Mapping[str, Any], named: str | None) -> str | None:
-    """By the sample of weights in our record; of adapters made elsewhere, by names alone."""
-    different = wrong_base(model, record)
-    if different:
-        base = f": {named}" if named else ""
-        return (
-            f"{different}. Load the base it was trained on{base}; or pass `check_base=False`, if "
-            "this is that base in other weights, such as requantized ones"
-        )
-    here = _base_name(model)
-    names = {pathlib.PurePath(name).name for name in (named, here) if name}
-    if not record and len(names) == 2:
-        warnings.warn(
-            f"The adapter names {named} as its base, and this model came from {here}.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return None
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refuse a model without an adapter, before anything is trained."""
+        trainer = self.model
+        chosen_adapter(trainer.gemma)
+        self._every = (self.updates or 0) * batches_per_update(trainer.optimizer)
 
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Save, where it is time."""
+        self._batches += 1
+        if self._every and self._batches % self._every == 0:
+            self._save()
 
-def _base_name(model: keras.Model) -> str | None:
-    """Where PEFT finds the base: its name on the Hugging Face Hub, or its folder."""
-    origin = origin_of(model)
-    if origin is None:
-        return None
-    if origin.source.startswith("hf://"):
-        return origin.source.removeprefix("hf://")
-    folder = pathlib.Path(origin.source)
-    # KerasHub's presets, other hubs and packages are nothing that PEFT opens.
-    is_theirs = (folder / "config.json").is_file() and not (folder / "task.json").is_file()
-    return origin.source if is_theirs else None
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Save, unless updates are counted."""
+        if not self._every:
+            self._save()
+
+    def _save(self) -> None:
+        save_adapter(self.model.gemma, self.path, overwrite=self._overwrite)
+        self._overwrite = True  # what this run has written

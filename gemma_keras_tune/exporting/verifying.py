@@ -4,20 +4,17 @@ import dataclasses
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator
+from typing import Any
+
+import keras
 
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
-from gemma_keras_tune.exporting.runtimes import (
-    Answered,
-    Base,
-    NotRunError,
-    WrongBaseError,
-    ask,
-    check_receipt,
-)
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
+    Check,
     FileRecord,
     Outcome,
     Receipt,
@@ -25,6 +22,15 @@ from gemma_keras_tune.exporting.receipts import (
     read_receipt,
     receipt_path,
     sha256,
+    write_receipt,
+)
+from gemma_keras_tune.exporting.runtimes import (
+    Answered,
+    Base,
+    NotRunError,
+    WrongBaseError,
+    ask,
+    check_receipt,
 )
 
 # How far a logit may lie from the recorded one, by what the weights are stored or computed in.
@@ -102,6 +108,50 @@ class Verdict:
         lines += [f"  right: {text}" for text in self.checks]
         lines += [f"  not run: {text}" for text in self.skipped]
         return "\n".join(lines)
+
+
+def write_checked_receipt(
+    model: keras.Model,
+    folder: pathlib.Path,
+    *,
+    check: Check = False,
+    file_name: str = FILE_NAME,
+    **written: Any,
+) -> Receipt:
+    """Write a receipt, and check what was written where asked to.
+
+    Args:
+        model: The model that was written.
+        folder: The folder, complete.
+        check: Whether to record answers; `"run"` also opens what was written in its own runtime.
+        file_name: Name of the receipt.
+        **written: `format`, `dtype`, `quantization` and `prompts`, as for `write_receipt`.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        ExportError: As from `write_receipt`; or what was written does not answer as the model does.
+    """
+    receipt = write_receipt(model, folder, answers=bool(check), file_name=file_name, **written)
+    return _check_now(model, folder, file_name) if check == "run" else receipt
+
+
+def _check_now(model: keras.Model, folder: pathlib.Path, file_name: str) -> Receipt:
+    """Open what was written in its own runtime. The receipt gets the outcome."""
+    lone = file_name.removesuffix(FILE_NAME).removesuffix(".")
+    written = folder / lone if lone else folder
+    receipt = read_receipt(written)
+    verdict = verify(written, base=model if receipt.format == "adapter" else None)
+    if not verdict.passed:
+        raise ExportError(
+            f"What was written as {receipt.format!r} does not answer as the model in memory does.",
+            verdict.problems,
+            "Nothing was kept. To keep it and look into it, pass `check=True` and run `verify`.",
+        )
+    for reason in verdict.skipped:
+        warnings.warn(f"{receipt.format}: {reason}", UserWarning, stacklevel=4)
+    return read_receipt(written)
 
 
 def verify(

@@ -1,13 +1,21 @@
 """A KerasHub preset, which `keras_hub.models.CausalLM.from_preset` opens."""
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
-from gemma_keras_tune.exporting.saving import write_preset
+from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.lora import lora_active, lora_linears
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.weights import refuse_broken
+from gemma_keras_tune.gemma.families import (
+    family_of,
+    quantizations,
+)
 
 FORMAT = "keras"
 RUNTIME = "keras-hub"
@@ -42,3 +50,71 @@ def write(
     refuse_broken(model)
     write_preset(model, folder, shard_size=shard_size)
     progress("model", 1, 1)
+
+
+def write_preset(
+    model: keras.Model, folder: pathlib.Path, *, shard_size: int = 5_000_000_000
+) -> None:
+    """Write the files of `save_preset` into an existing folder.
+
+    Args:
+        model: A KerasHub Gemma.
+        folder: An existing, empty folder.
+        shard_size: Bytes of weights in one file at most.
+
+    Raises:
+        ExportError: LoRA is on a quantized base.
+    """
+    codes = quantizations(model) if lora_active(model) else {}
+    if codes:
+        raise ExportError(
+            "LoRA cannot be merged into quantized kernels: Keras would round it away.",
+            [f"{path}: {mode}" for path, mode in codes.items()],
+            "Save the adapter with `save_adapter`, and the base within `lora_disabled(model)`. Or "
+            "load the adapter onto the model before quantization, and save that.",
+        )
+    if _scaled_otherwise(model):
+        warnings.warn(
+            "This model scales its queries by hidden size over heads, and KerasHub's decoder "
+            "blocks take the head size whatever a preset says: opened by KerasHub alone it will "
+            "compute something else. `load` opens the preset as it is; or export it to "
+            "'safetensors' or 'gguf'.",
+            UserWarning,
+            stacklevel=3,
+        )
+    with _unmixed(model):
+        model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
+    write_record(model, folder)
+
+
+def _scaled_otherwise(model: Any) -> bool:
+    """Whether the queries are scaled as KerasHub's own blocks never do; see `building`."""
+    if family_of(model).name not in ("gemma", "gemma2", "gemma3"):
+        return False
+    backbone = model.backbone
+    by_head = backbone.transformer_layers[0].attention.query_head_dim_normalize
+    return not by_head and backbone.head_dim * backbone.num_query_heads != backbone.hidden_dim
+
+
+@contextlib.contextmanager
+def _unmixed(model: keras.Model) -> Iterator[None]:
+    """Layers under a `mixed_*` policy have that of their weights for a while.
+
+    Keras rounds merged kernels to what a layer computes in, and KerasHub opens no preset that names
+    a mixed policy.
+    """
+    layers = [model, model.backbone, *model.backbone.layers]
+    layers += [linear.layer for linear in lora_linears(model)]
+    mixed = [
+        (layer, layer.dtype_policy)
+        for layer in layers
+        # Keras takes the name off a quantized layer's policy when it writes down the settings.
+        if str(layer.dtype_policy.name).startswith("mixed_")
+    ]
+    for layer, policy in mixed:
+        layer.dtype_policy = policy.variable_dtype
+    try:
+        yield
+    finally:
+        for layer, policy in mixed:
+            layer.dtype_policy = policy

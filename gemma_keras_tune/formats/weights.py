@@ -6,6 +6,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from gemma_keras_tune.adapters.lora import get_factors, kernel_update, lora_linears
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.gemma.families import (
     Linear,
@@ -15,7 +16,6 @@ from gemma_keras_tune.gemma.families import (
     quantizations,
     to_matrix,
 )
-from gemma_keras_tune.adapters.lora import get_factors, kernel_update, lora_linears
 
 DTYPES = {
     "float32": np.dtype(np.float32),

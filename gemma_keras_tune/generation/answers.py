@@ -25,16 +25,16 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.generation import decoding
-from gemma_keras_tune.gemma.packing import axes_of, pack
-from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_enabled, lora_linears
-from gemma_keras_tune.pairs.reader import Message
-from gemma_keras_tune.training.pipeline import Encoder
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
+from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
+from gemma_keras_tune.generation import decoding
+from gemma_keras_tune.pairs.reader import Message
 
 SHORT_CHUNK = 32
 LONG_CHUNK = 256

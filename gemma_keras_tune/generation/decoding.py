@@ -17,8 +17,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from gemma_keras_tune.gemma.packing import axes_of, unpack
 from gemma_keras_tune.gemma.families import Head, family_of
+from gemma_keras_tune.gemma.packing import axes_of, unpack
 
 # Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
 # to compute them than they save; and the tokens of prompt and answer that a program has room for,

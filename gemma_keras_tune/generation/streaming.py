@@ -14,13 +14,12 @@ import keras
 import keras_hub
 import numpy as np
 
-from gemma_keras_tune.generation import decoding
-from gemma_keras_tune.generation import answers
 from gemma_keras_tune._support.memory import kept_memory
-from gemma_keras_tune.generation.answers import Prompt
 from gemma_keras_tune.adapters.lora import lora_config, lora_enabled
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
+from gemma_keras_tune.generation import answers, decoding
+from gemma_keras_tune.generation.answers import Prompt
 
 
 def stream(

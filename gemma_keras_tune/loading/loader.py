@@ -22,9 +22,8 @@ import keras_hub
 import platformdirs
 
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune.gemma.building import set_attention_scale
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
+from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.formats.hugging_face.reader import (
     INDEX,
@@ -33,8 +32,9 @@ from gemma_keras_tune.formats.hugging_face.reader import (
     is_plain,
     load_hugging_face,
 )
-from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.formats.litert.reader import FILE_NAME, load_litert
+from gemma_keras_tune.gemma.building import set_attention_scale
+from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"

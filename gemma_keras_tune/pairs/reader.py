@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from gemma_keras_tune.errors import PairsError, warn_of_pairs
 from gemma_keras_tune.pairs.rows import (
     SCHEMAS,
     Message,
@@ -25,7 +26,6 @@ from gemma_keras_tune.pairs.rows import (
     known_schemas,
 )
 from gemma_keras_tune.pairs.sources import Broken, Keys, Rows, at_start, open_source
-from gemma_keras_tune.errors import PairsError, warn_of_pairs
 
 __all__ = [
     "SCHEMAS",

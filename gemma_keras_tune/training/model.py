@@ -15,11 +15,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.memory import kept_memory
+from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import LoraError, PlanError
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
-from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.training.losses import token_cross_entropy
 
 # Suffixes of the variables that weight decay leaves alone: norms, biases and Gemma 4's scalars.

@@ -15,12 +15,12 @@ import keras
 import numpy as np
 
 from gemma_keras_tune._support.memory import free_memory
+from gemma_keras_tune.adapters.lora import Targets, largest_rank
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.gemma.families import family_of
-from gemma_keras_tune.adapters.lora import Targets, largest_rank
-from gemma_keras_tune.training.pipeline import Overlong, Shape
 from gemma_keras_tune.gemma.templates import TEMPLATES, FunctionTemplate, Template, TextTemplate
 from gemma_keras_tune.training.model import batches_per_update, inner_optimizer
+from gemma_keras_tune.training.pipeline import Overlong, Shape
 
 Method = Literal["lora", "full"]
 Auto = Literal["auto"]

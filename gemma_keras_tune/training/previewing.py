@@ -12,9 +12,9 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import PairsError
-from gemma_keras_tune.pairs.reader import read_pairs
-from gemma_keras_tune.training.pipeline import encode
+from gemma_keras_tune.gemma.encoding import encode
 from gemma_keras_tune.gemma.templates import Template, get_template
+from gemma_keras_tune.pairs.reader import read_pairs
 
 
 @dataclasses.dataclass(frozen=True)

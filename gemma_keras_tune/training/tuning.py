@@ -1,8 +1,6 @@
 """`tune`: plan, then the public steps in order."""
 
 import dataclasses
-import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune._support.files import check_free
+from gemma_keras_tune._support.compilation import use_compilation_cache
 from gemma_keras_tune._support.pictures import history_figure
-from gemma_keras_tune.exporting.saving import save_adapter
-from gemma_keras_tune.errors import LoraError, PairsError, PlanError
-from gemma_keras_tune.gemma.families import family_of
-from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.adapters.lora import (
     ALL_TARGETS,
     ATTENTION_TARGETS,
@@ -25,12 +19,25 @@ from gemma_keras_tune.adapters.lora import (
     lora_active,
     lora_config,
 )
+from gemma_keras_tune.adapters.switching import adapter_config
+from gemma_keras_tune.errors import LoraError, PairsError, PlanError
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, special_tokens
+from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.pairs.reader import (
     PairChecks,
     PairsErrors,
     PairSource,
     read_pairs,
     split_pairs,
+)
+from gemma_keras_tune.training.callbacks import BestWeights
+from gemma_keras_tune.training.model import (
+    TuningModel,
+    TuningProgress,
+    batches_per_update,
+    inner_optimizer,
+    make_optimizer,
 )
 from gemma_keras_tune.training.pipeline import (
     Batcher,
@@ -47,15 +54,6 @@ from gemma_keras_tune.training.planning import (
     check_updates,
     plan_settings,
     template_setting,
-)
-from gemma_keras_tune.adapters.switching import adapter_config, chosen_adapter
-from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, special_tokens
-from gemma_keras_tune.training.model import (
-    TuningModel,
-    TuningProgress,
-    batches_per_update,
-    inner_optimizer,
-    make_optimizer,
 )
 
 # Keras's callbacks that save the model, or load it, in Keras's own way.
@@ -225,113 +223,6 @@ def tune(
         _learning_rates(trainer.optimizer, progress),
         tuple(zip(lengths.tolist(), counts.tolist(), strict=True)),
     )
-
-
-class BestWeights(keras.callbacks.Callback):
-    """Keeps the trainable weights of the epoch with the lowest validation loss, and restores them.
-
-    Keras's own `restore_best_weights` copies the frozen base model too.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.best = np.inf
-        self._kept: list[np.ndarray] | None = None
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Keep the weights if this epoch is the best so far."""
-        loss = (logs or {}).get("val_loss")
-        if loss is not None and loss < self.best:
-            self.best = float(loss)
-            # A copy: the next step takes the arrays back and writes over them.
-            self._kept = [np.asarray(v).copy() for v in self.model.trainable_variables]
-
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Go back to the best weights."""
-        if self._kept is not None:
-            for variable, value in zip(self.model.trainable_variables, self._kept, strict=True):
-                variable.assign(value)
-
-
-class AdapterCheckpoint(keras.callbacks.Callback):
-    """Saves the adapter while it is trained, in place of the one it saved before.
-
-    Each time the new folder is written aside and renamed, so a run that is cut off leaves a whole
-    adapter. `load_adapter` puts it on the base again, and `tune` goes on with it.
-
-    Args:
-        path: The folder, as `save_adapter` writes it.
-        updates: Save after this many updates; `None` saves after every epoch.
-        overwrite: Whether a folder that is there before the run may be replaced.
-
-    Raises:
-        PlanError: `updates` is no positive integer.
-        ExportError: The folder exists.
-        AdapterError: When training begins: LoRA is not on the model.
-
-    Example:
-    ```python
-    gkt.tune(model, pairs, callbacks=[gkt.AdapterCheckpoint("part_numbers_adapter")])
-    ```
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], *, updates: int | None = None, overwrite: bool = False
-    ) -> None:
-        super().__init__()
-        if updates is not None and (not isinstance(updates, int) or updates < 1):
-            raise PlanError(
-                f"`updates` must be None or an integer of at least 1. Received: {updates!r}"
-            )
-        check_free(path, overwrite=overwrite)
-        self.path = pathlib.Path(path)
-        self.updates = updates
-        self._overwrite = overwrite
-        self._batches = 0
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refuse a model without an adapter, before anything is trained."""
-        trainer = self.model
-        chosen_adapter(trainer.gemma)
-        self._every = (self.updates or 0) * batches_per_update(trainer.optimizer)
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, where it is time."""
-        self._batches += 1
-        if self._every and self._batches % self._every == 0:
-            self._save()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, unless updates are counted."""
-        if not self._every:
-            self._save()
-
-    def _save(self) -> None:
-        save_adapter(self.model.gemma, self.path, overwrite=self._overwrite)
-        self._overwrite = True  # what this run has written
-
-
-def use_compilation_cache(folder: str | None = None) -> str:
-    """Let JAX keep compiled programs on disk, so that the next process need not compile again.
-
-    A cache that the user has set up is left as it is.
-
-    Args:
-        folder: Where to keep them. Defaults to `gemma_keras_tune/jax` in the user's cache folder.
-
-    Returns:
-        The folder in use.
-    """
-    import jax
-    import platformdirs
-
-    there: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if folder is None and there:
-        return there
-    folder = folder or str(platformdirs.user_cache_path("gemma_keras_tune") / "jax")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return folder
 
 
 def settle(

@@ -27,10 +27,10 @@ import keras
 import numpy as np
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune.evaluation.scoring import Scorer
 from gemma_keras_tune.evaluation.statistics import wilson_interval
-from gemma_keras_tune.pairs.reader import Message
 from gemma_keras_tune.gemma.templates import Segment
+from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.training.scoring import Scorer
 
 DATA = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77"
 TEMPLATE = "{input}\nTopic:{output}"

@@ -55,8 +55,8 @@ def ours(cases: int, folder: str) -> dict[str, Any]:
     import _bench
     import numpy as np
 
-    from gemma_keras_tune.generation.answers import compiled_programs
     from gemma_keras_tune.adapters.lora import lora_linears
+    from gemma_keras_tune.generation.answers import compiled_programs
 
     gkt = _bench.gkt
     model = gkt.load(_bench.MODEL)

@@ -40,16 +40,16 @@ from _peak_memory import PeakMemory
 from _short_pairs import short_pairs
 
 import gemma_keras_tune as gkt
-from gemma_keras_tune.formats.gguf import writer as gguf_writer
-from gemma_keras_tune.generation.answers import compiled_programs
+from gemma_keras_tune.exporting import llama_cpp
 from gemma_keras_tune.gemma.templates import attach_template
+from gemma_keras_tune.generation.answers import compiled_programs
 
 PROMPTS = 20
 NEW_TOKENS = 24
 POSITIONS = 8
 SHARD_SIZE = "200MB"
 WORKER = pathlib.Path(__file__).with_name("_fidelity_worker.py")
-TWINS = pathlib.Path(__file__).parent.parent
+TWINS = pathlib.Path(__file__).parent.parent / "runtimes"
 GEMMA_JAX = os.environ.get("GEMMA_JAX_PYTHON", sys.executable)
 LITERT = os.environ.get("LITERT_PYTHON", sys.executable)
 
@@ -124,7 +124,7 @@ def compare(reference: Reference, found: dict[str, Any]) -> tuple[int, float]:
 
 def from_llama_cpp(path: pathlib.Path, reference: Reference) -> tuple[int, float]:
     """llama.cpp, through a binding."""
-    runtime = gguf_writer.open_runtime(path)
+    runtime = llama_cpp.open_runtime(path)
     same, largest = 0, 0.0
     try:
         for i, (start, length) in enumerate(zip(reference.starts, reference.lengths, strict=True)):
@@ -146,7 +146,7 @@ def from_litert(path: pathlib.Path, reference: Reference) -> int:
     with tempfile.TemporaryDirectory() as folder:
         request, answer = (pathlib.Path(folder, name) for name in ("in.json", "out.json"))
         request.write_text(json.dumps({"texts": reference.rendered}))
-        twin = TWINS / "_litert_twin.py"
+        twin = TWINS / "litert_twin.py"
         file = next(path.rglob("*.litertlm"))
         done = subprocess.run(
             [LITERT, twin, file, request, answer], capture_output=True, text=True, check=False

@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError, TemplateError
+from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
     Family,

@@ -21,6 +21,14 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.formats.gemma_jax.reader import (
+    BACKBONE_KEY,
+    PARAMETERS,
+    TOKENIZER,
+    VOCABULARIES,
+    backbone_record,
+    unread_weights,
+)
 from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
@@ -30,14 +38,6 @@ from gemma_keras_tune.gemma.families import (
     backbone_settings,
     family_of,
     join,
-)
-from gemma_keras_tune.formats.gemma_jax.reader import (
-    BACKBONE_KEY,
-    PARAMETERS,
-    TOKENIZER,
-    VOCABULARIES,
-    backbone_record,
-    unread_weights,
 )
 from gemma_keras_tune.gemma.templates import write_sidecar
 

@@ -11,25 +11,22 @@ import gguf
 import keras
 import numpy as np
 
-from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.formats.weights import refuse_broken
-from gemma_keras_tune.formats.gguf.writer import (
-    DTYPES,
-    RUNTIME,
-    LlamaCpp,
-    Progress,
-    encode,
-    open_runtime,
-    put,
-)
-from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.adapters.lora import lora_active, lora_linears
 from gemma_keras_tune.adapters.switching import adapter_factors, adapter_strength
+from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.formats.gguf.writer import (
+    DTYPES,
+    Progress,
+    encode,
+    put,
+)
+from gemma_keras_tune.formats.weights import refuse_broken
+from gemma_keras_tune.gemma.families import family_of
 
 FORMAT = "gguf_adapter"
 FILE_NAME = "adapter.gguf"
 
-__all__ = ["FILE_NAME", "FORMAT", "RUNTIME", "LlamaCpp", "open_runtime", "write"]
+__all__ = ["FILE_NAME", "FORMAT", "write"]
 
 
 def write(

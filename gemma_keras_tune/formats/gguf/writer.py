@@ -8,8 +8,6 @@ Written after llama.cpp's `convert_hf_to_gguf.py`, and compared with a file it m
 """
 
 import collections
-import dataclasses
-import importlib
 import inspect
 import itertools
 import json
@@ -18,7 +16,6 @@ import pathlib
 import re
 import statistics
 import tempfile
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,11 +24,21 @@ import gguf
 import keras
 import numpy as np
 
-from gemma_keras_tune.gemma.building import backbone_class
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gguf import k_quants
-from gemma_keras_tune.formats.weights import merged_weights, rounded
+from gemma_keras_tune.formats.gguf.reader import (
+    INSTRUCT_KEY,
+    TEMPLATE_KEY,
+    GgufFile,
+    TensorInfo,
+    backbone_config,
+    norm_rests,
+    parts_of_tensors,
+    tensor_shape,
+)
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
+from gemma_keras_tune.formats.weights import merged_weights, rounded
+from gemma_keras_tune.gemma.building import backbone_class
 from gemma_keras_tune.gemma.families import (
     Family,
     Piece,
@@ -42,24 +49,9 @@ from gemma_keras_tune.gemma.families import (
     join,
     origin_of,
 )
-from gemma_keras_tune.formats.gguf.reader import (
-    INSTRUCT_KEY,
-    TEMPLATE_KEY,
-    GgufFile,
-    TensorInfo,
-    backbone_config,
-    norm_rests,
-    parts_of_tensors,
-    read_header,
-    tensor_shape,
-)
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 
 FORMAT = "gguf"
-RUNTIME = "xllamacpp"
-# llama.cpp's server takes logarithms of float32 probabilities: below the smallest normal one they
-# have few bits left, and of 0 it writes the lowest float32.
-_NO_CHANCE = -87.0
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
@@ -81,10 +73,6 @@ _CONTEXT_LENGTHS = {
 _LONG_CONTEXT = 131_072
 _TERMS = "https://ai.google.dev/gemma/terms"
 
-# Seconds: the longest answer to wait for.
-_TIMEOUT = 600
-# Added to a logit, it outweighs any other.
-_FORCE = 10_000.0
 
 # SentencePiece's piece types, which llama.cpp's token types repeat.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
@@ -619,168 +607,3 @@ def encode(
         return gguf.quantize(np.ascontiguousarray(matrix, np.float32), kind)
     stored = rounded(name, matrix, _FLOATS[kind])
     return stored.view(np.uint8) if kind == _Kind.BF16 else stored
-
-
-# The runtime.
-
-
-@dataclasses.dataclass
-class LlamaCpp:
-    """A GGUF file opened in llama.cpp, through xllamacpp's server on a local port.
-
-    Attributes:
-        path: The file.
-        vocabulary: Number of its tokens.
-        letter: A token that is plain text. The server tells no probabilities where it writes a stop
-            token or half a character, so it is made to write this; they are those before that.
-        server: The `xllamacpp.Server`.
-    """
-
-    path: pathlib.Path
-    vocabulary: int
-    letter: int
-    server: Any
-    name: str = "llama.cpp"
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens parsed and `<bos>` added as llama.cpp does.
-
-        Args:
-            text: Any text.
-
-        Returns:
-            Token ids.
-        """
-        request = {"content": text, "add_special": True, "parse_special": True}
-        return [int(i) for i in self._post("/tokenize", request)["tokens"]]
-
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """Log-probabilities after each token: the logits but for one constant in each row.
-
-        llama.cpp's server tells them at the end of a prompt alone, so each row is a prompt.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            `[len(ids), vocabulary]` float32.
-        """
-        return np.stack([self.next_logits(ids[: end + 1]) for end in range(len(ids))])
-
-    def next_logits(self, ids: list[int]) -> np.ndarray:
-        """Log-probabilities after the last token alone.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            `[vocabulary]` float32, minus infinity below -87, where a probability underflows.
-        """
-        row = np.full(self.vocabulary, -np.inf, np.float32)
-        answer = self._complete(ids, 1, n_probs=self.vocabulary, logit_bias=[[self.letter, _FORCE]])
-        for found in answer["completion_probabilities"][0]["top_logprobs"]:
-            row[found["id"]] = found["logprob"]
-        return np.where(row < _NO_CHANCE, -np.inf, row)
-
-    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
-        """Continue greedily until llama.cpp itself stops.
-
-        Args:
-            ids: Token ids of the prompt.
-            max_new_tokens: At most this many.
-
-        Returns:
-            The new ids, the stop token left out.
-        """
-        answer = self._complete(ids, max_new_tokens)
-        new = [int(i) for i in answer["tokens"]]
-        return new[:-1] if answer["stop_type"] == "eos" else new
-
-    def close(self) -> None:
-        """Shut the server down and free the model."""
-        self.server = None
-
-    def _complete(self, ids: list[int], count: int, **options: Any) -> dict[str, Any]:
-        request = {
-            "prompt": [int(i) for i in ids],
-            "n_predict": count,
-            "temperature": 0.0,
-            "return_tokens": True,
-            "cache_prompt": False,
-            **options,
-        }
-        return self._post("/completion", request)
-
-    def _post(self, route: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.server.listening_address + route,
-            json.dumps(content).encode(),
-            {"Content-Type": "application/json"},
-        )
-        # Past any proxy: the server runs in this process.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=_TIMEOUT) as response:
-                answer: dict[str, Any] = json.load(response)
-        except (OSError, ValueError) as error:
-            raise ExportError(f"llama.cpp failed on {self.path}.", [str(error)]) from error
-        return answer
-
-
-def open_runtime(
-    path: pathlib.Path, *, adapter: pathlib.Path | None = None, context_length: int = 2048
-) -> LlamaCpp:
-    """Open a GGUF file in llama.cpp.
-
-    Args:
-        path: The file, or a folder with one.
-        adapter: A LoRA in GGUF to apply, as `--lora` does.
-        context_length: The longest prompt and answer together, in tokens.
-
-    Returns:
-        A runtime that tokenizes, scores and generates.
-
-    Raises:
-        ModuleNotFoundError: xllamacpp is not installed.
-        ExportError: llama.cpp cannot load the file.
-    """
-    try:
-        xllamacpp = importlib.import_module(RUNTIME)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"llama.cpp is not installed. Install it: pip install {RUNTIME}", name=RUNTIME
-        ) from error
-    file = _only_file(pathlib.Path(path))
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx = context_length
-    params.n_parallel = 1
-    params.warmup = False
-    params.verbosity = -1
-    # What is judged is the file, not llama.cpp's rounding of what it remembers and attends to.
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        params.lora_adapters = [_lora(xllamacpp, adapter)]
-    try:
-        server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise ExportError(f"llama.cpp cannot load {file}.", [str(error)]) from error
-    tokens = read_header(file).metadata["tokenizer.ggml.tokens"]
-    letter = next(i for i, token in enumerate(tokens) if token.isalpha())
-    return LlamaCpp(file, len(tokens), letter, server)
-
-
-def _lora(xllamacpp: Any, path: pathlib.Path) -> Any:
-    info = xllamacpp.CommonAdapterLoraInfo()
-    info.path, info.scale = str(path), 1.0
-    return info
-
-
-def _only_file(path: pathlib.Path) -> pathlib.Path:
-    if path.is_file():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise ExportError(f"{path} must hold one .gguf file. Found: {len(files)}")
-    return files[0]

@@ -20,10 +20,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.formats.hugging_face.settings import (
+    backbone_arguments,
+    check_reading,
+    completed,
+)
+from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import FAMILIES, Piece, Weight, family_of, split
-from gemma_keras_tune.formats.hugging_face.settings import backbone_arguments, check_reading, completed
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"

@@ -18,8 +18,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
+from gemma_keras_tune.formats.hugging_face.reader import INDEX
+from gemma_keras_tune.formats.hugging_face.settings import EPSILON, FIELDS, layer_types, settings
 from gemma_keras_tune.formats.hugging_face.tokenizer import write_json, write_tokenizer
+from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
 from gemma_keras_tune.gemma.families import (
     Family,
     Weight,
@@ -28,8 +30,6 @@ from gemma_keras_tune.gemma.families import (
     is_instruct,
     join,
 )
-from gemma_keras_tune.formats.hugging_face.reader import INDEX
-from gemma_keras_tune.formats.hugging_face.settings import EPSILON, FIELDS, layer_types, settings
 from gemma_keras_tune.gemma.templates import Template, get_template, template_of
 
 FORMAT = "safetensors"

@@ -16,10 +16,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, family_of
 from gemma_keras_tune.formats.gemma_jax.reader import BACKBONE_KEY, backbone_record
+from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
+from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, family_of
 from gemma_keras_tune.gemma.templates import SIDECAR, read_sidecar, write_sidecar
 
 FILE_NAME = "model.litertlm"

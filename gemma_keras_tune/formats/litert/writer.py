@@ -20,9 +20,9 @@ import keras
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.hugging_face import writer as hugging_face_writer
+from gemma_keras_tune.formats.litert.reader import FILE_NAME, record_weights
 from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.gemma.families import family_of
-from gemma_keras_tune.formats.litert.reader import FILE_NAME, record_weights
 
 FORMAT = "litert"
 RUNTIME = "litert-lm-api"
