@@ -40,8 +40,8 @@ def main() -> None:
 def training_pairs(path: str, plan: gkt.TestPlan, rows: int, seed: int) -> list[tuple[str, str]]:
     """Rows of the file, drawn by the seed; what the plan asks is not among them."""
     asked = {case.text.casefold().strip() for case in plan}
-    source = gkt.read_pairs(path, input_column="text", output_column="emoji")
-    pairs = [(pair.input, pair.output) for pair in source]
+    source = gkt.read_pairs(path, prompt_column="text", response_column="emoji")
+    pairs = [(pair.prompt, pair.response) for pair in source]
     source.raise_for_problems()
     pairs = [pair for pair in pairs if pair[0].casefold().strip() not in asked]
     random.Random(seed).shuffle(pairs)

@@ -70,11 +70,11 @@ def _names(text: str) -> str | list[str]:
     return text.split(",") if "," in text else text
 
 
-_COLUMNS = ("input_column", "output_column", "system_column")
+_COLUMNS = ("prompt_column", "response_column", "system_column")
 
 
 def _add_columns(command: argparse.ArgumentParser) -> None:
-    for name in ("input", "output", "system"):
+    for name in ("prompt", "response", "system"):
         command.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name} text")
 
 
@@ -94,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--method", choices=["lora", "full"], default="lora")
     for name in ("rank", "epochs", "batch-size", "gradient-accumulation-steps", "sequence-length"):
         tune.add_argument(f"--{name}", type=_number(int, least=1, auto=True), default="auto")
-    tune.add_argument("--warmup-updates", type=_number(int, least=0, auto=True), default="auto")
+    tune.add_argument("--warmup-steps", type=_number(int, least=0, auto=True), default="auto")
     for name in ("alpha", "learning-rate"):
         tune.add_argument(f"--{name}", type=_number(float, above=0, auto=True), default="auto")
     tune.add_argument("--weight-decay", type=_number(float, least=0, auto=True), default="auto")
-    tune.add_argument("--targets", type=_names, help="all, attention, or names with commas")
-    tune.add_argument("--rank-stabilized", action="store_const", const=True,
+    tune.add_argument("--target-modules", type=_names, help="all, attention, or names with commas")
+    tune.add_argument("--use-rslora", action="store_const", const=True,
                       help="scale by alpha / sqrt(rank)")  # fmt: skip
     tune.add_argument("--template", default="auto")
     tune.add_argument("--overlong", choices=["error", "drop", "truncate"], default="error")
@@ -199,8 +199,8 @@ def _tune(options: argparse.Namespace) -> None:
 
     _refuse_lost_work(options)
     names = [
-        "method", "rank", "alpha", "targets", "rank_stabilized", "epochs", "batch_size",
-        "gradient_accumulation_steps", "learning_rate", "warmup_updates", "weight_decay",
+        "method", "rank", "alpha", "target_modules", "use_rslora", "epochs", "batch_size",
+        "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay",
         "sequence_length", "overlong", "template", "validation_data", "validation_split",
         "early_stopping", "seed", "compilation_cache", *_COLUMNS,
     ]  # fmt: skip

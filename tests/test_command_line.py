@@ -62,7 +62,7 @@ def pairs(tmp_path_factory):
     return str(path)
 
 
-COLUMNS = ["--input-column", "frage", "--output-column", "antwort"]
+COLUMNS = ["--prompt-column", "frage", "--response-column", "antwort"]
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_tune_saves_what_generate_answers_with(preset, pairs, tmp_path, capsys):
     tuned, adapter = str(tmp_path / "tuned"), str(tmp_path / "adapter")
     arguments = [
         "tune", preset, pairs, *COLUMNS, "--preset", tuned, "--adapter", adapter, "--quiet",
-        "--epochs", "20", "--rank", "3", "--targets", "q_proj,v_proj", "--rank-stabilized",
+        "--epochs", "20", "--rank", "3", "--target-modules", "q_proj,v_proj", "--use-rslora",
         "--learning-rate", "0.02", "--validation-data", pairs, "--no-compilation-cache",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -127,7 +127,7 @@ def test_tune_refuses_to_train_what_could_not_be_saved(preset, pairs, tmp_path, 
         ["tune", "m", "p", "--learning-rate", "nan"],
         ["tune", "m", "p", "--learning-rate", "0"],
         ["tune", "m", "p", "--weight-decay", "inf"],
-        ["tune", "m", "p", "--warmup-updates", "-1"],
+        ["tune", "m", "p", "--warmup-steps", "-1"],
         ["tune", "m", "p", "--validation-split", "1"],
         ["tune", "m", "p", "--early-stopping", "0"],
         ["tune", "m", "p", "--seed", "-1"],

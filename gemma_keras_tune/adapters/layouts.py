@@ -76,10 +76,10 @@ class Adapter:
         layout: `"peft"`, `"mlx"`, `"keras_hub"` or `"gemma_jax"`.
         rank: Inner size of all factors.
         alpha: Scale before division.
-        rank_stabilized: Whether the scale is `alpha / sqrt(rank)`.
-        targets: Hugging Face module names of the adapted layers, sorted.
+        use_rslora: Whether the scale is `alpha / sqrt(rank)`.
+        target_modules: Hugging Face module names of the adapted layers, sorted.
         factors: `A [rank, inputs]` and `B [outputs, rank]` by full Hugging Face module name, of
-            every layer of the targets.
+            every layer of the target_modules.
         base: What the file says it was trained on, or `None`.
         problems: What does not fit the model, or cannot be done; empty where it can be used.
     """
@@ -87,8 +87,8 @@ class Adapter:
     layout: str
     rank: int
     alpha: float
-    rank_stabilized: bool
-    targets: tuple[str, ...]
+    use_rslora: bool
+    target_modules: tuple[str, ...]
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
     base: str | None = None
     problems: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class _Reading:
     problems: list[str] = dataclasses.field(default_factory=list)
     rank: int | None = None
     alpha: float | None = None
-    rank_stabilized: bool = False
+    use_rslora: bool = False
     base: str | None = None
 
 
@@ -312,7 +312,7 @@ def _read_peft(folder: pathlib.Path, model: keras.Model) -> _Reading:
     if problems:
         raise AdapterError(f"{folder / CONFIG} cannot be read.", problems)
     reading = _Reading("peft", problems=_unsupported(config))
-    reading.rank, reading.rank_stabilized = config["r"], bool(config.get("use_rslora"))
+    reading.rank, reading.use_rslora = config["r"], bool(config.get("use_rslora"))
     reading.alpha = _alpha(config)
     base = config.get("base_model_name_or_path")
     reading.base = base if isinstance(base, str) and base else None
@@ -399,8 +399,10 @@ def _contradictions(
     config: Mapping[str, Any], modules: Iterable[str], model: keras.Model
 ) -> list[str]:
     """Modules that stand in only one of the configuration and the weights."""
-    targets = config.get("target_modules")
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+    target_modules = config.get("target_modules")
+    if target_modules is None or (
+        isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    ):
         return []
     linears, _ = _places(family_of(model), model)
     there = {_place(module): module for module in modules}
@@ -420,18 +422,18 @@ def _contradictions(
 
 def _is_target(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT puts LoRA on a module of this name."""
-    excluded, targets = config.get("exclude_modules") or [], config["target_modules"]
+    excluded, target_modules = config.get("exclude_modules") or [], config["target_modules"]
     if _is_named(excluded, module):
         return False
-    if isinstance(targets, str) or module in targets:
-        return _is_named(targets, module)
+    if isinstance(target_modules, str) or module in target_modules:
+        return _is_named(target_modules, module)
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
-        return _is_named(targets, module)
+        return _is_named(target_modules, module)
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     numbers = layers if isinstance(layers, list) else [layers]
-    return _is_named(targets, module) and any(
+    return _is_named(target_modules, module) and any(
         _layer_number(pattern, module) in numbers for pattern in patterns
     )
 
@@ -670,8 +672,8 @@ def _add_jax(
 def _uniform(reading: _Reading, model: keras.Model) -> Adapter:
     linears = {linear.hugging_face: linear for linear in family_of(model).linears(model)}
     found = {name: _compact(factors) for name, factors in reading.factors.items()}
-    targets = {linears[name].target for name in found}
-    adapted = {name: one for name, one in linears.items() if one.target in targets}
+    target_modules = {linears[name].target for name in found}
+    adapted = {name: one for name, one in linears.items() if one.target in target_modules}
     rank = max((factors.a.shape[0] for factors in found.values()), default=0)
     problems = reading.problems or ([] if found else ["it holds no factors"])
     for name, linear in adapted.items():
@@ -685,8 +687,8 @@ def _uniform(reading: _Reading, model: keras.Model) -> Adapter:
         rank=rank,
         alpha=alpha,
         base=reading.base,
-        rank_stabilized=stabilized,
-        targets=tuple(sorted(targets)),
+        use_rslora=stabilized,
+        target_modules=tuple(sorted(target_modules)),
         factors={
             name: _padded(found.get(name), _sizes(linear), rank, fold=fold)
             for name, linear in adapted.items()
@@ -713,9 +715,9 @@ def _scale(reading: _Reading, rank: int, scales: set[float]) -> tuple[float, boo
     if common <= 0:
         return float(max(rank, 1)), False, True
     if rank == reading.rank and reading.alpha:
-        divisor = math.sqrt(rank) if reading.rank_stabilized else rank
+        divisor = math.sqrt(rank) if reading.use_rslora else rank
         if reading.alpha / divisor == common:
-            return reading.alpha, reading.rank_stabilized, False
+            return reading.alpha, reading.use_rslora, False
     return common * rank, False, False
 
 

@@ -6,7 +6,7 @@ every head gets an `A` of its own: written as a PEFT adapter that is rank `heads
 `A` serves all heads, as in PEFT and in the Gemma library for JAX, so rank r leaves as rank r.
 
 The factors are kept under Keras's own names on the Keras layer (`lora_kernel_a`, `lora_kernel_b`,
-`lora_rank`, `lora_alpha`, `lora_enabled`), in shapes whose `matmul` broadcasts to the kernel's. So
+`lora_rank`, `lora_alpha`, `lora_on`), in shapes whose `matmul` broadcasts to the kernel's. So
 everything Keras and KerasHub do with LoRA goes on working: `layer.kernel` is the merged kernel and
 `save_to_preset` writes a merged preset. In the forward pass the two thin products are taken instead
 of the merged kernel, so no gradient of a full kernel is ever formed.
@@ -32,7 +32,7 @@ from gemma_keras_tune.errors import LoraError
 from gemma_keras_tune.gemma.families import Linear, family_of
 from gemma_keras_tune.gemma.templates import Template, template_of
 
-Targets = Literal["all", "attention"] | Iterable[str]
+TargetModules = Literal["all", "attention"] | Iterable[str]
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
@@ -44,29 +44,29 @@ class LoraConfig:
 
     Attributes:
         rank: Inner size of the factors.
-        alpha: Scale before division: by `rank`, or by its square root when `rank_stabilized`.
-        targets: Hugging Face module names of the adapted layers, sorted.
-        rank_stabilized: Whether the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
+        alpha: Scale before division: by `rank`, or by its square root when `use_rslora`.
+        target_modules: Hugging Face module names of the adapted layers, sorted.
+        use_rslora: Whether the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
         parameters: Number of trainable parameters.
         total_parameters: Number of parameters of the base model.
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...]
-    rank_stabilized: bool
+    target_modules: tuple[str, ...]
+    use_rslora: bool
     parameters: int
     total_parameters: int
 
     @property
     def scale(self) -> float:
         """Factor on `A B`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def __str__(self) -> str:
         share = 100 * self.parameters / self.total_parameters
         return (
-            f"LoRA rank {self.rank}, alpha {self.alpha:g} on {', '.join(self.targets)}: "
+            f"LoRA rank {self.rank}, alpha {self.alpha:g} on {', '.join(self.target_modules)}: "
             f"{self.parameters:,} of {self.total_parameters:,} parameters train ({share:.2f} %)"
         )
 
@@ -87,8 +87,8 @@ def enable_lora(
     rank: int = 8,
     *,
     alpha: float | None = None,
-    targets: Targets = "all",
-    rank_stabilized: bool = False,
+    target_modules: TargetModules = "all",
+    use_rslora: bool = False,
     seed: int = 0,
     verbose: int = 1,
 ) -> LoraConfig:
@@ -101,9 +101,9 @@ def enable_lora(
         model: A KerasHub Gemma `CausalLM` of any generation.
         rank: Inner size of the factors, at least 1. At most the smaller side of every kernel.
         alpha: The update is scaled by `alpha / rank`. Defaults to `rank`, a scale of 1.
-        targets: `"all"` linear layers of attention and feed-forward, `"attention"` alone, or names
+        target_modules: `"all"` linear layers of attention and feed-forward, `"attention"` alone, or names
             as Hugging Face (`"q_proj"`) or KerasHub (`"query"`) spell them.
-        rank_stabilized: Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732).
+        use_rslora: Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732).
         seed: Seed of the initial `A`.
         verbose: 0 prints nothing, 1 prints what is trainable.
 
@@ -125,14 +125,14 @@ def enable_lora(
     alpha = _alpha(rank, alpha)
     family = family_of(model)
     _check_bare(family.linears(model))
-    linears = _select(family.linears(model), targets)
+    linears = _select(family.linears(model), target_modules)
     _check_fit(family.name, linears, rank)
     state = _State(
         config=LoraConfig(
             rank=rank,
             alpha=alpha,
-            targets=tuple(sorted({linear.target for linear in linears})),
-            rank_stabilized=rank_stabilized,
+            target_modules=tuple(sorted({linear.target for linear in linears})),
+            use_rslora=use_rslora,
             parameters=sum(rank * sum(_matrix_shape(linear)) for linear in linears),
             total_parameters=model.count_params(),
         ),
@@ -171,9 +171,9 @@ def lora_linears(model: keras.Model) -> tuple[Linear, ...]:
     return state.linears if state else ()
 
 
-def lora_active(model: keras.Model) -> bool:
+def is_lora_on(model: keras.Model) -> bool:
     """Whether LoRA is on and not switched off by `lora_disabled`."""
-    return any(linear.layer.lora_enabled for linear in lora_linears(model))
+    return any(linear.layer.lora_on for linear in lora_linears(model))
 
 
 @contextlib.contextmanager
@@ -186,16 +186,16 @@ def lora_disabled(model: keras.Model) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    was_on = lora_active(model)
-    switch_lora(model, on=False)
+    was_on = is_lora_on(model)
+    set_lora_on(model, on=False)
     try:
         yield
     finally:
-        switch_lora(model, on=was_on)
+        set_lora_on(model, on=was_on)
 
 
 @contextlib.contextmanager
-def lora_enabled(model: keras.Model) -> Iterator[None]:
+def lora_on(model: keras.Model) -> Iterator[None]:
     """Within the context LoRA is on, also where it is switched off just now.
 
     A program that is traced so serves both: whoever calls it gives zeros for `B` to have the base.
@@ -206,27 +206,27 @@ def lora_enabled(model: keras.Model) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
+    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_on]
     for layer in off:
-        layer.lora_enabled = True
+        layer.lora_on = True
     try:
         yield
     finally:
         for layer in off:
-            layer.lora_enabled = False
+            layer.lora_on = False
 
 
-def switch_lora(model: keras.Model, *, on: bool) -> None:
+def set_lora_on(model: keras.Model, *, on: bool) -> None:
     """Switch LoRA on or off on every layer that carries it.
 
     Args:
         model: A model; without LoRA nothing happens.
         on: Whether it shall be on.
     """
-    if on == lora_active(model):
+    if on == is_lora_on(model):
         return
     for linear in lora_linears(model):
-        linear.layer.lora_enabled = on
+        linear.layer.lora_on = on
     _forget_compiled(model)
 
 
@@ -349,7 +349,7 @@ def _alpha(rank: int, alpha: Any) -> float:
 
 
 def _check_bare(linears: tuple[Linear, ...]) -> None:
-    stock = [linear.path for linear in linears if linear.layer.lora_enabled]
+    stock = [linear.path for linear in linears if linear.layer.lora_on]
     if stock:
         raise LoraError(
             "Keras's own LoRA is on this model, and would be lost.",
@@ -362,24 +362,27 @@ def _check_bare(linears: tuple[Linear, ...]) -> None:
 _GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
 
 
-def _select(linears: tuple[Linear, ...], targets: Targets) -> tuple[Linear, ...]:
+def _select(linears: tuple[Linear, ...], target_modules: TargetModules) -> tuple[Linear, ...]:
     known = {linear.target for linear in linears}
     alias = {linear.layer.name: linear.target for linear in linears}
-    names = [targets] if isinstance(targets, str) else targets
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise LoraError(
-            f"`targets` must be names of layers. Received: {targets!r}", next_step=_known(known)
+            f"`target_modules` must be names of layers. Received: {target_modules!r}",
+            next_step=_known(known),
         )
     names = set(names)
     if not names:
-        raise LoraError("`targets` is empty: nothing would be trained.", next_step=_known(known))
+        raise LoraError(
+            "`target_modules` is empty: nothing would be trained.", next_step=_known(known)
+        )
     # A group stands for those of its layers that the model has.
     wanted = {target for name in names for target in _GROUPS.get(name, ())} & known
     wanted |= {alias.get(name, name) for name in names - _GROUPS.keys()}
     unknown = wanted - known
     if unknown:
         raise LoraError(
-            "`targets` names layers this model does not have; they would train nothing.",
+            "`target_modules` names layers this model does not have; they would train nothing.",
             [repr(name) for name in sorted(unknown)],
             _known(known),
         )
@@ -387,9 +390,7 @@ def _select(linears: tuple[Linear, ...], targets: Targets) -> tuple[Linear, ...]
 
 
 def _known(known: set[str]) -> str:
-    return (
-        f"Known targets of this model: 'all', 'attention', {', '.join(map(repr, sorted(known)))}."
-    )
+    return f"Known target_modules of this model: 'all', 'attention', {', '.join(map(repr, sorted(known)))}."
 
 
 def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
@@ -419,9 +420,9 @@ def _matrix_shape(linear: Linear) -> tuple[int, int]:
     return outputs, inputs
 
 
-def largest_rank(model: keras.Model, targets: Iterable[str] = ALL_TARGETS) -> int:
-    """The largest rank that every linear layer of some targets can carry: its smaller side."""
-    wanted = set(targets)
+def largest_rank(model: keras.Model, target_modules: Iterable[str] = ALL_TARGETS) -> int:
+    """The largest rank that every linear layer of some target_modules can carry: its smaller side."""
+    wanted = set(target_modules)
     linears = (n for n in family_of(model).linears(model) if n.target in wanted)
     return min(min(_matrix_shape(linear)) for linear in linears)
 
@@ -458,7 +459,7 @@ _LORA_CLASSES: dict[type, type] = {
 
 
 def _with_update(layer: Any, base: Callable[[Any], Any], inputs: Any) -> Any:
-    if not layer.lora_enabled:
+    if not layer.lora_on:
         return base(inputs)
     with without_lora(layer):  # the stock call would merge the kernel
         outputs = base(inputs)
@@ -510,11 +511,11 @@ thin_product.defvjp(_thin_product_forward, _thin_product_backward)
 @contextlib.contextmanager
 def without_lora(layer: Any) -> Iterator[None]:
     """Within the context one layer computes with its base kernel alone."""
-    was_on, layer.lora_enabled = layer.lora_enabled, False
+    was_on, layer.lora_on = layer.lora_on, False
     try:
         yield
     finally:
-        layer.lora_enabled = was_on
+        layer.lora_on = was_on
 
 
 def _equation(layer: Any) -> tuple[str, str, str]:
@@ -579,7 +580,7 @@ def _add_factors(linear: Linear, rank: int, alpha: float, random: np.random.Gene
     finally:
         layer._tracker.lock()
     layer.lora_kernel_a.assign(start.astype("float32"))
-    layer.lora_rank, layer.lora_alpha, layer.lora_enabled = rank, alpha, True
+    layer.lora_rank, layer.lora_alpha, layer.lora_on = rank, alpha, True
     layer.__class__ = _LORA_CLASSES[type(layer)]
 
 
@@ -588,7 +589,7 @@ def _remove_factors(layer: Any) -> None:
     for name in ("lora_kernel_a", "lora_kernel_b"):
         layer._untrack_variable(getattr(layer, name))
         setattr(layer, name, None)
-    layer.lora_rank, layer.lora_alpha, layer.lora_enabled = None, None, False
+    layer.lora_rank, layer.lora_alpha, layer.lora_on = None, None, False
 
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:

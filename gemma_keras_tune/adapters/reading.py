@@ -70,8 +70,8 @@ def load_adapter(
     own = LoraConfig(
         rank=adapter.rank,
         alpha=adapter.alpha,
-        targets=adapter.targets,
-        rank_stabilized=adapter.rank_stabilized,
+        target_modules=adapter.target_modules,
+        use_rslora=adapter.use_rslora,
         parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
         total_parameters=0,
     )

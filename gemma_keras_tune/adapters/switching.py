@@ -24,13 +24,13 @@ from gemma_keras_tune.adapters.lora import (
     base_template,
     enable_lora,
     get_factors,
+    is_lora_on,
     largest_rank,
-    lora_active,
     lora_config,
     lora_linears,
     remove_lora,
     set_factors,
-    switch_lora,
+    set_lora_on,
 )
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.templates import Template, attach_template, template_of
@@ -53,7 +53,7 @@ class _Adapter:
     """One adapter, ready to be assigned.
 
     Attributes:
-        config: Its own rank, alpha and targets.
+        config: Its own rank, alpha and target_modules.
         values: `lora_kernel_a` and `lora_kernel_b` of every layer with LoRA, on the device.
         template: The template it was tuned with.
         loaded: Whether it came by `add_adapter`, rather than by `tune` or `enable_lora`.
@@ -113,7 +113,7 @@ def active_adapter(model: keras.Model) -> str | None:
         Its name; `None` where the model answers as its base.
     """
     bank = _bank(model)
-    return bank.active if bank and lora_active(model) else None
+    return bank.active if bank and is_lora_on(model) else None
 
 
 def adapter_config(model: keras.Model) -> LoraConfig | None:
@@ -123,7 +123,7 @@ def adapter_config(model: keras.Model) -> LoraConfig | None:
         model: A model.
 
     Returns:
-        Its own rank, alpha and targets: the LoRA that several adapters share is as wide as the
+        Its own rank, alpha and target_modules: the LoRA that several adapters share is as wide as the
         widest. `None` where LoRA is not on the model.
     """
     bank = _bank(model)
@@ -162,7 +162,7 @@ def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> 
     bank = _bank(model)
     if name is None:
         if bank:
-            switch_lora(model, on=False)
+            set_lora_on(model, on=False)
             attach_template(model, bank.base_template)
         return
     if bank is None or not isinstance(name, str) or name not in bank.adapters:
@@ -177,7 +177,7 @@ def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> 
     adapter = bank.adapters[name]
     bank.assigned = _assign(model, adapter.values, scale)
     bank.active, bank.scale = name, scale
-    switch_lora(model, on=True)
+    set_lora_on(model, on=True)
     attach_template(model, adapter.template or bank.base_template)
 
 
@@ -208,14 +208,14 @@ def use_adapter(
     if bank is not None:
         _keep_trained(model, bank)
     before, held, strength = (bank.active, bank.assigned, bank.scale) if bank else ("", [], 1.0)
-    on, template = lora_active(model), template_of(model)
+    on, template = is_lora_on(model), template_of(model)
     set_adapter(model, name, scale=scale)
     try:
         yield
     finally:
         _switch_back(model, before, held, strength)
         if before in list_adapters(model):
-            switch_lora(model, on=on)
+            set_lora_on(model, on=on)
             attach_template(model, template)
 
 
@@ -270,7 +270,7 @@ def add_adapter(
     Args:
         model: The base, with or without other adapters.
         name: What to call it.
-        config: Its rank, alpha and targets.
+        config: Its rank, alpha and target_modules.
         factors: `A [rank, inputs]` and `B [outputs, rank]` by Hugging Face module name.
         template: The template it was tuned with.
 
@@ -287,10 +287,10 @@ def add_adapter(
         _keep_trained(model, bank)
     others = {n: a for n, a in bank.adapters.items() if n != name} if bank else {}
     shared = _shared([config, *(other.config for other in others.values())])
-    most = largest_rank(model, shared.targets)
+    most = largest_rank(model, shared.target_modules)
     if shared.rank > most:
         raise AdapterError(
-            f"Together the adapters need rank {shared.rank} on {', '.join(shared.targets)}, and "
+            f"Together the adapters need rank {shared.rank} on {', '.join(shared.target_modules)}, and "
             f"some of these layers can carry {most} at most.",
             next_step="Load it on another copy of the base, or call `remove_adapter` first.",
         )
@@ -299,8 +299,8 @@ def add_adapter(
         if lora_config(model) is not None:
             remove_lora(model)
         enable_lora(
-            model, shared.rank, alpha=shared.alpha, targets=shared.targets,
-            rank_stabilized=shared.rank_stabilized, verbose=0,
+            model, shared.rank, alpha=shared.alpha, target_modules=shared.target_modules,
+            use_rslora=shared.use_rslora, verbose=0,
         )  # fmt: skip
         for other_name, other in others.items():
             other.values = _values(model, other.config, plain[other_name])
@@ -313,7 +313,7 @@ def add_adapter(
     _banks[model] = _Bank(
         lora, {n: everything[n] for n in order}, plain_template, name, _assign(model, values, 1.0)
     )
-    switch_lora(model, on=True)
+    set_lora_on(model, on=True)
     attach_template(model, template or plain_template)
 
 
@@ -323,7 +323,7 @@ def name_conflict(model: keras.Model, name: Any, config: LoraConfig) -> str | No
     Args:
         model: The base, with or without other adapters.
         name: The name.
-        config: The adapter's rank, alpha and targets.
+        config: The adapter's rank, alpha and target_modules.
 
     Returns:
         A line that says what is wrong with it.
@@ -368,7 +368,7 @@ def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
 def adapter_factors(
     model: keras.Model, name: str | Active = ACTIVE
 ) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """An adapter as it was trained: its own rank, alpha and targets, and its factors.
+    """An adapter as it was trained: its own rank, alpha and target_modules, and its factors.
 
     Args:
         model: As for `chosen_adapter`.
@@ -420,7 +420,7 @@ def _keep_trained(model: keras.Model, bank: _Bank) -> None:
     held = _held(model)
     same = all(a is c and b is d for (a, b), (c, d) in zip(held, bank.assigned, strict=True))
     adapter = bank.adapters.get(bank.active)
-    if adapter is not None and lora_active(model):
+    if adapter is not None and is_lora_on(model):
         adapter.template = template_of(model) or adapter.template
     if same or adapter is None:
         return
@@ -453,22 +453,20 @@ def _shared(configs: list[LoraConfig]) -> LoraConfig:
     if all(config.rank == rank for config in configs):
         widest = first
     else:
-        widest = dataclasses.replace(
-            first, rank=rank, alpha=first.scale * rank, rank_stabilized=False
-        )
-    targets = sorted({target for config in configs for target in config.targets})
-    return dataclasses.replace(widest, targets=tuple(targets))
+        widest = dataclasses.replace(first, rank=rank, alpha=first.scale * rank, use_rslora=False)
+    target_modules = sorted({target for config in configs for target in config.target_modules})
+    return dataclasses.replace(widest, target_modules=tuple(target_modules))
 
 
 def _fits(lora: LoraConfig, wanted: LoraConfig, *, alone: bool) -> bool:
     """Whether adapters that need one LoRA can live in another."""
     if alone:
         return _alike(lora, wanted)
-    return lora.rank >= wanted.rank and set(lora.targets) >= set(wanted.targets)
+    return lora.rank >= wanted.rank and set(lora.target_modules) >= set(wanted.target_modules)
 
 
 def _alike(first: LoraConfig, second: LoraConfig) -> bool:
-    names = ("rank", "alpha", "targets", "rank_stabilized")
+    names = ("rank", "alpha", "target_modules", "use_rslora")
     return all(getattr(first, name) == getattr(second, name) for name in names)
 
 
@@ -498,7 +496,7 @@ def _factors(model: keras.Model, adapter: _Adapter) -> dict[str, tuple[np.ndarra
     _assign_as(model, adapter.values)
     found = {}
     for linear in lora_linears(model):
-        if linear.target in config.targets:
+        if linear.target in config.target_modules:
             a, b, _ = get_factors(linear)
             own_b = b[:, : config.rank] * _ratio(lora.scale, config.scale)
             found[linear.hugging_face] = (a[: config.rank].copy(), np.ascontiguousarray(own_b))

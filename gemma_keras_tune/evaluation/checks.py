@@ -36,8 +36,8 @@ Space = Literal["strip", "collapse", "keep"]
 PATTERN_SECONDS = 1.0
 # What JSON Schema's `format` is checked for; these need no further package.
 FORMATS = ("date", "date-time", "email", "ipv4", "ipv6", "regex", "uuid")
-MOST_VALUES = 100_000
-MOST_SHOWN = 300
+MAX_VALUES = 100_000
+MAX_SHOWN = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,7 +424,7 @@ class JsonSchema(_JsonCheck):
             return Outcome(False, f"a pattern of the schema took over {PATTERN_SECONDS:g} s")
         except regex.error as error:
             return Outcome(False, f"a pattern of the schema cannot be used: {error}")
-        said = [f"{e.json_path}: {e.message}"[:MOST_SHOWN] for e in errors[:5]]
+        said = [f"{e.json_path}: {e.message}"[:MAX_SHOWN] for e in errors[:5]]
         return Outcome(not errors, "; ".join(said))
 
 
@@ -895,7 +895,7 @@ def _listed(texts: Iterable[str]) -> str:
 
 def _json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
 def _no_json(value: Any) -> str:
@@ -904,8 +904,8 @@ def _no_json(value: Any) -> str:
     while left:
         item = left.pop()
         count += 1
-        if count > MOST_VALUES:  # also where a list is within itself
-            return f"it has more than {MOST_VALUES:,} values"
+        if count > MAX_VALUES:  # also where a list is within itself
+            return f"it has more than {MAX_VALUES:,} values"
         if isinstance(item, Mapping):
             if key := next((key for key in item if not isinstance(key, str)), None):
                 return f"the key {shown(key)} is no text (put it in quotes)"

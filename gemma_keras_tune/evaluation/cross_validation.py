@@ -40,16 +40,16 @@ from gemma_keras_tune.training.pipeline import (
 from gemma_keras_tune.training.planning import Plan, check_updates, plan_settings, template_setting
 from gemma_keras_tune.training.tuning import planned_optimizer, prepare_weights, settle, tune
 
-MOST_ROWS = 8  # that are asked at once
+MAX_ROWS = 8  # that are asked at once
 
 Checks = Check | Sequence[Check] | Callable[[Pair], Check | Sequence[Check]] | Literal["auto"]
 
 _SETTINGS = (
-    "method", "rank", "alpha", "targets", "rank_stabilized", "epochs", "batch_size",
-    "gradient_accumulation_steps", "learning_rate", "warmup_updates", "weight_decay",
+    "method", "rank", "alpha", "target_modules", "use_rslora", "epochs", "batch_size",
+    "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay",
     "sequence_length", "overlong", "template", "optimizer",
 )  # fmt: skip
-_COLUMNS = ("input_column", "output_column", "system_column")
+_COLUMNS = ("prompt_column", "response_column", "system_column")
 _OPTIONS = (*_SETTINGS, *_COLUMNS, "plan", "compilation_cache")
 
 
@@ -256,7 +256,7 @@ def cross_validate(
     if max_new_tokens == "auto":
         max_new_tokens = int(1.5 * tokens.response_lengths.max()) + 8
     # Parts of any size are asked by the one program that the base is asked by.
-    rows_at_once = min(MOST_ROWS, 2 ** math.ceil(math.log2(np.bincount(parts).max())))
+    rows_at_once = min(MAX_ROWS, 2 ** math.ceil(math.log2(np.bincount(parts).max())))
     ask = functools.partial(
         _ask, model, template=template, max_new_tokens=max_new_tokens, batch_size=rows_at_once,
     )  # fmt: skip
@@ -282,7 +282,7 @@ def cross_validate(
                 answered = ask([kept[i] for i in places], [judged[i] for i in places])
                 for place, tuned in zip(places, answered, strict=True):
                     pair = kept[place]
-                    prompt, output = pair.prompt[-1].content, pair.output
+                    prompt, output = pair.prompt_messages[-1].content, pair.response
                     found[place] = HeldOut(pair.row, part, prompt, output, tuned, base[place])
                 advance(1)
         finally:
@@ -499,7 +499,7 @@ def _ask(
     batch_size: int,
 ) -> list[SampleResult]:
     """The model's answers, judged."""
-    prompts = [pair.prompt for pair in pairs]
+    prompts = [pair.prompt_messages for pair in pairs]
     # Few prompts run in a smaller program: one that would have to be compiled.
     prompts += [prompts[0]] * (batch_size - len(prompts))
     answers = generate_answers(
@@ -507,7 +507,7 @@ def _ask(
     )
     results = []
     for pair, own, answer in zip(pairs, checks, answers, strict=False):
-        prompt = pair.prompt[-1].content
+        prompt = pair.prompt_messages[-1].content
         outcomes = tuple(check.check(prompt, answer) for check in own)
         results.append(SampleResult(answer.text, answer.stopped, len(answer.ids), outcomes))
     return results
@@ -544,9 +544,9 @@ def _checks_of(pair: Pair, checks: Checks) -> Check | Sequence[Check]:
     if not isinstance(checks, str):
         return checks(pair) if callable(checks) else checks
     try:
-        value = json.loads(pair.output)
+        value = json.loads(pair.response)
     except ValueError:
         value = None
     if isinstance(value, (dict, list)):
         return (JsonSchema({"const": value}),)
-    return (Exact(pair.output),)
+    return (Exact(pair.response),)

@@ -20,7 +20,7 @@ from gemma_keras_tune.pairs.reader import Message, Pair
 
 GRAM = 5
 BLOCK = 2048
-MOST_ROWS = 10
+MAX_ROWS = 10
 
 
 def find_leaks(
@@ -57,7 +57,7 @@ def find_leaks(
 def _leak(hits: list[tuple[float, bool, int]]) -> Leak:
     hits = sorted(hits, key=lambda hit: (-hit[1], -hit[0], hit[2]))
     rows = tuple(dict.fromkeys(row for _, _, row in hits))
-    return Leak(rows[:MOST_ROWS], hits[0][0], hits[0][1])
+    return Leak(rows[:MAX_ROWS], hits[0][0], hits[0][1])
 
 
 def _pair_texts(pairs: Iterable[Pair]) -> Iterator[tuple[int, str]]:

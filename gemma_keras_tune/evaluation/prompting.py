@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_keras_tune.evaluation.results import CaseResult, FewShot
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Template
 from gemma_keras_tune.generation.answers import Answer
 from gemma_keras_tune.pairs.reader import Message, Pair
@@ -25,7 +25,7 @@ CANDIDATES = 10_000
 
 def choose_examples(
     pairs: Iterable[Pair],
-    encoder: Encoder,
+    encoder: RowTokenizer,
     template: Template,
     *,
     count: int = EXAMPLES,
@@ -50,7 +50,7 @@ def choose_examples(
     forbidden = set(leave_out)
     drawn = [p for p in itertools.islice(pairs, CANDIDATES) if p.row not in forbidden]
     random.Random(seed).shuffle(drawn)
-    first = list({pair.output: pair for pair in reversed(drawn)}.values())
+    first = list({pair.response: pair for pair in reversed(drawn)}.values())
     shown = {pair.row for pair in first}
     rest = (pair for pair in drawn if pair.row not in shown)
     chosen: list[Pair] = []
@@ -92,7 +92,7 @@ def line_break_ids(tokenizer: Any, examples: Sequence[Pair]) -> set[int]:
     Returns:
         The ids of its tokens that are nothing but line breaks; none where an example has one.
     """
-    if any("\n" in pair.output.strip() for pair in examples):
+    if any("\n" in pair.response.strip() for pair in examples):
         return set()
     breaks = ["\n" * count for count in range(1, 32)]
     ids = {text: tokenizer.token_to_id(text) for text in breaks}
@@ -113,7 +113,7 @@ def first_answer(answer: Answer, examples: Sequence[Pair]) -> Answer:
         The answer, cut.
     """
     text = answer.text.lstrip()
-    if any("\n" in pair.output.strip() for pair in examples) or "\n" not in text:
+    if any("\n" in pair.response.strip() for pair in examples) or "\n" not in text:
         return answer
     return dataclasses.replace(answer, text=text.partition("\n")[0], stopped=True)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from gemma_keras_tune.adapters.lora import lora_active
+from gemma_keras_tune.adapters.lora import is_lora_on
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.asking import Question, Side, Sides, ask
 from gemma_keras_tune.evaluation.resuming import AnswerLog
@@ -314,7 +314,7 @@ def measure_retention(
     Raises:
         EvaluationError: There is no base to compare with; or items are none, or fewer than two.
     """
-    if baseline is None and not lora_active(model):
+    if baseline is None and not is_lora_on(model):
         raise EvaluationError(
             "What was forgotten is measured between base and tuned model, and no adapter is on.",
             next_step="Pass the model before its LoRA is merged, load its adapter on the base, or "

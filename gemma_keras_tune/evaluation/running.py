@@ -17,7 +17,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from gemma_keras_tune.adapters.lora import get_factors, lora_active, lora_linears
+from gemma_keras_tune.adapters.lora import get_factors, is_lora_on, lora_linears
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.asking import (
     Question,
@@ -63,7 +63,7 @@ from gemma_keras_tune.evaluation.retention import (
     retention_items,
 )
 from gemma_keras_tune.evaluation.statistics import compare, judge, mcnemar
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import family_of, fingerprint
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation.answers import Answer, SamplerState
@@ -212,7 +212,7 @@ class _Asked:
     def __init__(
         self, sides: Sides, template: Template, plan: TestPlan, seed: int, max_new_tokens: int
     ) -> None:
-        self.encoder = Encoder(sides.tuned.preprocessor.tokenizer)
+        self.encoder = RowTokenizer(sides.tuned.preprocessor.tokenizer)
         self.sides = sides
         self.template = template
         self.plan = plan
@@ -492,7 +492,7 @@ def _policy_problems(plan: TestPlan, policy: PolicyCheck | None) -> list[str]:
 def _other(model: Any, baseline: Any) -> Any:
     """The model that is the base: the same one, with its adapter off, or another."""
     if baseline is None or (isinstance(baseline, str) and baseline == "auto"):
-        return model if baseline and lora_active(model) else None
+        return model if baseline and is_lora_on(model) else None
     if not isinstance(baseline, str) or baseline != "base":
         other = load(baseline)
         sizes = [m.preprocessor.tokenizer.vocabulary_size() for m in (model, other)]
@@ -502,7 +502,7 @@ def _other(model: Any, baseline: Any) -> Any:
                 next_step="Pass the model that was tuned, as it was before.",
             )
         return other
-    if not lora_active(model):
+    if not is_lora_on(model):
         raise EvaluationError(
             "`baseline='base'` is the model with its adapter off, and no adapter is on.",
             next_step="Evaluate before `merge_lora`, or pass the base: `baseline=load(…)`.",
@@ -596,7 +596,7 @@ def _weights_hash(model: Any) -> str:
 
 def _adapter_hash(model: Any) -> str | None:
     """A hash of the adapter that is on."""
-    if not lora_active(model):
+    if not is_lora_on(model):
         return None
     digest = hashlib.sha256()
     for linear in lora_linears(model):

@@ -17,7 +17,7 @@ from typing import Literal
 from gemma_keras_tune.errors import EvaluationError
 
 Verdict = Literal["pass", "fail", "cannot tell"]
-MOST_CASES = 100_000
+MAX_CASES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +230,7 @@ def cases_at_rate(rate: float, target: float, confidence: float = 0.95) -> int |
     low, high = 1, 1
     while _verdict(round(rate * high), high, target, confidence) == "cannot tell":
         low, high = high, high * 2
-        if high > MOST_CASES:
+        if high > MAX_CASES:
             return None
     while low < high:  # the verdict flickers with rounding, so this is near the first, not it
         middle = (low + high) // 2

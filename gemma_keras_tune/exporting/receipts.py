@@ -20,7 +20,7 @@ from keras import ops
 
 from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of, fingerprint, quantizations
 from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 from gemma_keras_tune.generation.answers import generate_ids
@@ -136,8 +136,8 @@ class Receipt:
         template: Name of the prompt template.
         stop_tokens: What ends an answer.
         stop_token_ids: Their ids.
-        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`, `targets` and
-            `rank_stabilized`, the `scale` that comes to, and its `strength`, by which that was
+        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`, `target_modules` and
+            `use_rslora`, the `scale` that comes to, and its `strength`, by which that was
             multiplied; `None` for the base.
         packages: Versions by package.
         files: All files, but for the receipt.
@@ -326,7 +326,7 @@ def answer_texts(
         One `Recording` a text.
     """
     tokenizer = model.preprocessor.tokenizer
-    encoder = Encoder(tokenizer)
+    encoder = RowTokenizer(tokenizer)
     rows = [encoder.encode([Segment(text, False)])[0] for text in texts]
     answers = generate_ids(
         model,

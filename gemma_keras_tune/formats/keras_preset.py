@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from gemma_keras_tune.adapters.bases import write_record
-from gemma_keras_tune.adapters.lora import lora_active, lora_linears
+from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.weights import refuse_broken
 from gemma_keras_tune.gemma.families import (
@@ -65,7 +65,7 @@ def write_preset(
     Raises:
         ExportError: LoRA is on a quantized base.
     """
-    codes = quantizations(model) if lora_active(model) else {}
+    codes = quantizations(model) if is_lora_on(model) else {}
     if codes:
         raise ExportError(
             "LoRA cannot be merged into quantized kernels: Keras would round it away.",

@@ -22,7 +22,7 @@ def _processor(proto: bytes) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
 
-class Encoder:
+class RowTokenizer:
     """Turns text segments into token ids, many at a time.
 
     Args:
@@ -97,4 +97,4 @@ def encode(
     Returns:
         `ids` int32 and `trained` bool, both `[tokens]`.
     """
-    return Encoder(tokenizer).encode(segments)
+    return RowTokenizer(tokenizer).encode(segments)

@@ -265,14 +265,14 @@ class TurnTemplate(Template):
 class TextTemplate(Template):
     """A template written as one string, for pretrained models and for users' own formats.
 
-    `{input}` and `{output}` stand for the user's text and the answer, `{system}` (optional) for
+    `{prompt}` and `{response}` stand for the user's text and the answer, `{system}` (optional) for
     the system text. `{{` and `}}` stand for one brace. Where `{system}` is absent, a system text is
-    put in front of the first input with an empty line between. Later exchanges of a conversation
+    put in front of the first prompt with an empty line between. Later exchanges of a conversation
     repeat the template on a new line, `{system}` left empty.
 
-    When text follows `{output}`, it is taught as part of the answer, up to and with the first of
+    When text follows `{response}`, it is taught as part of the answer, up to and with the first of
     `<eos>`, `<end_of_turn>` and `<turn|>` in it, which becomes the stop token. With none of them,
-    `<eos>` is added. Spaces just before `{output}` count to the answer, as tokens carry the space
+    `<eos>` is added. Spaces just before `{response}` count to the answer, as tokens carry the space
     in front of a word with the word. A leading `<bos>` is left out: every row gets one anyway.
 
     Attributes:
@@ -304,13 +304,13 @@ class TextTemplate(Template):
 
     @property
     def stop_token(self) -> str:
-        """The first known stop token after `{output}`, or `<eos>`."""
+        """The first known stop token after `{response}`, or `<eos>`."""
         return _first_stop(self._parts()[1]) or END_OF_TEXT
 
     def _parts(self) -> tuple[list[tuple[str, str]], str]:
-        """What stands before `{output}`, in `(kind, text)` pieces, and the text behind it."""
+        """What stands before `{response}`, in `(kind, text)` pieces, and the text behind it."""
         pieces = _pieces(self.text.removeprefix(START_OF_TEXT))
-        index = pieces.index(("field", "output"))
+        index = pieces.index(("field", "response"))
         after = "".join(text for _, text in pieces[index + 1 :])
         return pieces[:index], after
 
@@ -342,9 +342,9 @@ class TextTemplate(Template):
                     parts.append(Segment(_newline(following), False))
                 continue
             first = index == 0 and system is not None
-            values = {"input": message.content, "system": system if first and system else ""}
+            values = {"prompt": message.content, "system": system if first and system else ""}
             if first and not own_place:
-                values["input"] = f"{system}\n\n{message.content}"
+                values["prompt"] = f"{system}\n\n{message.content}"
             text = "".join([t if kind == "text" else values[t] for kind, t in before])
             parts.append(Segment(text, False))
         return parts
@@ -354,7 +354,7 @@ class TextTemplate(Template):
         before, spaces, ending, following = self._cut
         own_place = ("field", "system") in before
         fields = {
-            "input": "message['content']" if own_place else "ns.system + message['content']",
+            "prompt": "message['content']" if own_place else "ns.system + message['content']",
             "system": "ns.system",
         }
         prompt = " + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before)
@@ -473,7 +473,7 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
     """The template a user means, checked against the model's tokenizer.
 
     Args:
-        spec: `"auto"`; a name of `TEMPLATES`; a string with `{input}` and `{output}`; a function
+        spec: `"auto"`; a name of `TEMPLATES`; a string with `{prompt}` and `{response}`; a function
             from messages to the text before the answer; or a `Template`. `"auto"` is the template
             attached to the model, when it was tuned here; else `"plain"` when it is known to be
             pretrained (`load` knows); else the turn format of its generation.
@@ -495,7 +495,7 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
         template = FunctionTemplate(spec)
     else:
         raise TemplateError(
-            "`template` must be 'auto', a name, a string with {input} and {output}, a function or "
+            "`template` must be 'auto', a name, a string with {prompt} and {response}, a function or "
             f"a Template. Received: {spec!r}"
         )
     if getattr(model, "preprocessor", None) is not None:
@@ -661,8 +661,8 @@ def _by_name(spec: str) -> Template:
     if "{" not in spec:
         raise TemplateError(
             f"There is no template {spec!r}.",
-            next_step=f"Use 'auto', one of {', '.join(TEMPLATES)}, or a string with {{input}} and "
-            "{output}.",
+            next_step=f"Use 'auto', one of {', '.join(TEMPLATES)}, or a string with {{prompt}} and "
+            "{response}.",
         )
     return TextTemplate(spec)
 
@@ -708,7 +708,7 @@ def _split_system(messages: Messages) -> tuple[str | None, Messages]:
     return None, messages
 
 
-_FIELDS = ("system", "input", "output")
+_FIELDS = ("system", "prompt", "response")
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
@@ -738,13 +738,13 @@ def _check_placeholders(text: str) -> None:
     problems += [
         f"{{{name}}} is there more than once" for name in _FIELDS if fields.count(name) > 1
     ]
-    if not problems and fields[-1] != "output":
-        problems.append("{output} must come after {input} and {system}")
+    if not problems and fields[-1] != "response":
+        problems.append("{response} must come after {prompt} and {system}")
     if problems:
         raise TemplateError(
             f"The template {text!r} cannot be used.",
             problems,
-            "Write {input} where the user's text goes and {output} where the answer goes, "
+            "Write {prompt} where the user's text goes and {response} where the answer goes, "
             "{system} where a system text goes if you have one, and {{ or }} for a brace.",
         )
 
@@ -771,7 +771,7 @@ def _newline(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-PLAIN = TextTemplate("{input}\n{output}", label="plain")
+PLAIN = TextTemplate("{prompt}\n{response}", label="plain")
 
 TEMPLATES: Mapping[str, Template] = {
     "plain": PLAIN,

@@ -27,10 +27,10 @@ from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.memory import kept_memory
-from gemma_keras_tune.adapters.lora import lora_config, lora_enabled, lora_linears
+from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_on
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation import decoding
@@ -41,7 +41,7 @@ LONG_CHUNK = 256
 LONG_PROMPT = 1024
 SMALLEST_BUFFER = 64
 MAX_BUFFERS = 3
-MOST_ROOM = 4
+MAX_ROOM = 4
 STOPS_AT_ONCE = 64
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
@@ -368,7 +368,7 @@ def values_of(model: keras.Model, variables: Iterable[keras.Variable]) -> list[A
 
     So base and tuned answers come from one program; adding zeros changes no bit of the base's.
     """
-    off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_enabled}
+    off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_on}
     return [ops.zeros_like(v.value) if id(v) in off else v.value for v in variables]
 
 
@@ -396,7 +396,7 @@ def _listed(prompts: Any) -> Any:
 def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
     """Token ids of every prompt, all broken prompts reported at once."""
     prompts = _listed(prompts)
-    encoder = Encoder(tokenizer)
+    encoder = RowTokenizer(tokenizer)
     rows, problems = [], []
     for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
         try:
@@ -516,9 +516,7 @@ def _shared_size(compiled: Sequence[tuple[int, int, int]], calls: Sequence[Call]
     Where there is none, it is `size`.
     """
     chunk, need = max(_needs(call, size)[0] for call in calls)
-    roomy = (
-        s for s, c, b in compiled if s >= size and c == chunk and need <= b <= MOST_ROOM * need
-    )
+    roomy = (s for s, c, b in compiled if s >= size and c == chunk and need <= b <= MAX_ROOM * need)
     return min(roomy, default=size)
 
 
@@ -537,7 +535,7 @@ def _kept_buffers(
     for call in sorted(calls, key=lambda call: max(call[0]), reverse=True):
         longest, new_tokens = max(call[0]), call[1]
         chunk, need = _needs(call, size)[0]
-        good = any(c == chunk and need <= room <= MOST_ROOM * need for c, room in kept)
+        good = any(c == chunk and need <= room <= MAX_ROOM * need for c, room in kept)
         fits = any(_room(longest, c, new_tokens) <= room for c, room in kept)
         if not good and (len(kept - known) < most or not fits):
             kept.add((chunk, need))
@@ -561,7 +559,7 @@ def _chunks(length: int, chunk: int) -> int:
 
 def _room(length: int, chunk: int, new_tokens: int) -> int:
     """Tokens that a program needs room for: the next of 64, 96, 128, 192, 256, 384, …."""
-    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens + decoding.MOST_GUESSES
+    tokens = _chunks(length, chunk) * chunk + 1 + new_tokens + decoding.MAX_GUESSES
     power = max(SMALLEST_BUFFER, 2 ** math.ceil(math.log2(tokens)))
     return power * 3 // 4 if power > SMALLEST_BUFFER and tokens <= power * 3 // 4 else power
 
@@ -637,7 +635,7 @@ def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable
             programs.traces += 1
             traced = reference()
             assert traced is not None, "a program outlived its model"
-            with decoding.bound(traced, weights), lora_enabled(traced):
+            with decoding.bound(traced, weights), lora_on(traced):
                 return decoding.write(traced, weights, sampler, chunk, *arguments)
 
         programs.by_key[key] = jax.jit(program)

@@ -23,9 +23,9 @@ from gemma_keras_tune.gemma.packing import axes_of, unpack
 # Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
 # to compute them than they save; and the tokens of prompt and answer that a program has room for,
 # under which little is repeated.
-MOST_GUESSES = 7
+MAX_GUESSES = 7
 TOKENS_AT_ONCE = 64
-LEAST_ROOM = 128
+MIN_ROOM = 128
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
@@ -41,9 +41,9 @@ def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
 
 def guesses(sampler: Any, rows: int, room: int) -> int:
     """Tokens guessed for each of some rows at a pass: none for short texts or a sampler's draws."""
-    if sampler is not None or room < LEAST_ROOM:
+    if sampler is not None or room < MIN_ROOM:
         return 0
-    return max(0, min(TOKENS_AT_ONCE // rows - 1, MOST_GUESSES))
+    return max(0, min(TOKENS_AT_ONCE // rows - 1, MAX_GUESSES))
 
 
 def write(
@@ -68,7 +68,7 @@ def write(
         chunk: Tokens read at once.
         random_state: Values of the sampler's variables.
         tokens: `[batch, buffer]` int32, every prompt ending at `chunks * chunk`, its last token.
-            The buffer has room for the answers and `MOST_GUESSES` tokens more.
+            The buffer has room for the answers and `MAX_GUESSES` tokens more.
         starts: `[batch]` int32, where each prompt begins.
         done: `[batch]` bool, rows that are only there to fill the batch.
         chunks: Scalar, chunks to read.

@@ -15,7 +15,7 @@ import keras_hub
 import numpy as np
 
 from gemma_keras_tune._support.memory import kept_memory
-from gemma_keras_tune.adapters.lora import lora_config, lora_enabled
+from gemma_keras_tune.adapters.lora import lora_config, lora_on
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
 from gemma_keras_tune.generation import answers, decoding
@@ -136,7 +136,7 @@ def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
             programs.traces += 1
             found = reference()
             assert found is not None, "a program outlived its model"
-            with decoding.bound(found, weights), lora_enabled(found):
+            with decoding.bound(found, weights), lora_on(found):
                 return function(found, weights, *arguments)
 
         return program

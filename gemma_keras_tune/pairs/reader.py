@@ -71,8 +71,8 @@ class Problem:
 def read_pairs(
     source: Any,
     *,
-    input_column: str | None = None,
-    output_column: str | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     system_column: str | None = None,
     split: str | None = None,
     limit: int | None = None,
@@ -82,19 +82,19 @@ def read_pairs(
 
     ```python
     source = read_pairs([{"prompt": "2 + 2", "response": "4"}])
-    [pair.output for pair in source]  # ['4']
+    [pair.response for pair in source]  # ['4']
     source.raise_for_problems()
     ```
 
     Args:
-        source: A list of `(input, output)` tuples or of dictionaries (their keys: `SCHEMAS`); a
+        source: A list of `(prompt, response)` tuples or of dictionaries (their keys: `SCHEMAS`); a
             dictionary of columns; a pandas DataFrame, or another table that speaks Arrow; a path to
             a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, the text ones also with `.gz`,
             or to a folder of such files; a `tf.data.Dataset`; a TFDS name or builder; a Hugging
             Face `Dataset`; any iterable, or a function that returns one.
-        input_column: Your own name of the prompt's key. Without `output_column`, that of a list of
+        prompt_column: Your own name of the prompt's key. Without `response_column`, that of a list of
             messages.
-        output_column: Your own name of the answer's key.
+        response_column: Your own name of the answer's key.
         system_column: The key of a system message for each row.
         split: Which part to read of a source with several, such as `"test"`. By default
             `"train"`, or the only one.
@@ -109,12 +109,12 @@ def read_pairs(
         PairsError: The source cannot be opened, its columns make no pair, or an argument is wrong.
     """
     columns = dict(
-        input_column=input_column, output_column=output_column, system_column=system_column
+        prompt_column=prompt_column, response_column=response_column, system_column=system_column
     )
     _check_arguments(columns, limit, on_error)
     reader = RowReader(**columns)
     if isinstance(source, PairSource):
-        if (input_column, system_column, split, limit, on_error) != (None,) * 4 + ("raise",):
+        if (prompt_column, system_column, split, limit, on_error) != (None,) * 4 + ("raise",):
             raise PairsError(
                 "These pairs have been opened already, and options no longer apply.",
                 next_step="Pass the options to the first `read_pairs`.",
@@ -130,8 +130,8 @@ def _check_arguments(columns: dict[str, Any], limit: int | None, on_error: str) 
         for name, column in columns.items()
         if not (column is None or isinstance(column, str))
     ]
-    if columns["output_column"] is not None and columns["input_column"] is None:
-        problems.append("`output_column` needs `input_column` beside it")
+    if columns["response_column"] is not None and columns["prompt_column"] is None:
+        problems.append("`response_column` needs `prompt_column` beside it")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         problems.append(f"`limit` must be an integer of at least 1. Received: {limit!r}")
     if on_error not in ("raise", "skip"):
@@ -160,7 +160,7 @@ def _used_columns(rows: Rows, reader: RowReader) -> Keys:
 def _schema_help() -> str:
     return (
         f"Known schemas:\n{known_schemas()}\n"
-        "Or name your own: read_pairs(source, input_column=…, output_column=…)."
+        "Or name your own: read_pairs(source, prompt_column=…, response_column=…)."
     )
 
 

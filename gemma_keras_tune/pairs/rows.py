@@ -45,18 +45,18 @@ class Pair:
     file: str | None = None
 
     @property
-    def prompt(self) -> tuple[Message, ...]:
-        """The messages before the last answer."""
+    def prompt_messages(self) -> tuple[Message, ...]:
+        """The messages before the last response."""
         return self.messages[:-1]
 
     @property
-    def input(self) -> str:
-        """What the user said last."""
+    def prompt(self) -> str:
+        """Text of the user's last message."""
         return self.messages[-2].content
 
     @property
-    def output(self) -> str:
-        """The last answer."""
+    def response(self) -> str:
+        """Text of the last message, the assistant's."""
         return self.messages[-1].content
 
 
@@ -68,27 +68,27 @@ class Schema:
     """Keys that make a row a pair.
 
     Attributes:
-        input: The key of the prompt, or of the whole conversation where `output` is `None`.
-        output: The key of the answer.
-        below: Keys of more input, joined below the prompt with an empty line between. May be
+        prompt: The key of the prompt, or of the whole conversation where `response` is `None`.
+        response: The key of the response.
+        below: Keys of more text, joined below the prompt with an empty line between. May be
             missing or empty.
     """
 
-    input: str
-    output: str | None = None
+    prompt: str
+    response: str | None = None
     below: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys a row must have."""
-        return (self.input,) if self.output is None else (self.input, self.output)
+        return (self.prompt,) if self.response is None else (self.prompt, self.response)
 
     def __str__(self) -> str:
-        if self.output is None:
-            return f"{self.input}: a list of {{role, content}} or {{from, value}} messages"
+        if self.response is None:
+            return f"{self.prompt}: a list of {{role, content}} or {{from, value}} messages"
         if self.below:
-            return f"{self.input} [+ {' or '.join(self.below)}], {self.output}"
-        return f"{self.input}, {self.output}"
+            return f"{self.prompt} [+ {' or '.join(self.below)}], {self.response}"
+        return f"{self.prompt}, {self.response}"
 
 
 SCHEMAS = (
@@ -144,10 +144,10 @@ class RowReader:
     """Turns raw rows into messages. The keys of a row are looked up once for each set of keys."""
 
     def __init__(
-        self, input_column: str | None, output_column: str | None, system_column: str | None
+        self, prompt_column: str | None, response_column: str | None, system_column: str | None
     ) -> None:
-        self.input_column = input_column
-        self.output_column = output_column
+        self.prompt_column = prompt_column
+        self.response_column = response_column
         self.system_column = system_column
         self._readers: dict[tuple[Any, ...], Reader] = {}
         self._last: Schema | None = None
@@ -159,8 +159,8 @@ class RowReader:
             if isinstance(first, Message) or (not isinstance(first, str) and is_message(first)):
                 return _conversation(record, "the row", None)
             if len(record) == 2:
-                return _pair_messages(first, record[1], ("the input", "the output"), None)
-            raise RowError([f"{_kind(record)} of {len(record)}, expected (input, output)"])
+                return _pair_messages(first, record[1], ("the prompt", "the response"), None)
+            raise RowError([f"{_kind(record)} of {len(record)}, expected (prompt, response)"])
         if isinstance(record, Mapping):
             keys = tuple(record)
             reader = self._readers.get(keys)
@@ -172,7 +172,7 @@ class RowReader:
         if isinstance(record, Broken):
             raise RowError([record.text])
         raise RowError(
-            [f"{_kind(record)}, expected (input, output) or a dictionary: {record!r:.60}"]
+            [f"{_kind(record)}, expected (prompt, response) or a dictionary: {record!r:.60}"]
         )
 
     def used_columns(self, columns: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -190,8 +190,8 @@ class RowReader:
 
     def _resolve(self, keys: tuple[Any, ...]) -> tuple[Schema, dict[str, Any], tuple[Any, ...]]:
         """The schema, the row's own spelling of its keys, and the keys of system messages."""
-        if self.input_column is not None:
-            schema = Schema(self.input_column, self.output_column)
+        if self.prompt_column is not None:
+            schema = Schema(self.prompt_column, self.response_column)
             names = {key: key for key in schema.keys if key in keys}
         else:
             names = _spelling(keys)
@@ -201,7 +201,7 @@ class RowReader:
         if self.system_column is not None:
             system = (self.system_column,)
             missing += [key for key in system if key not in keys]
-        elif self.input_column is None:
+        elif self.prompt_column is None:
             system = tuple(names[key] for key in SYSTEM_KEYS if key in names)
         if missing:
             raise RowError([_missing_key(key, keys) for key in missing])
@@ -211,7 +211,7 @@ class RowReader:
         fitting = [schema for schema in SCHEMAS if all(key in names for key in schema.keys)]
         # A conversation is the fullest form; an instruction's `input` is not a prompt.
         best = (
-            [schema for schema in fitting if schema.output is None]
+            [schema for schema in fitting if schema.response is None]
             or [schema for schema in fitting if schema.below]
             or fitting
         )
@@ -222,8 +222,8 @@ class RowReader:
             raise RowError(
                 [
                     f"the keys {_listed(keys)} fit more than one schema: "
-                    f"{' / '.join(map(str, best))}; name them with `input_column` and "
-                    "`output_column`"
+                    f"{' / '.join(map(str, best))}; name them with `prompt_column` and "
+                    "`response_column`"
                 ],
                 schema=True,
             )
@@ -238,7 +238,7 @@ def _unknown_keys(keys: tuple[Any, ...], names: Mapping[str, Any]) -> str:
     halves = [
         (found, missing)
         for schema in SCHEMAS
-        if schema.output is not None
+        if schema.response is not None
         for found, missing in (schema.keys, schema.keys[::-1])
         if found in names
     ]
@@ -267,14 +267,14 @@ def _listed(keys: Sequence[Any]) -> str:
 
 
 def _make_reader(schema: Schema, names: dict[str, Any], system: tuple[Any, ...]) -> Reader:
-    prompt_key = names[schema.input]
-    if schema.output is None:
+    prompt_key = names[schema.prompt]
+    if schema.response is None:
 
         def read_conversation(record: Mapping[Any, Any]) -> tuple[Message, ...]:
             return _conversation(record[prompt_key], f"`{prompt_key}`", _system(record, system))
 
         return read_conversation
-    answer_key = names[schema.output]
+    answer_key = names[schema.response]
     below = [names[key] for key in schema.below if key in names]
     labels = (f"`{prompt_key}`", f"`{answer_key}`")
     if not below and not system:

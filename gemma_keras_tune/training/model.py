@@ -203,7 +203,7 @@ def make_optimizer(
     learning_rate: float,
     *,
     updates: int,
-    warmup_updates: int = 0,
+    warmup_steps: int = 0,
     weight_decay: float = 0.0,
     clipnorm: float | None = 1.0,
     beta_2: float = 0.999,
@@ -216,7 +216,7 @@ def make_optimizer(
     Args:
         learning_rate: Peak learning rate.
         updates: Updates in the whole run.
-        warmup_updates: Updates over which the rate rises linearly from zero; fewer than `updates`.
+        warmup_steps: Updates over which the rate rises linearly from zero; fewer than `updates`.
         weight_decay: Decoupled weight decay, as a share of the learning rate.
         clipnorm: Largest global gradient norm; `None` does not clip.
         beta_2: Decay of the second moment.
@@ -228,20 +228,18 @@ def make_optimizer(
     Raises:
         PlanError: There are no updates, or all of them are warm-up.
     """
-    if updates < 1 or not 0 <= warmup_updates < updates:
+    if updates < 1 or not 0 <= warmup_steps < updates:
         raise PlanError(
             "The run would train nothing: it needs at least one update after the warm-up. "
-            f"Received: updates={updates}, warmup_updates={warmup_updates}"
+            f"Received: updates={updates}, warmup_steps={warmup_steps}"
         )
     batches = gradient_accumulation_steps
     schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=learning_rate / (warmup_updates + 1)
-        if warmup_updates
-        else learning_rate,
-        decay_steps=updates - warmup_updates,
+        initial_learning_rate=learning_rate / (warmup_steps + 1) if warmup_steps else learning_rate,
+        decay_steps=updates - warmup_steps,
         alpha=0.1,
-        warmup_target=learning_rate if warmup_updates else None,
-        warmup_steps=warmup_updates,
+        warmup_target=learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
     )
     optimizer = keras.optimizers.AdamW(
         PerUpdate(schedule, batches) if batches > 1 else schedule,

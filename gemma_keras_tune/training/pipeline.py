@@ -22,7 +22,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import PairsError, PlanError, warn_of_pairs
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import (
     Segment,
     Template,
@@ -129,7 +129,7 @@ def tokenize_pairs(
     """
     source = read_pairs(pairs)
     template = get_template(template, model)
-    encoder = Encoder(model.preprocessor.tokenizer)
+    encoder = RowTokenizer(model.preprocessor.tokenizer)
     limit = _Limit(max_length, overlong)
     spool = _Spool()
     pairs = iter(source)
@@ -690,8 +690,8 @@ def make_dataset(
     shuffle: bool = True,
     seed: int = 0,
     gradient_accumulation_steps: int = 1,
-    input_column: str | None = None,
-    output_column: str | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     system_column: str | None = None,
 ) -> Any:
     """A `tf.data.Dataset` that a `TuningModel` can `fit`.
@@ -717,8 +717,8 @@ def make_dataset(
         seed: Seed of that order.
         gradient_accumulation_steps: Batches whose gradients Keras's optimizer averages before one
             update; the weights make that average the mean over all their trained tokens.
-        input_column: Own name of the input column, where the pairs have columns.
-        output_column: Own name of the output column.
+        prompt_column: Own name of the input column, where the pairs have columns.
+        response_column: Own name of the output column.
         system_column: Own name of the column of system messages.
 
     Returns:
@@ -733,8 +733,8 @@ def make_dataset(
     """
     source = read_pairs(
         pairs,
-        input_column=input_column,
-        output_column=output_column,
+        prompt_column=prompt_column,
+        response_column=response_column,
         system_column=system_column,
     )
     chosen = get_template(template, model)

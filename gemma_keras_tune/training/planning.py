@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune._support.memory import free_memory
-from gemma_keras_tune.adapters.lora import Targets, largest_rank
+from gemma_keras_tune.adapters.lora import TargetModules, largest_rank
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.templates import TEMPLATES, FunctionTemplate, Template, TextTemplate
@@ -62,7 +62,7 @@ _NUMBERS: Mapping[str, _Number] = {
     "batch_size": _integer(1, "auto"),
     "gradient_accumulation_steps": _integer(1, "auto"),
     "learning_rate": _Number("a number above 0", lambda x: 0 < x < math.inf, ("auto",), _REAL),
-    "warmup_updates": _integer(0, "auto"),
+    "warmup_steps": _integer(0, "auto"),
     "weight_decay": _Number(
         "a number of at least 0", lambda x: 0 <= x < math.inf, ("auto",), _REAL
     ),
@@ -76,7 +76,7 @@ _NUMBERS: Mapping[str, _Number] = {
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "method": ("lora", "full"),
     "overlong": ("error", "drop", "truncate"),
-    "rank_stabilized": ("auto", True, False),
+    "use_rslora": ("auto", True, False),
 }
 
 
@@ -93,12 +93,12 @@ class Plan:
         gradient_accumulation_steps: Batches that make one update.
         learning_rate: Peak learning rate; that of the first update, where the optimizer is the
             user's.
-        warmup_updates: Updates over which the rate rises.
+        warmup_steps: Updates over which the rate rises.
         weight_decay: Decoupled weight decay.
         sequence_length: `"auto"`, or the one length all rows are padded to.
         seed: Seed of shuffling and of LoRA's start.
-        targets: The layers LoRA is on, as `enable_lora` takes them; `None` for full tuning.
-        rank_stabilized: Whether LoRA's scale is `alpha / sqrt(rank)`.
+        target_modules: The layers LoRA is on, as `enable_lora` takes them; `None` for full tuning.
+        use_rslora: Whether LoRA's scale is `alpha / sqrt(rank)`.
         overlong: What was done with rows over `sequence_length`.
         template: The template, as `tune` takes it: a name, a string, or a `Template` that has
             neither.
@@ -128,12 +128,12 @@ class Plan:
     batch_size: int
     gradient_accumulation_steps: int
     learning_rate: float
-    warmup_updates: int
+    warmup_steps: int
     weight_decay: float
     sequence_length: int | Auto
     seed: int
-    targets: Targets | None = "all"
-    rank_stabilized: bool = False
+    target_modules: TargetModules | None = "all"
+    use_rslora: bool = False
     overlong: Overlong = "error"
     template: str | Template = "auto"
     validation_split: float = 0.0
@@ -157,8 +157,8 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """The settings a user may choose, as `tune` takes them; `optimizer` by its class."""
         names = (
-            "method rank alpha targets rank_stabilized epochs batch_size "
-            "gradient_accumulation_steps learning_rate warmup_updates weight_decay "
+            "method rank alpha target_modules use_rslora epochs batch_size "
+            "gradient_accumulation_steps learning_rate warmup_steps weight_decay "
             "sequence_length overlong template validation_split early_stopping optimizer seed"
         )
         return {name: getattr(self, name) for name in names.split()}
@@ -183,10 +183,10 @@ class Plan:
     def _what(self) -> str:
         if not self.rank:
             return "all weights"
-        named = isinstance(self.targets, str) or self.targets is None
-        targets = self.targets if named else ", ".join(self.targets or ())
-        stabilized = ", rank-stabilized" if self.rank_stabilized else ""
-        return f"LoRA rank {self.rank}, alpha {self.alpha:g}{stabilized} on {targets}"
+        named = isinstance(self.target_modules, str) or self.target_modules is None
+        target_modules = self.target_modules if named else ", ".join(self.target_modules or ())
+        stabilized = ", rank-stabilized" if self.use_rslora else ""
+        return f"LoRA rank {self.rank}, alpha {self.alpha:g}{stabilized} on {target_modules}"
 
     def _batch(self) -> str:
         steps = self.gradient_accumulation_steps
@@ -197,7 +197,7 @@ class Plan:
         if self.optimizer != "auto":
             return f"the {self.optimizer} passed in, first learning rate {self.learning_rate:g}"
         return (
-            f"learning rate {self.learning_rate:g}, {self.warmup_updates} of warm-up, "
+            f"learning rate {self.learning_rate:g}, {self.warmup_steps} of warm-up, "
             f"weight decay {self.weight_decay:g}"
         )
 
@@ -242,13 +242,13 @@ def plan_settings(
     method: Method = "lora",
     rank: int | Auto | None = "auto",
     alpha: float | Auto | None = "auto",
-    targets: Targets | Auto | None = "auto",
-    rank_stabilized: bool | Auto = "auto",
+    target_modules: TargetModules | Auto | None = "auto",
+    use_rslora: bool | Auto = "auto",
     epochs: int | Auto = "auto",
     batch_size: int | Auto = "auto",
     gradient_accumulation_steps: int | Auto = "auto",
     learning_rate: float | Auto = "auto",
-    warmup_updates: int | Auto = "auto",
+    warmup_steps: int | Auto = "auto",
     weight_decay: float | Auto = "auto",
     sequence_length: int | Auto = "auto",
     overlong: Overlong = "error",
@@ -267,8 +267,8 @@ def plan_settings(
         method: `"lora"` or `"full"`.
         rank: `"auto"` is 8 under 1,000 pairs, else 16; less where a layer is smaller.
         alpha: `"auto"` equals the rank, a scale of 1.
-        targets: `"auto"` is `"all"` linear layers.
-        rank_stabilized: `"auto"` is not.
+        target_modules: `"auto"` is `"all"` linear layers.
+        use_rslora: `"auto"` is not.
         epochs: `"auto"` aims at 60 updates, between 1 (3 under 5,000 pairs) and 30 passes.
         batch_size: `"auto"` is 4 rows under 64 pairs, 8 under 5,000, else 16; fewer, with
             accumulation instead, where a step would not fit into memory.
@@ -276,7 +276,7 @@ def plan_settings(
             optimizer of the user's, what that one does.
         learning_rate: `"auto"` is 5e-4 for LoRA (2e-4 above 1.5 billion parameters) and 5e-5
             (1e-5) for full tuning.
-        warmup_updates: `"auto"` is 5 % of the updates.
+        warmup_steps: `"auto"` is 5 % of the updates.
         weight_decay: `"auto"` is 0.01.
         sequence_length: Passed on.
         overlong: Passed on.
@@ -312,7 +312,7 @@ def plan_settings(
         batch_size=rows,
         gradient_accumulation_steps=steps,
         learning_rate=_or(given["learning_rate"], rate),
-        warmup_updates=_or(given["warmup_updates"], min(round(0.05 * updates), updates - 1)),
+        warmup_steps=_or(given["warmup_steps"], min(round(0.05 * updates), updates - 1)),
         weight_decay=_or(given["weight_decay"], 0.01),
         memory_needed=step_bytes(model, rows, longest, method=method, accumulates=steps > 1),
         memory_free=free_memory(),
@@ -332,7 +332,7 @@ def _or(value: Any, default: Any) -> Any:
 
 def _lora(model: keras.Model, pairs: int, given: Mapping[str, Any]) -> dict[str, Any]:
     if given["method"] == "full":
-        return {"rank": None, "alpha": None, "targets": None, "rank_stabilized": False}
+        return {"rank": None, "alpha": None, "target_modules": None, "use_rslora": False}
     rank = given["rank"]
     if rank in ("auto", None):
         rank = min(8 if pairs < 1_000 else 16, largest_rank(model))
@@ -340,8 +340,10 @@ def _lora(model: keras.Model, pairs: int, given: Mapping[str, Any]) -> dict[str,
     return {
         "rank": rank,
         "alpha": float(rank if alpha in ("auto", None) else alpha),
-        "targets": "all" if given["targets"] in ("auto", None) else given["targets"],
-        "rank_stabilized": _or(given["rank_stabilized"], False),
+        "target_modules": "all"
+        if given["target_modules"] in ("auto", None)
+        else given["target_modules"],
+        "use_rslora": _or(given["use_rslora"], False),
     }
 
 
@@ -372,7 +374,7 @@ def check_settings(given: Mapping[str, Any], problems: Iterable[str] = ()) -> di
         problems: What is wrong with other arguments, to be told with the rest.
 
     Returns:
-        The settings as a plan holds them: NumPy's numbers as Python's, names of targets as a tuple,
+        The settings as a plan holds them: NumPy's numbers as Python's, names of target_modules as a tuple,
         a template as `template_setting` has it, an optimizer by its class and with its settings.
 
     Raises:
@@ -435,14 +437,14 @@ def _same(value: Any, choice: Any) -> bool:
 
 
 def _named_targets(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    targets = settings.get("targets")
-    if targets is None or isinstance(targets, str):
+    target_modules = settings.get("target_modules")
+    if target_modules is None or isinstance(target_modules, str):
         return {}, []
-    names = tuple(targets) if isinstance(targets, Iterable) else (targets,)
+    names = tuple(target_modules) if isinstance(target_modules, Iterable) else (target_modules,)
     if all(isinstance(name, str) for name in names):
-        return {"targets": names}, []
+        return {"target_modules": names}, []
     wanted = "'auto', 'all', 'attention' or names of layers"
-    return {}, [f"`targets` must be {wanted}. Received: {targets!r}"]
+    return {}, [f"`target_modules` must be {wanted}. Received: {target_modules!r}"]
 
 
 def _settings_of_optimizer(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -455,7 +457,7 @@ def _settings_of_optimizer(settings: Mapping[str, Any]) -> tuple[dict[str, Any],
     inner = inner_optimizer(optimizer)
     own = {
         "learning_rate": float(inner.learning_rate),
-        "warmup_updates": 0,
+        "warmup_steps": 0,
         "weight_decay": float(inner.weight_decay or 0.0),
         "gradient_accumulation_steps": batches_per_update(optimizer),
     }
@@ -477,11 +479,11 @@ def check_updates(plan: Plan) -> None:
     Raises:
         PlanError: There are no updates, or all of them are warm-up.
     """
-    if plan.updates < 1 or plan.warmup_updates >= plan.updates:
+    if plan.updates < 1 or plan.warmup_steps >= plan.updates:
         raise PlanError(
-            f"The plan makes {plan.updates} updates, {plan.warmup_updates} of them warm-up: it "
+            f"The plan makes {plan.updates} updates, {plan.warmup_steps} of them warm-up: it "
             "would train nothing.",
-            next_step="Raise `epochs`, or lower `warmup_updates` or `batch_size`.",
+            next_step="Raise `epochs`, or lower `warmup_steps` or `batch_size`.",
         )
 
 

@@ -79,8 +79,8 @@ def preview(
     *,
     rows: int = 3,
     template: str | Template | Callable[..., Any] = "auto",
-    input_column: str | None = None,
-    output_column: str | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     system_column: str | None = None,
 ) -> Preview:
     """Show the first rows exactly as they would be trained.
@@ -91,8 +91,8 @@ def preview(
         model: A KerasHub Gemma with its preprocessor.
         rows: How many rows.
         template: Anything `get_template` takes.
-        input_column: Own name of the input column, where the pairs have columns.
-        output_column: Own name of the output column.
+        prompt_column: Own name of the input column, where the pairs have columns.
+        response_column: Own name of the output column.
         system_column: Own name of the column of system messages.
 
     Returns:
@@ -104,8 +104,8 @@ def preview(
     """
     source = read_pairs(
         pairs,
-        input_column=input_column,
-        output_column=output_column,
+        prompt_column=prompt_column,
+        response_column=response_column,
         system_column=system_column,
     )
     if not source.repeatable:

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.adapters.lora import lora_enabled
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.adapters.lora import lora_on
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.answers import values_of
@@ -37,7 +37,7 @@ class Scorer:
         import jax
 
         self.model = model
-        self.encoder = Encoder(model.preprocessor.tokenizer)
+        self.encoder = RowTokenizer(model.preprocessor.tokenizer)
         self.programs = 0
         self._soft_cap = family_of(model).head(model).soft_cap
         self._losses = jax.jit(self._token_losses)
@@ -115,7 +115,7 @@ class Scorer:
         trainable = values_of(self.model, backbone.trainable_variables)
         fixed = values_of(self.model, backbone.non_trainable_variables)
         embedding = family_of(self.model).head(self.model).embedding
-        with lora_enabled(self.model):
+        with lora_on(self.model):
             return np.asarray(program(trainable, fixed, embedding.value, x, labels))
 
     def _hidden(self, trainable: Any, fixed: Any, x: Any) -> Any:

@@ -14,9 +14,9 @@ from gemma_keras_tune.adapters.lora import (
     ALL_TARGETS,
     ATTENTION_TARGETS,
     LoraConfig,
-    Targets,
+    TargetModules,
     enable_lora,
-    lora_active,
+    is_lora_on,
     lora_config,
 )
 from gemma_keras_tune.adapters.switching import adapter_config
@@ -99,13 +99,13 @@ def tune(
     method: Method = "lora",
     rank: int | Auto = "auto",
     alpha: float | Auto = "auto",
-    targets: Targets | Auto = "auto",
-    rank_stabilized: bool | Auto = "auto",
+    target_modules: TargetModules | Auto = "auto",
+    use_rslora: bool | Auto = "auto",
     epochs: int | Auto = "auto",
     batch_size: int | Auto = "auto",
     gradient_accumulation_steps: int | Auto = "auto",
     learning_rate: float | Auto = "auto",
-    warmup_updates: int | Auto = "auto",
+    warmup_steps: int | Auto = "auto",
     weight_decay: float | Auto = "auto",
     sequence_length: int | Auto = "auto",
     overlong: Overlong = "error",
@@ -119,8 +119,8 @@ def tune(
     plan: Plan | None = None,
     compilation_cache: bool = True,
     verbose: int = 1,
-    input_column: str | None = None,
-    output_column: str | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
     system_column: str | None = None,
 ) -> TuneResult:
     """Tune a Gemma on pairs of inputs and outputs.
@@ -138,18 +138,18 @@ def tune(
         method: `"lora"` trains low-rank factors, `"full"` every weight.
         rank: LoRA's rank.
         alpha: LoRA's alpha: the update is scaled by `alpha / rank`.
-        targets: `"all"` linear layers (the default), `"attention"`, or names; see `enable_lora`.
-        rank_stabilized: Whether to scale by `alpha / sqrt(rank)` instead.
+        target_modules: `"all"` linear layers (the default), `"attention"`, or names; see `enable_lora`.
+        use_rslora: Whether to scale by `alpha / sqrt(rank)` instead.
         epochs: Passes over the pairs.
         batch_size: Rows in a batch.
         gradient_accumulation_steps: Batches that make one update; their mean is over all their
             trained tokens, so `1 x 8` gives what `8 x 1` gives.
         learning_rate: Peak learning rate.
-        warmup_updates: Updates over which it rises.
+        warmup_steps: Updates over which it rises.
         weight_decay: Decoupled weight decay; norms and biases are left alone.
         sequence_length: `"auto"` never cuts a row; a number is a limit in tokens.
         overlong: What to do with longer rows: `"error"`, `"drop"` or `"truncate"`.
-        template: `"auto"`, a name, a string with `{input}` and `{output}`, or a callable.
+        template: `"auto"`, a name, a string with `{prompt}` and `{response}`, or a callable.
         optimizer: `"auto"`, or any Keras optimizer, which then brings its own learning rate, weight
             decay and gradient accumulation.
         callbacks: Keras callbacks. Those that save or load the whole model as Keras does, which
@@ -164,8 +164,8 @@ def tune(
         compilation_cache: Whether JAX keeps compiled programs in the user's cache folder, so that
             the next run starts faster.
         verbose: 1 prints the plan and a progress bar, 0 nothing.
-        input_column: Own name of the input column, where the pairs have columns.
-        output_column: Own name of the output column.
+        prompt_column: Own name of the input column, where the pairs have columns.
+        response_column: Own name of the output column.
         system_column: Own name of the column of system messages.
 
     Returns:
@@ -180,17 +180,17 @@ def tune(
     """
     begin = time.perf_counter()
     settings: dict[str, Any] = dict(
-        method=method, rank=rank, alpha=alpha, targets=targets, rank_stabilized=rank_stabilized,
+        method=method, rank=rank, alpha=alpha, target_modules=target_modules, use_rslora=use_rslora,
         epochs=epochs, batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate,
-        warmup_updates=warmup_updates, weight_decay=weight_decay,
+        warmup_steps=warmup_steps, weight_decay=weight_decay,
         sequence_length=sequence_length, overlong=overlong, template=template,
         validation_split=validation_split, early_stopping=early_stopping, optimizer=optimizer,
         seed=seed,
     )  # fmt: skip
     settings = settle(settings, plan, callbacks, validation_data)
     columns = dict(
-        input_column=input_column, output_column=output_column, system_column=system_column
+        prompt_column=prompt_column, response_column=response_column, system_column=system_column
     )
     model = load(model)
     settings = _going_on(model, settings)
@@ -313,17 +313,17 @@ def _going_on(model: keras.Model, settings: dict[str, Any]) -> dict[str, Any]:
         _check_bare(model, there)
     if there is None or settings["method"] == "full":
         return settings
-    if not lora_active(model):
+    if not is_lora_on(model):
         raise LoraError(
             "The adapter of this model is switched off, so nothing would be trained.",
             next_step="Call `set_adapter(model, name)` to go on with one, or `remove_lora(model)`.",
         )
-    own = {name: getattr(there, name) for name in ("rank", "alpha", "targets", "rank_stabilized")}
+    own = {name: getattr(there, name) for name in ("rank", "alpha", "target_modules", "use_rslora")}
     wrong = [
         f"`{name}`: the model has {_shown(value)}. Received: {settings[name]!r}"
         for name, value in own.items()
         if settings[name] not in ("auto", None, value)
-        and not (name == "targets" and _targeted(model, settings[name]) == set(value))
+        and not (name == "target_modules" and _targeted(model, settings[name]) == set(value))
     ]
     if wrong:
         raise LoraError(
@@ -341,17 +341,21 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _targeted(model: keras.Model, targets: Any) -> set[str]:
-    """Which linear layers of a model `targets` names."""
+def _targeted(model: keras.Model, target_modules: Any) -> set[str]:
+    """Which linear layers of a model `target_modules` names."""
     groups = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
-    names = groups.get(targets, (targets,)) if isinstance(targets, str) else targets
+    names = (
+        groups.get(target_modules, (target_modules,))
+        if isinstance(target_modules, str)
+        else target_modules
+    )
     linears = family_of(model).linears(model)
     return {n.target for n in linears if n.target in names or n.layer.name in names}
 
 
 def _check_bare(model: keras.Model, there: LoraConfig | None) -> None:
     """Full tuning trains kernels, which LoRA on them would hide."""
-    stock = any(linear.layer.lora_enabled for linear in family_of(model).linears(model))
+    stock = any(linear.layer.lora_on for linear in family_of(model).linears(model))
     if there is None and not stock:
         return
     raise LoraError(
@@ -495,10 +499,10 @@ def prepare_weights(model: keras.Model, plan: Plan, verbose: int) -> None:
     if plan.method == "full":
         model.trainable = True
     elif lora_config(model) is None:
-        assert plan.rank is not None and plan.targets is not None
+        assert plan.rank is not None and plan.target_modules is not None
         enable_lora(
-            model, plan.rank, alpha=plan.alpha, targets=plan.targets,
-            rank_stabilized=plan.rank_stabilized, seed=plan.seed, verbose=verbose,
+            model, plan.rank, alpha=plan.alpha, target_modules=plan.target_modules,
+            use_rslora=plan.use_rslora, seed=plan.seed, verbose=verbose,
         )  # fmt: skip
     elif verbose:
         print(f"Going on with the LoRA that is on this model: {adapter_config(model)}")
@@ -516,7 +520,7 @@ def planned_optimizer(plan: Plan) -> keras.optimizers.Optimizer:
     return make_optimizer(
         plan.learning_rate,
         updates=plan.updates,
-        warmup_updates=plan.warmup_updates,
+        warmup_steps=plan.warmup_steps,
         weight_decay=plan.weight_decay,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
     )

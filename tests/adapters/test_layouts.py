@@ -58,16 +58,16 @@ def peft(model, folder, *, rank_of=lambda name: 2, names=None, prefix="model.", 
         updates[name] = b @ a
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    targets = sorted({name.rpartition(".")[2] for name in updates})
-    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": targets}
+    target_modules = sorted({name.rpartition(".")[2] for name in updates})
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": target_modules}
     (folder / "adapter_config.json").write_text(json.dumps(stated | config))
     return folder, updates
 
 
 def assert_adds(adapter, updates):
-    """The adapter adds just this, and nothing to the other layers of its targets."""
+    """The adapter adds just this, and nothing to the other layers of its target_modules."""
     assert adapter.problems == ()
-    scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rank_stabilized else adapter.rank)
+    scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.use_rslora else adapter.rank)
     for name, (a, b) in adapter.factors.items():
         assert a.shape[0] == b.shape[1] == adapter.rank
         expected = updates.get(name, np.zeros((b.shape[0], a.shape[1])))
@@ -99,7 +99,7 @@ def test_one_rank_and_alpha_stay_as_they_are(model, tmp_path, stabilized):
         model, tmp_path, rank_of=lambda _: 3, r=3, lora_alpha=5, use_rslora=stabilized
     )
     adapter = read_adapter(folder, model)
-    assert (adapter.rank, adapter.alpha, adapter.rank_stabilized) == (3, 5, stabilized)
+    assert (adapter.rank, adapter.alpha, adapter.use_rslora) == (3, 5, stabilized)
     assert_adds(adapter, {n: u * 5 / (3**0.5 if stabilized else 3) for n, u in updates.items()})
 
 
@@ -239,7 +239,7 @@ def test_an_adapter_of_mlx(model, tmp_path):
     updates = mlx(model, tmp_path)
     adapter = read_adapter(tmp_path, model)
     assert (adapter.layout, adapter.rank, adapter.alpha) == ("mlx", 2, 40)
-    assert adapter.targets == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert adapter.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
     assert_adds(adapter, updates)
     mlx(model, tmp_path, fine_tune_type="dora")
     assert "dora" in read_adapter(tmp_path, model).problems[0]
@@ -254,7 +254,7 @@ ALL_OF_KERAS_HUB = [
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"),
+    ("family", "target_modules"),
     [
         ("gemma3", None),
         pytest.param("gemma", ALL_OF_KERAS_HUB, marks=pytest.mark.slow),
@@ -266,14 +266,14 @@ ALL_OF_KERAS_HUB = [
         ),
     ],
 )
-def test_an_adapter_of_keras_hub(family, targets, tmp_path):
+def test_an_adapter_of_keras_hub(family, target_modules, tmp_path):
     """KerasHub itself makes it; the kernels it merges are what must come in."""
     theirs = testing.tiny_model(family)
     linears = linears_of(theirs)
     before = {name: np.asarray(linear.layer.kernel) for name, linear in linears.items()}
-    theirs.backbone.enable_lora(1, target_layer_names=targets)
+    theirs.backbone.enable_lora(1, target_layer_names=target_modules)
     for linear in linears.values():
-        if linear.layer.lora_enabled:
+        if linear.layer.lora_on:
             linear.layer.lora_kernel_b.assign(drawn(*linear.layer.lora_kernel_b.shape))
     path = tmp_path / "tuned.lora.h5"
     theirs.backbone.save_lora_weights(str(path))
@@ -282,7 +282,7 @@ def test_an_adapter_of_keras_hub(family, targets, tmp_path):
             np.asarray(linear.layer.kernel) - before[name], linear.output_axes, linear.input_axes
         )
         for name, linear in linears.items()
-        if linear.layer.lora_enabled
+        if linear.layer.lora_on
     }
     assert updates
     adapter = read_adapter(path, testing.tiny_model(family))

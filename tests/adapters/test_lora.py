@@ -37,7 +37,7 @@ def test_on_off_merged_on_every_generation(family):
     model = testing.tiny_model(family)
     before, base = hidden(model), fingerprint(model)
     config = gkt.enable_lora(model, 3, alpha=6, verbose=0)
-    assert set(config.targets) == set(ALL_TARGETS)
+    assert set(config.target_modules) == set(ALL_TARGETS)
     assert config.parameters == sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     np.testing.assert_array_equal(hidden(model), before)  # B is zero
     fill(model)
@@ -94,8 +94,8 @@ def test_remove_gives_the_base_back_and_lora_can_go_on_again():
     gkt.remove_lora(model)
     np.testing.assert_array_equal(hidden(model), before)
     assert len(model.trainable_variables) == trainable
-    gkt.enable_lora(model, 4, targets=["query", "v_proj"], verbose=0)
-    assert gkt.lora_config(model).targets == ("q_proj", "v_proj")
+    gkt.enable_lora(model, 4, target_modules=["query", "v_proj"], verbose=0)
+    assert gkt.lora_config(model).target_modules == ("q_proj", "v_proj")
 
 
 def test_keras_sees_the_merged_kernel():
@@ -115,7 +115,7 @@ def test_keras_sees_the_merged_kernel():
 
 def test_rank_stabilized_scale():
     model = testing.tiny_model()
-    config = gkt.enable_lora(model, 4, alpha=8, rank_stabilized=True, verbose=0)
+    config = gkt.enable_lora(model, 4, alpha=8, use_rslora=True, verbose=0)
     assert config.scale == 4.0
     assert get_factors(lora_linears(model)[0])[2] == pytest.approx(4.0)
 
@@ -138,11 +138,11 @@ def test_the_start_is_seeded():
         (dict(rank=True), "at least 1"),
         (dict(rank=2, alpha=-1), "positive"),
         (dict(rank=9999), "at most 8"),
-        (dict(rank=2, targets=["q_proj", "nothing"]), "'nothing'"),
+        (dict(rank=2, target_modules=["q_proj", "nothing"]), "'nothing'"),
         (dict(rank=2, alpha="auto"), "positive"),
-        (dict(rank=2, targets=[]), "empty"),
-        (dict(rank=2, targets=5), "names of layers"),
-        (dict(rank=2, targets=["q_proj", 5]), "names of layers"),
+        (dict(rank=2, target_modules=[]), "empty"),
+        (dict(rank=2, target_modules=5), "names of layers"),
+        (dict(rank=2, target_modules=["q_proj", 5]), "names of layers"),
     ],
 )
 def test_settings_that_fit_nothing_are_refused(options, message):
@@ -156,9 +156,13 @@ def test_settings_that_fit_nothing_are_refused(options, message):
 def test_groups_may_stand_among_names_and_numbers_may_be_numpy_ones():
     model = testing.tiny_model()
     config = gkt.enable_lora(
-        model, np.int64(2), alpha=np.float32(4), targets=["attention", "gate_proj"], verbose=0
+        model,
+        np.int64(2),
+        alpha=np.float32(4),
+        target_modules=["attention", "gate_proj"],
+        verbose=0,
     )
-    assert config.targets == ("gate_proj", "k_proj", "o_proj", "q_proj", "v_proj")
+    assert config.target_modules == ("gate_proj", "k_proj", "o_proj", "q_proj", "v_proj")
     assert (config.rank, config.scale) == (2, 2.0)
 
 
@@ -169,7 +173,7 @@ def test_the_lora_of_keras_is_not_replaced():
     for variable in factors:
         variable.assign(np.ones(variable.shape))
     with pytest.raises(gkt.LoraError, match=r"(?s)Keras's own.*block_0/.*query.*block_1/.*anew"):
-        gkt.enable_lora(model, 2, targets=["o_proj"], verbose=0)
+        gkt.enable_lora(model, 2, target_modules=["o_proj"], verbose=0)
     assert factors and all((np.asarray(variable) == 1).all() for variable in factors)
 
 

@@ -60,7 +60,7 @@ def peft_answer(model, folder, **request):
 def test_peft_computes_our_adapter(name, stabilized, tmp_path):
     base = tiny(name)
     model = tiny(name)
-    gkt.enable_lora(model, rank=3, alpha=5, targets="all", rank_stabilized=stabilized)
+    gkt.enable_lora(model, rank=3, alpha=5, target_modules="all", use_rslora=stabilized)
     draw = np.random.default_rng(0)
     for linear in lora_linears(model):
         a, b, _ = get_factors(linear)
@@ -82,7 +82,7 @@ def test_an_adapter_of_peft_is_tuned_further(tmp_path):
     np.testing.assert_allclose(logits_of(model), theirs, atol=1e-4)
     assert np.abs(base - theirs).max() > 1e-2
     before = gkt.tune(model, testing.tiny_pairs(), epochs=6, verbose=0, rank=4, alpha=6,
-                      targets=["q_proj", "v_proj", "down_proj"]).history["loss"]  # fmt: skip
+                      target_modules=["q_proj", "v_proj", "down_proj"]).history["loss"]  # fmt: skip
     assert before[-1] < before[0]
     gkt.save_adapter(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["r"] == 4
@@ -97,7 +97,7 @@ def test_our_adapter_is_trained_further_in_peft(tmp_path):
     )
     assert theirs["losses"][-1] < theirs["losses"][0] - 0.1
     config = gkt.load_adapter(base, tmp_path / "theirs")
-    assert (config.rank, config.targets) == (2, gkt.lora_config(model).targets)
+    assert (config.rank, config.target_modules) == (2, gkt.lora_config(model).target_modules)
     np.testing.assert_allclose(logits_of(base), theirs["logits"], atol=1e-4)
     assert np.abs(logits_of(model) - theirs["logits"]).max() > 1e-2
 

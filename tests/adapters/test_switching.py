@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
         {
             "one": dict(rank=2),
             "two": dict(rank=2),
-            "wide": dict(rank=3, alpha=12.0, targets=["q_proj", "v_proj"]),
+            "wide": dict(rank=3, alpha=12.0, target_modules=["q_proj", "v_proj"]),
         }.items()
     ):
         model = fresh()
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
         for linear in lora_linears(model):
             a, b, _ = get_factors(linear)
             set_factors(linear, a, random.normal(0, 0.6, b.shape).astype("float32"))
-        gkt.attach_template(model, gkt.get_template("{input} " + name + "\n{output}", model))
+        gkt.attach_template(model, gkt.get_template("{prompt} " + name + "\n{response}", model))
         made[name] = gkt.save_adapter(model, root / name)
     return made
 
@@ -170,7 +170,7 @@ def test_each_brings_its_template(model: Any, folders: dict[str, pathlib.Path]) 
         assert words()[1:2] == expected
         with gkt.use_adapter(model, None):
             assert words() == []
-    gkt.attach_template(model, gkt.get_template("{input} mine\n{output}", model))
+    gkt.attach_template(model, gkt.get_template("{prompt} mine\n{response}", model))
     gkt.set_adapter(model, "two")
     gkt.set_adapter(model, "wide")
     assert words()[1:2] == ["mine"]
@@ -220,7 +220,7 @@ def test_what_was_trained_on_is_kept(
     model: Any, alone: dict[str | None, np.ndarray], tmp_path: pathlib.Path
 ) -> None:
     gkt.set_adapter(model, "two")
-    gkt.tune(model, tiny_pairs(8), epochs=2, learning_rate=1e-2, template="{input}\n{output}",
+    gkt.tune(model, tiny_pairs(8), epochs=2, learning_rate=1e-2, template="{prompt}\n{response}",
              verbose=0)  # fmt: skip
     trained = ask(model)
     np.testing.assert_array_equal(ask(model, adapter="one"), alone["one"])
@@ -337,17 +337,19 @@ def test_a_gguf_adapter_has_its_own_rank(
         assert entry is not None and receipt.packages["gguf"] and receipt.format_version == "3"
         assert (entry["name"], entry["rank"], entry["alpha"]) == (name, rank, alpha)
         assert (entry["scale"], entry["strength"]) == (alpha / rank, strength)
-        assert entry["targets"] == (["q_proj", "v_proj"] if name == "wide" else entry["targets"])
+        assert entry["target_modules"] == (
+            ["q_proj", "v_proj"] if name == "wide" else entry["target_modules"]
+        )
     with pytest.raises(gkt.ExportError, match="no adapter to write"):
         gkt.export(model, tmp_path / "base.gguf", format="gguf_adapter", adapter=None, verbose=0)
 
 
 def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
     model = tiny_model("gemma3")
-    narrow = gkt.enable_lora(model, 8, targets=["k_proj"], verbose=0)
+    narrow = gkt.enable_lora(model, 8, target_modules=["k_proj"], verbose=0)
     folder = gkt.save_adapter(model, tmp_path / "narrow")
     gkt.remove_lora(model)
-    gkt.enable_lora(model, 12, targets=["gate_proj"], verbose=0)
+    gkt.enable_lora(model, 12, target_modules=["gate_proj"], verbose=0)
     before = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
     with pytest.raises(gkt.AdapterError, match=f"need rank 12 .*can carry {narrow.rank} at most"):
         gkt.load_adapter(model, folder, name="other")
@@ -360,7 +362,7 @@ def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
 @pytest.mark.slow
 def test_the_base_keeps_the_template_it_was_loaded_with():
     model = tiny_model("gemma3")
-    own = gkt.get_template("Q: {input}\nA: {output}", model)
+    own = gkt.get_template("Q: {prompt}\nA: {response}", model)
     gkt.attach_template(model, own)
     gkt.tune(model, tiny_pairs(4), epochs=1, rank=2, template="plain", verbose=0)
     assert gkt.template_of(model).name == "plain"

@@ -49,9 +49,9 @@ def kerashub_recipe(length: int) -> keras.Model:
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 
 
-def ours(model: keras.Model, targets: Any = QUERY_AND_VALUE) -> gkt.TuningModel:
+def ours(model: keras.Model, target_modules: Any = QUERY_AND_VALUE) -> gkt.TuningModel:
     """LoRA of rank 4, with the same optimizer."""
-    gkt.enable_lora(model, 4, targets=targets, verbose=0)
+    gkt.enable_lora(model, 4, target_modules=target_modules, verbose=0)
     trainer = gkt.TuningModel(model)
     trainer.compile(gkt.make_optimizer(5e-5, updates=1000, weight_decay=0.01))
     return trainer

@@ -33,7 +33,7 @@ from gemma_keras_tune.pairs.reader import Message
 from gemma_keras_tune.training.scoring import Scorer
 
 DATA = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77"
-TEMPLATE = "{input}\nTopic:{output}"
+TEMPLATE = "{prompt}\nTopic:{response}"
 SETTINGS = dict(rank=16, alpha=16, learning_rate=1e-3, batch_size=16)
 EPOCHS = 6
 MODELS = 1

@@ -177,8 +177,8 @@ def main() -> None:
     model = gkt.load(_bench.MODEL)
     pairs = short_pairs(PROMPTS)
     untouched = gkt.generate(model, [p for p, _ in pairs], max_new_tokens=NEW_TOKENS,
-                             template="{input}\n{output}")  # fmt: skip
-    gkt.tune(model, pairs, rank=8, template="{input}\n{output}", epochs=20, learning_rate=1e-3,
+                             template="{prompt}\n{response}")  # fmt: skip
+    gkt.tune(model, pairs, rank=8, template="{prompt}\n{response}", epochs=20, learning_rate=1e-3,
              verbose=0)  # fmt: skip
     reference = Reference(model, [prompt for prompt, _ in pairs])
     known = sum(text == answer for text, (_, answer) in zip(reference.texts, pairs, strict=True))
@@ -253,7 +253,7 @@ def switching(
     hidden = reference.hidden_of(fresh)
     for name in ("one", "two"):
         gkt.load_adapter(fresh, folder / "adapter", name=name)
-    ask = dict(max_new_tokens=NEW_TOKENS, template="{input}\n{output}")
+    ask = dict(max_new_tokens=NEW_TOKENS, template="{prompt}\n{response}")
     gkt.generate(fresh, reference.prompts, adapter="one", **ask)
     made = compiled_programs(fresh)
     times = []

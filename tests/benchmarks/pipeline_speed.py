@@ -22,7 +22,7 @@ from _short_pairs import short_pairs
 import gemma_keras_tune as gkt
 
 BATCH = 64
-TEMPLATE = "{input}\n{output}"
+TEMPLATE = "{prompt}\n{response}"
 RECIPE_LENGTH = 256
 
 

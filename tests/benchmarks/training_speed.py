@@ -8,7 +8,7 @@ warm up, and the best of the next ones counts. KerasHub runs its documented reci
 (`sequence_length=256`, batch 1), and again with the length our pipeline chose and our batch. TRL
 runs `SFTTrainer` with PEFT on the same weights, loss on the completion alone, batch 8, and else its
 own defaults, of which gradient checkpointing is one; and again without that. The Gemma library for
-JAX runs a jitted step on random weights, padded to our length. Its own LoRA knows no targets and
+JAX runs a jitted step on random weights, padded to our length. Its own LoRA knows no target_modules and
 goes on every linear layer, so it is compared with ours on all linear layers. It may stand in an
 environment of its own, whose Python `GEMMA_JAX_PYTHON` names. A contender that fails is left out,
 with its reason printed.
@@ -29,7 +29,7 @@ import _short_pairs
 
 BATCH = 8
 EPOCHS = 4
-TEMPLATE = "{input}\n{output}"
+TEMPLATE = "{prompt}\n{response}"
 GEMMA_JAX = os.environ.get("GEMMA_JAX_PYTHON", sys.executable)
 Pairs = list[tuple[str, str]]
 
@@ -45,12 +45,12 @@ def best_epoch(epoch: Callable[[], object], pairs: int) -> float:
     return pairs / min(seconds)
 
 
-def ours(pairs: Pairs, targets: Any = ("q_proj", "v_proj")) -> dict[str, Any]:
+def ours(pairs: Pairs, target_modules: Any = ("q_proj", "v_proj")) -> dict[str, Any]:
     """Our pairs a second, and the longest length the pipeline chose."""
     import _bench
 
     model = _bench.gkt.load(_bench.MODEL)
-    trainer = _bench.ours(model, targets)
+    trainer = _bench.ours(model, target_modules)
     data = _bench.gkt.make_dataset(pairs, model, batch_size=BATCH, template=TEMPLATE)
     length = max(int(x["token_ids"].shape[1]) for x, _, _ in data)
     rate = best_epoch(lambda: trainer.fit(data, epochs=1, shuffle=False, verbose=0), len(pairs))
@@ -241,7 +241,7 @@ def compare(pairs: int, path: pathlib.Path | None) -> None:
             "the same without gradient checkpointing", bare, mine
         )
     if installed(GEMMA_JAX, "gemma"):
-        everywhere = alone("ours", pairs, targets="all")
+        everywhere = alone("ours", pairs, target_modules="all")
         table.add("gemma_keras_tune, LoRA on all linear layers", everywhere, everywhere)
         found = alone("gemma_jax", pairs, length=length)
         figures["vs_gemma_jax"] = table.add(

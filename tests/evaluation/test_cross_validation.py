@@ -20,7 +20,7 @@ from gemma_keras_tune.training.planning import plan_settings
 # The same answer every time: what was learnt from some pairs holds for the others.
 PAIRS = [(f"part number for roll {i}", "yes") for i in range(10)]
 SETTINGS = dict(
-    method="full", epochs=12, batch_size=4, learning_rate=1e-2, template="{input}\n{output}"
+    method="full", epochs=12, batch_size=4, learning_rate=1e-2, template="{prompt}\n{response}"
 )
 
 
@@ -88,7 +88,7 @@ def test_one_program_serves_all_parts(done):
 def test_the_plan_is_that_of_the_largest_rest(done):
     plan = done[-1].plan
     assert (plan.pairs, plan.epochs, plan.batch_size, plan.method) == (7, 12, 4, "full")
-    assert plan.updates == 2 * 12 and plan.seed == 1 and plan.template == "{input}\n{output}"
+    assert plan.updates == 2 * 12 and plan.seed == 1 and plan.template == "{prompt}\n{response}"
 
 
 @pytest.mark.slow
@@ -109,8 +109,8 @@ def test_each_part_is_tuned_as_tune_tunes():
     model = testing.tiny_model()
     before = weights(model)
     settings = dict(
-        rank=4, targets="attention", rank_stabilized=True, epochs=3, batch_size=4,
-        learning_rate=1e-2, template="{input}\n{output}",
+        rank=4, target_modules="attention", use_rslora=True, epochs=3, batch_size=4,
+        learning_rate=1e-2, template="{prompt}\n{response}",
     )  # fmt: skip
     plan = plan_settings(model, len(PAIRS), 64, seed=1, **settings)
     result = cross_validate(model, PAIRS, folds=2, seed=1, verbose=0, baseline=False, plan=plan)
@@ -156,15 +156,15 @@ def test_settings_of_a_plan_hold_as_in_tune(printed):
     model = testing.tiny_model()
     long = [*PAIRS, ("a question that is longer than all the others by far, and then some", "yes")]
     plan = plan_settings(
-        model, 10, 64, rank=3, targets=("v_proj", "q_proj"), rank_stabilized=True, epochs=2,
-        template="{input} -> {output}", overlong="drop", sequence_length=24, validation_split=0.1,
+        model, 10, 64, rank=3, target_modules=("v_proj", "q_proj"), use_rslora=True, epochs=2,
+        template="{prompt} -> {response}", overlong="drop", sequence_length=24, validation_split=0.1,
     )  # fmt: skip
     text = printed(model, long, plan=plan)
     assert "LoRA rank 3, alpha 3, rank-stabilized on v_proj, q_proj, 2 epochs over 5" in text
-    assert "template '{input} -> {output}'" in text and "1 rows left out as asked: 11" in text
+    assert "template '{prompt} -> {response}'" in text and "1 rows left out as asked: 11" in text
     # Settings left at their defaults are those of the plan, as `tune` has it.
-    assert printed(model, long, plan=plan, targets="auto", overlong="error") == text
-    assert "alpha 8 on all" in printed(model, targets="auto", rank_stabilized="auto")
+    assert printed(model, long, plan=plan, target_modules="auto", overlong="error") == text
+    assert "alpha 8 on all" in printed(model, target_modules="auto", use_rslora="auto")
     with pytest.raises(PlanError, match="contradict the plan") as caught:
         cross_validate(model, long, plan=plan, rank=4, template="chatml")
     assert len(caught.value.problems) == 2

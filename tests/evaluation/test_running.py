@@ -31,7 +31,7 @@ from gemma_keras_tune.evaluation.prompting import (
 from gemma_keras_tune.evaluation.results import CaseResult, SampleResult
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.running import evaluate, tuning_of
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import get_template
 from gemma_keras_tune.generation.answers import Answer, compiled_programs
 from gemma_keras_tune.pairs.reader import Message, read_pairs
@@ -371,11 +371,11 @@ def test_a_rate_under_the_target_stops_a_script(
 
 def test_examples_are_drawn_from_different_answers_and_fit() -> None:
     model = tiny_model("gemma3", num_layers=1)
-    encoder, template = Encoder(model.preprocessor.tokenizer), get_template("auto", model)
+    encoder, template = RowTokenizer(model.preprocessor.tokenizer), get_template("auto", model)
     rows = [(f"question {n}", "yes") for n in range(20)] + [("other", "no"), ("long " * 400, "?")]
     pairs = list(read_pairs(rows))
     chosen = choose_examples(pairs, encoder, template, count=4, tokens=200)
-    assert {"yes", "no"} <= {pair.output for pair in chosen} and len(chosen) == 4
+    assert {"yes", "no"} <= {pair.response for pair in chosen} and len(chosen) == 4
     assert chosen == choose_examples(pairs, encoder, template, count=4, tokens=200)
     left = choose_examples(pairs, encoder, template, leave_out=range(2, 23))
     assert [pair.row for pair in left] == [1]

@@ -16,7 +16,7 @@ from gemma_keras_tune.adapters.lora import (
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.policies import policy_threshold
 from gemma_keras_tune.evaluation.safety import POLICIES, Policy, ShieldGemma, shieldgemma_prompt
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.testing import tiny_model
 from gemma_keras_tune.training.scoring import Scorer
@@ -90,7 +90,7 @@ def plain_logits(model: keras.Model, rows: list[np.ndarray]) -> np.ndarray:
 
 def plain_scores(model: keras.Model, texts: list[str]) -> list[float]:
     """P("Yes") against P("No")."""
-    encoder = Encoder(model.preprocessor.tokenizer)
+    encoder = RowTokenizer(model.preprocessor.tokenizer)
     rows = [encoder.encode([Segment(text, False)])[0] for text in texts]
     yes, no = (encoder.encode([Segment(word, False)])[0][1] for word in ("Yes", "No"))
     logits = plain_logits(model, rows)

@@ -33,7 +33,7 @@ def tuned(family="gemma3", rank=2, **options):
     for linear in lora_linears(model):
         a, b, _ = get_factors(linear)
         set_factors(linear, random.normal(0, 0.3, a.shape), random.normal(0, 0.3, b.shape))
-    attach_template(model, get_template("Q: {input}\nA: {output}", model))
+    attach_template(model, get_template("Q: {prompt}\nA: {response}", model))
     return model
 
 
@@ -54,7 +54,7 @@ def tiny():
     [pytest.param(family, marks=pytest.mark.slow) for family in testing.FAMILIES],
 )
 def test_an_adapter_comes_back_exactly(family, tmp_path):
-    model = tuned(family, alpha=6, rank_stabilized=True)
+    model = tuned(family, alpha=6, use_rslora=True)
     folder = gkt.save_adapter(model, tmp_path / "adapter")
     fresh = testing.tiny_model(family)
     config = gkt.load_adapter(fresh, folder)

@@ -149,7 +149,7 @@ def test_no_target_takes_nan(format, tmp_path):
     if format == "gemma_jax":
         pytest.importorskip("orbax.checkpoint")
     model = testing.tiny_model("gemma3", num_layers=1)
-    gkt.enable_lora(model, rank=2, targets=["q_proj"])
+    gkt.enable_lora(model, rank=2, target_modules=["q_proj"])
     (linear,) = lora_linears(model)
     a, b, _ = get_factors(linear)
     set_factors(linear, a, np.full_like(b, np.nan))

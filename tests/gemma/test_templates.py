@@ -11,7 +11,7 @@ import pytest
 
 from gemma_keras_tune.errors import LoraError, PairsWarning, TemplateError
 from gemma_keras_tune.gemma import templates
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import (
     PLAIN,
     SIDECAR,
@@ -117,7 +117,7 @@ def test_jinja_refuses_roles_out_of_order():
 
 
 def test_jinja_of_own_template_places_the_system_text():
-    template = TextTemplate("[{system}] Q: {input} A: {output}\n")
+    template = TextTemplate("[{system}] Q: {prompt} A: {response}\n")
     rendered = render(template, CHAT, add_generation_prompt=True)
     assert rendered == "<bos>" + text(template, CHAT, generation_prompt=True)
     assert rendered.startswith("<bos>[Be brief.] Q:  Hi \n A:  Hello.")
@@ -144,7 +144,7 @@ def test_plain_template_keeps_white_space_and_ends_with_eos():
 
 
 def test_own_template_puts_the_space_with_the_answer():
-    template = TextTemplate("Question: {input}\nAnswer: {output}")
+    template = TextTemplate("Question: {prompt}\nAnswer: {response}")
     assert template.segments((Message("user", "2+2"), Message("assistant", "4"))) == (
         Segment("Question: 2+2\nAnswer:", False),
         Segment(" 4<eos>", True),
@@ -154,15 +154,17 @@ def test_own_template_puts_the_space_with_the_answer():
 
 
 def test_own_template_with_its_own_ending():
-    template = TextTemplate("<start_of_turn>user\n{input}<end_of_turn>\nx{output} !<end_of_turn>\n")
+    template = TextTemplate(
+        "<start_of_turn>user\n{prompt}<end_of_turn>\nx{response} !<end_of_turn>\n"
+    )
     assert template.stop_token == "<end_of_turn>"
     assert trained(template, ANSWERED) == [" Hello.\n !<end_of_turn>"]
-    assert TextTemplate("{input}|{output};").stop_token == "<eos>"
-    assert trained(TextTemplate("{input}|{output};"), ANSWERED) == [" Hello.\n;<eos>"]
+    assert TextTemplate("{prompt}|{response};").stop_token == "<eos>"
+    assert trained(TextTemplate("{prompt}|{response};"), ANSWERED) == [" Hello.\n;<eos>"]
 
 
 def test_own_template_with_doubled_braces_and_system():
-    template = TextTemplate('{{"s": "{system}", "q": "{input}"}} => {output}')
+    template = TextTemplate('{{"s": "{system}", "q": "{prompt}"}} => {response}')
     assert (
         text(template, CHAT[:2], generation_prompt=True) == '{"s": "Be brief.", "q": " Hi \n"} =>'
     )
@@ -172,12 +174,12 @@ def test_own_template_with_doubled_braces_and_system():
 @pytest.mark.parametrize(
     ("template", "problems"),
     [
-        ("{input}", ["{output} is missing"]),
-        ("{output}", ["{input} is missing"]),
+        ("{prompt}", ["{response} is missing"]),
+        ("{response}", ["{prompt} is missing"]),
         ("{instruction} {answer}", 4 * [""]),
-        ("{output} {input}", ["{output} must come after {input} and {system}"]),
-        ("{input} {output} {system}", ["{output} must come after {input} and {system}"]),
-        ("{input} {input} {output}", ["{input} is there more than once"]),
+        ("{response} {prompt}", ["{response} must come after {prompt} and {system}"]),
+        ("{prompt} {response} {system}", ["{response} must come after {prompt} and {system}"]),
+        ("{prompt} {prompt} {response}", ["{prompt} is there more than once"]),
     ],
 )
 def test_wrong_placeholders_are_all_named(template, problems):
@@ -207,7 +209,7 @@ def test_messages_out_of_order_are_refused(roles, generation_prompt, words):
         TEMPLATES["gemma3"].segments(messages, generation_prompt=generation_prompt)
 
 
-@pytest.mark.parametrize("template", [*TEMPLATES.values(), TextTemplate("{input} {output}")])
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), TextTemplate("{prompt} {response}")])
 def test_config_round_trip(template):
     assert Template.from_config(json.loads(json.dumps(template.to_config()))) == template
 
@@ -265,7 +267,7 @@ def bare_model(tokenizer=None):
 def test_names_strings_and_templates_are_understood():
     model = bare_model(tiny_tokenizer("gemma3"))
     assert get_template("gemma3", model) is TEMPLATES["gemma3"]
-    assert get_template("{input}: {output}", model) == TextTemplate("{input}: {output}")
+    assert get_template("{prompt}: {response}", model) == TextTemplate("{prompt}: {response}")
     assert get_template(PLAIN, model) is PLAIN
     for wrong in ("chatml", 3):
         with pytest.raises(TemplateError, match=r"\{input\}"):
@@ -295,33 +297,33 @@ def test_a_stop_token_the_tokenizer_lacks_is_refused():
         get_template(template, bare_model(tiny_tokenizer("gemma3")))
 
 
-OPENING = "<start_of_turn>user\n{input}<end_of_turn>\n<start_of_turn>model\n"
+OPENING = "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n"
 
 
 def test_a_leading_bos_is_there_once():
     tokenizer = tiny_tokenizer("gemma3")
-    own = TextTemplate("<bos>" + OPENING + "{output}<end_of_turn>")
+    own = TextTemplate("<bos>" + OPENING + "{response}<end_of_turn>")
     written = FunctionTemplate(
-        lambda messages: "<bos>" + OPENING.replace("{input}", messages[0].content), "<end_of_turn>"
+        lambda messages: "<bos>" + OPENING.replace("{prompt}", messages[0].content), "<end_of_turn>"
     )
     messages = (Message("user", "yes"), Message("assistant", "no"))
     # <bos>, <start_of_turn>, us er \n, y es, <end_of_turn>, \n, …, n o, <end_of_turn>
     expected = [2, 6, 336, 291, 26, 554, 300, 7, 26, 6, 312, 340, 26, 538, 537, 7]
     for template in (own, written):
-        ids, _ = Encoder(tokenizer).encode(template.segments(messages))
+        ids, _ = RowTokenizer(tokenizer).encode(template.segments(messages))
         assert list(ids) == expected
     rendered = render(own, messages[:1], add_generation_prompt=True)
-    assert rendered == "<bos>" + OPENING.replace("{input}", "yes")
+    assert rendered == "<bos>" + OPENING.replace("{prompt}", "yes")
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("{input}<eos>{output}", ["<eos>"]),
-        (" <bos>{input}{output}", ["<bos>"]),
-        ("<bos><bos>{input}{output}", ["<bos>"]),
-        ("{input}<pad>{output}<unk><eos>", ["<pad>", "<unk>"]),
-        ("{input}{output}<end_of_turn>\n<eos>", ["<eos>"]),
+        ("{prompt}<eos>{response}", ["<eos>"]),
+        (" <bos>{prompt}{response}", ["<bos>"]),
+        ("<bos><bos>{prompt}{response}", ["<bos>"]),
+        ("{prompt}<pad>{response}<unk><eos>", ["<pad>", "<unk>"]),
+        ("{prompt}{response}<end_of_turn>\n<eos>", ["<eos>"]),
     ],
 )
 def test_control_tokens_that_would_be_spelled_out_are_refused(text, named):
@@ -355,7 +357,7 @@ def test_special_tokens_in_the_text_are_warned_of_by_tune(family):
         pytest.warns(PairsWarning, match="Some pairs look wrong") as caught,
         pytest.raises(LoraError),  # after the pairs, and before anything is compiled
     ):
-        tune(model, rows, template="plain", targets=["no_such_layer"], verbose=0)
+        tune(model, rows, template="plain", target_modules=["no_such_layer"], verbose=0)
     (told,) = [str(w.message) for w in caught if issubclass(w.category, PairsWarning)]
     assert sorted(line.strip(" -") for line in told.splitlines()[1:]) == [
         "row 1: '<bos>' stands in user text",
@@ -385,8 +387,8 @@ def test_stop_tokens_are_single_ids(family):
 def test_answers_end_with_the_id_of_the_stop_token(family, name):
     tokenizer = tiny_tokenizer(family)
     template = TEMPLATES[family if name == "own" else "plain"]
-    ids, taught = Encoder(tokenizer).encode(template.segments(ANSWERED))
-    prompt, _ = Encoder(tokenizer).encode(template.segments(ASK, generation_prompt=True))
+    ids, taught = RowTokenizer(tokenizer).encode(template.segments(ANSWERED))
+    prompt, _ = RowTokenizer(tokenizer).encode(template.segments(ASK, generation_prompt=True))
     assert ids[-1] == template.stop_token_ids(tokenizer)[0] and taught[-1]
     assert list(ids[: len(prompt)]) == list(prompt) and not taught[: len(prompt)].any()
     assert taught[len(prompt) :].all()

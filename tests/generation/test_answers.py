@@ -13,7 +13,7 @@ from _quantized import quantize
 
 from gemma_keras_tune.adapters.lora import enable_lora, lora_disabled, lora_linears, merge_lora
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.gemma.encoding import Encoder
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import TEMPLATES, Segment, TextTemplate, attach_template
 from gemma_keras_tune.generation import answers, decoding
 from gemma_keras_tune.generation.answers import (
@@ -50,7 +50,7 @@ def ids(model, rows, **kwargs):
 
 def assert_like_stock(model, monkeypatch, lengths):
     monkeypatch.setattr(answers, "SHORT_CHUNK", 8)
-    monkeypatch.setattr(decoding, "LEAST_ROOM", 0)
+    monkeypatch.setattr(decoding, "MIN_ROOM", 0)
     rows = rows_of_lengths(*lengths)
     for row, written in zip(rows, ids(model, rows), strict=True):
         np.testing.assert_array_equal(written, stock_ids(model, row))
@@ -199,14 +199,14 @@ def test_what_is_right_ends_at_the_first_wrong_guess_and_at_a_stop():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guesses_save_passes_and_change_nothing(family, monkeypatch, passes):
-    monkeypatch.setattr(decoding, "LEAST_ROOM", 0)
+    monkeypatch.setattr(decoding, "MIN_ROOM", 0)
     model = tiny_model(family)
     period = [70, 81, 92]
     rows = [np.asarray([2, *period * n]) for n in (2, 5, 9)] + rows_of_lengths(4, 17, 30)
     stop = int(ids(model, rows, max_new_tokens=40)[1][25])
     taken = {}
     for count in (0, 3):
-        monkeypatch.setattr(decoding, "MOST_GUESSES", count)
+        monkeypatch.setattr(decoding, "MAX_GUESSES", count)
         answers.programs_of(model).by_key.clear()
         passes.clear()
         taken[count] = generate_ids(
@@ -259,7 +259,7 @@ def test_the_attached_template_is_applied(model, monkeypatch):
         return [(np.zeros(0, "int32"), True)] * len(rows)
 
     monkeypatch.setattr(answers, "generate_ids", spy)
-    attach_template(model, TextTemplate("{input} =>{output}<turn|>"))
+    attach_template(model, TextTemplate("{prompt} =>{response}<turn|>"))
     try:
         assert generate(model, "box") == ""
     finally:
@@ -360,7 +360,7 @@ def test_lora_on_and_off_share_a_program(model):
     assert compiled_programs(tuned) == 1
     np.testing.assert_array_equal(off, ids(model, rows))
     assert not np.array_equal(on, off)
-    assert all(linear.layer.lora_enabled for linear in lora_linears(tuned))
+    assert all(linear.layer.lora_on for linear in lora_linears(tuned))
 
 
 @pytest.mark.slow
@@ -419,11 +419,11 @@ def test_real_model_writes_as_kerashub():
         "Once upon a time there was a small village by the sea. In it lived a fisherman who",
         "1, 2, 3, 4,",
     ]
-    encoder = Encoder(model.preprocessor.tokenizer)
+    encoder = RowTokenizer(model.preprocessor.tokenizer)
     rows = [encoder.encode([Segment(prompt, False)])[0] for prompt in prompts]
     for row, written in zip(rows, ids(model, rows, max_new_tokens=24), strict=True):
         np.testing.assert_array_equal(written, stock_ids(model, row, new_tokens=24))
-    answer = generate(model, prompts[3], max_new_tokens=6, template="{input}{output}")
+    answer = generate(model, prompts[3], max_new_tokens=6, template="{prompt}{response}")
     assert "5" in answer
 
 

@@ -520,7 +520,7 @@ def test_local_preset(model, preset):
 
 def test_local_preset_brings_its_template(model, preset, tmp_path):
     folder = copy_of(preset, tmp_path / "tuned")
-    write_template(folder, get_template("Q: {input}\nA: {output}", model))
+    write_template(folder, get_template("Q: {prompt}\nA: {response}", model))
     assert template_of(load(folder)).stop_token == "<eos>"
     with pytest.warns(UserWarning, match="its template is left out"):
         write_template(folder, get_template(lambda messages: "x", model))
@@ -827,7 +827,7 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
 @pytest.mark.parametrize("scheme", ["hf", "kaggle"])
 def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, monkeypatch):
     tuned = load(preset)
-    attach_template(tuned, get_template("Q: {input}\nA: {output}", tuned))
+    attach_template(tuned, get_template("Q: {prompt}\nA: {response}", tuned))
     write_record(tuned, tmp_path)
     here = str(tmp_path)
     client = types.SimpleNamespace(
@@ -841,7 +841,7 @@ def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, mo
     stock = owner.from_preset
     monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
     found = template_of(load(f"{scheme}://someone/tiny"))
-    assert found is not None and found.text == "Q: {input}\nA: {output}"
+    assert found is not None and found.text == "Q: {prompt}\nA: {response}"
 
 
 @pytest.mark.slow

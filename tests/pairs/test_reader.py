@@ -50,12 +50,12 @@ def shared(path):
 
 
 def texts(source, **options):
-    """The (input, output) texts of a source without problems."""
+    """The (prompt, response) texts of a source without problems."""
     source = read_pairs(source, **options)
     pairs = list(source)
     source.raise_for_problems()
     assert [pair.row for pair in pairs] == list(range(1, len(pairs) + 1))
-    return [(pair.input, pair.output) for pair in pairs]
+    return [(pair.prompt, pair.response) for pair in pairs]
 
 
 def problems(source, **options):
@@ -271,15 +271,15 @@ def test_the_guide_shows_the_table_of_schemas():
 
 def test_own_column_names():
     rows = [{"text": "a", "emoji": "b", "prompt": "no", "response": "no", "rules": "s"}]
-    names = {"input_column": "text", "output_column": "emoji"}
+    names = {"prompt_column": "text", "response_column": "emoji"}
     assert texts(rows, **names) == [("a", "b")]
     assert texts(pd.DataFrame(rows), **names) == [("a", "b")]
     (pair,) = read_pairs(rows, **names, system_column="rules")
     assert [m.role for m in pair.messages] == ["system", "user", "assistant"]
     (pair,) = read_pairs(rows, system_column="rules")
-    assert pair.messages[0].content == "s" and pair.input == "no"
+    assert pair.messages[0].content == "s" and pair.prompt == "no"
     chat = [{"chat": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    assert texts(chat, input_column="chat") == [("a", "b")]
+    assert texts(chat, prompt_column="chat") == [("a", "b")]
 
 
 CHAT = [
@@ -354,15 +354,15 @@ def test_structured_answers_are_written_as_json(tmp_path):
     numbers = [("a", {"n": np.int64(3), "v": np.array([1.5, 2.0])})]
     assert texts(numbers) == [("a", '{"n": 3, "v": [1.5, 2.0]}')]
     not_a_number, not_json = problems([("a", {"n": float("nan")}), ("a", {"n": {1, 2}})])
-    assert not_a_number.startswith("row 1: the output cannot be written as JSON: Out of range")
-    assert not_json == "row 2: the output cannot be written as JSON: it holds a set"
+    assert not_a_number.startswith("row 1: the response cannot be written as JSON: Out of range")
+    assert not_json == "row 2: the response cannot be written as JSON: it holds a set"
 
 
 @pytest.mark.slow
 def test_real_data():
     assert len(texts(shared("gsm8k/train.jsonl"))) == 7473
     assert len(texts(shared("gsm8k"), split="test")) == 1319
-    emoji = texts(shared("emoji/text_to_emoji.csv"), input_column="text", output_column="emoji")
+    emoji = texts(shared("emoji/text_to_emoji.csv"), prompt_column="text", response_column="emoji")
     assert len(emoji) == 2529 and emoji[0] == ("3D printing a new creation", "🖨️💡✨🔧")
     emails = texts(shared("business_email"))
     assert len(emails) == 8
@@ -389,29 +389,29 @@ def test_all_problems_are_reported_at_once_with_their_rows():
         {"prompt": ["a"], "response": "b"},
     ]
     source = read_pairs(rows)
-    assert [(pair.input, pair.row) for pair in source] == [("fine", 1), ("a", 8)]
+    assert [(pair.prompt, pair.row) for pair in source] == [("fine", 1), ("a", 8)]
     with pytest.raises(PairsError) as caught:
         source.raise_for_problems()
     assert caught.value.problems == (
-        "row 2: the input is empty",
-        "row 2: the output is missing (its value is None)",
+        "row 2: the prompt is empty",
+        "row 2: the response is missing (its value is None)",
         "row 3: `prompt` must be text, got an int: 1",
         "row 3: `response` is missing (its value is nan)",
         "row 4: `prompt` is not UTF-8: byte 0xff at byte 1",
         "row 4: `response` is empty",
         "row 5: no known schema has the keys 'text', 'label'",
-        "row 6: a str, expected (input, output) or a dictionary: 'zzz'",
-        "row 7: a tuple of 3, expected (input, output)",
+        "row 6: a str, expected (prompt, response) or a dictionary: 'zzz'",
+        "row 7: a tuple of 3, expected (prompt, response)",
         "row 9: `response` is missing (keys: 'prompt')",
-        "row 10: the input holds half a surrogate pair at character 6",
-        "row 10: the output is missing (its value is <NA>)",
+        "row 10: the prompt holds half a surrogate pair at character 6",
+        "row 10: the response is missing (its value is <NA>)",
         "row 11: the row is empty",
-        "row 12: a NoneType, expected (input, output) or a dictionary: None",
+        "row 12: a NoneType, expected (prompt, response) or a dictionary: None",
         "row 13: `prompt` must be text, got a list: ['a']",
     )
     message = str(caught.value)
     assert message.startswith("The list: 11 rows cannot be trained on.\n  - row 2: ")
-    assert known_schemas() in message and "input_column=…" in message
+    assert known_schemas() in message and "prompt_column=…" in message
 
 
 def test_unknown_and_ambiguous_keys():
@@ -424,7 +424,7 @@ def test_unknown_and_ambiguous_keys():
     message = error(pd.DataFrame([{"text": "a", "label": "b"}]))
     assert message.startswith("The columns of the DataFrame make no pair.\n  - no known schema has")
     assert known_schemas() in message
-    message = error([{"text": "a", "emoji": "b"}], input_column="txt", output_column="emoji")
+    message = error([{"text": "a", "emoji": "b"}], prompt_column="txt", response_column="emoji")
     assert "row 1: `txt` is missing (keys: 'text', 'emoji'); did you mean 'text'?" in message
     assert "more than one column named 'prompt'" in error(
         pd.DataFrame([["a", "b", "c"]], columns=["prompt", "response", "prompt"])
@@ -495,7 +495,7 @@ def test_json_lines_problems_name_row_and_line(tmp_path):
         b'{"prompt": "e", "response": "f"}'
     )
     source = read_pairs(path)
-    assert [(p.input, p.row, p.line) for p in source] == [("a", 1, 1), ("c", 5, 6), ("e", 7, 8)]
+    assert [(p.prompt, p.row, p.line) for p in source] == [("a", 1, 1), ("c", 5, 6), ("e", 7, 8)]
     assert [str(problem) for problem in source.problems] == [
         "row 2 (line 3): broken JSON at column 30: Expecting value",
         "row 3 (line 4): byte 0xe9 is not UTF-8 (byte 13 of the line)",
@@ -511,7 +511,7 @@ def test_json_array_problems_name_row_and_line(tmp_path):
         b'  {"prompt": "c"\n   "response": "d"},\n  {"prompt": "e", "response": "f"}\n]'
     )
     source = read_pairs(path)
-    assert [(pair.input, pair.row, pair.line) for pair in source] == [("a", 1, 2)]
+    assert [(pair.prompt, pair.row, pair.line) for pair in source] == [("a", 1, 2)]
     assert [str(problem) for problem in source.problems] == [
         "row 2 (line 4): `prompt` is not UTF-8: byte 0xe9 at character 1",
         "row 3 (line 5): broken JSON in line 6: Expecting ',' delimiter; the rest cannot be read",
@@ -544,7 +544,7 @@ def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
     path = write_json(tmp_path / "rows.json", dicts(rows), indent=indent, ensure_ascii=False)
     source = read_pairs(path)
     found = list(source)
-    assert [(pair.input, pair.output) for pair in found] == rows
+    assert [(pair.prompt, pair.response) for pair in found] == rows
     per_row = {None: 0, 0: 4, 2: 4}[indent]
     assert [pair.line for pair in found] == [
         1 + (indent is not None) + per_row * i for i in range(len(rows))
@@ -556,7 +556,7 @@ def test_a_number_is_not_cut_at_the_end_of_a_chunk(chunk, tmp_path, monkeypatch)
     monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", chunk)
     (tmp_path / "rows.json").write_text("[1234567]")
     assert problems(tmp_path / "rows.json") == [
-        "row 1 (line 1): an int, expected (input, output) or a dictionary: 1234567"
+        "row 1 (line 1): an int, expected (prompt, response) or a dictionary: 1234567"
     ]
 
 
@@ -576,7 +576,7 @@ def test_csv_lines_are_counted_through_quoted_newlines(tmp_path):
         b"s,t\r\n"
     )
     source = read_pairs(path)
-    assert [(p.input, p.row, p.line) for p in source] == [("a\nb\nc", 1, 2), ("o", 7, 12)]
+    assert [(p.prompt, p.row, p.line) for p in source] == [("a\nb\nc", 1, 2), ("o", 7, 12)]
     assert [str(problem) for problem in source.problems] == [
         "row 2 (line 6): 1 field, but the first line names 2 columns",
         "row 3 (line 7): `response` is empty",
@@ -637,7 +637,7 @@ def test_every_broken_file_of_a_folder_is_named(tmp_path):
     assert found[1].startswith("row 4 (record_4.json): the file is not JSON")
     assert found[2] == "row 5 (record_5.json): the file is not UTF-8: byte 0xff in line 1"
     source = read_pairs(folder, on_error="skip")
-    assert [pair.input for pair in source] == ["a", "d"]
+    assert [pair.prompt for pair in source] == ["a", "d"]
     with pytest.warns(PairsWarning, match="3 of 5 rows are left out"):
         source.raise_for_problems()
     # How many rows such a file held, nobody knows.
@@ -737,11 +737,11 @@ def test_columns_of_different_length():
 
 
 def test_wrong_arguments():
-    message = error(PAIRS, output_column="x", limit=0, on_error="ignore")
-    assert "`output_column` needs `input_column`" in message
+    message = error(PAIRS, response_column="x", limit=0, on_error="ignore")
+    assert "`response_column` needs `prompt_column`" in message
     assert "`limit` must be an integer of at least 1. Received: 0" in message
     assert "`on_error` must be 'raise' or 'skip'. Received: 'ignore'" in message
-    message = error(PAIRS, input_column=["a"], output_column=3, system_column=b"s")
+    message = error(PAIRS, prompt_column=["a"], response_column=3, system_column=b"s")
     assert message.count("must be a name, a string") == 3
     with pytest.raises(PairsError, match="have been opened already"):
         read_pairs(read_pairs(PAIRS), limit=3)
@@ -766,7 +766,7 @@ def test_a_source_can_be_read_again_and_its_problems_are_of_the_latest_reading()
         assert len(list(source)) == 1
         assert len(source.problems) == 1
     rows[1] = ("now", "fine")
-    with pytest.raises(PairsError, match="row 2: the input is empty"):
+    with pytest.raises(PairsError, match="row 2: the prompt is empty"):
         source.raise_for_problems()  # Reports the reading above, and does not read again.
     assert len(list(source)) == 2
     source.raise_for_problems()
@@ -799,8 +799,8 @@ def test_rows_are_left_out_only_when_asked_and_then_listed():
         source.raise_for_problems()
     assert str(caught[0].message) == (
         "The list: 2 of 4 rows are left out.\n"
-        "  - row 2: the input is empty\n"
-        "  - row 3: the output is missing (its value is None)"
+        "  - row 2: the prompt is empty\n"
+        "  - row 3: the response is missing (its value is None)"
     )
     assert caught[0].filename == __file__
     assert [problem.row for problem in source.skipped] == [2, 3]
@@ -946,7 +946,7 @@ def test_a_split_leaks_no_prompt_and_loses_no_row(prompts, fraction, seed):
         return
     training, validation = split_pairs(rows, fraction, seed=seed)
     assert sorted(pair.row for pair in [*training, *validation]) == list(range(1, len(rows) + 1))
-    assert not {pair.input for pair in training} & {pair.input for pair in validation}
+    assert not {pair.prompt for pair in training} & {pair.prompt for pair in validation}
     assert len(training) and len(validation)
     again = split_pairs(rows, fraction, seed=seed)
     assert [list(side) for side in again] == [list(training), list(validation)]
@@ -986,7 +986,7 @@ def test_a_split_takes_few_bytes_of_memory(tmp_path):
 
 def test_a_split_reports_problems(tmp_path):
     rows = [("a", "b"), ("", "c"), ("d", "e"), ("f", "g")]
-    with pytest.raises(PairsError, match="row 2: the input is empty"):
+    with pytest.raises(PairsError, match="row 2: the prompt is empty"):
         split_pairs(rows)
     path = write_lines(tmp_path / "rows.jsonl", dicts(rows))
     with pytest.warns(PairsWarning):

@@ -26,7 +26,7 @@ from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.pipeline import make_batcher, tokenize_pairs
 
 GENERATIONS = ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4 moe"]
-PLAIN = "{input}\n{output}"
+PLAIN = "{prompt}\n{response}"
 
 
 def tiny(name, **sizes):
@@ -132,7 +132,7 @@ def accumulated():
     for rows, steps in ((8, 1), (1, 8)):
         result = gkt.tune(
             tiny("gemma3"), pairs, template=PLAIN, rank=2, epochs=6, learning_rate=5e-3,
-            warmup_updates=2, batch_size=rows, gradient_accumulation_steps=steps,
+            warmup_steps=2, batch_size=rows, gradient_accumulation_steps=steps,
             sequence_length=40, verbose=0, compilation_cache=False,
         )  # fmt: skip
         factors = [get_factors(n)[1].ravel() for n in lora_linears(result.model)]
@@ -158,10 +158,10 @@ def test_the_learning_rates_told_are_those_of_the_updates(accumulated):
 
 
 def test_the_schedule_of_accumulated_batches_is_saved_with_the_optimizer():
-    optimizer = gkt.make_optimizer(1.0, updates=10, warmup_updates=2, gradient_accumulation_steps=4)
+    optimizer = gkt.make_optimizer(1.0, updates=10, warmup_steps=2, gradient_accumulation_steps=4)
     config = keras.optimizers.serialize(optimizer)
     again = keras.optimizers.deserialize(config)
-    plain = gkt.make_optimizer(1.0, updates=10, warmup_updates=2)
+    plain = gkt.make_optimizer(1.0, updates=10, warmup_steps=2)
     assert again.get_config()["learning_rate"] == optimizer.get_config()["learning_rate"]
     schedules = [
         keras.optimizers.schedules.deserialize(o.get_config()["learning_rate"])
@@ -199,11 +199,11 @@ def test_half_precision_floatx_is_refused():
 @pytest.mark.parametrize(("updates", "warmup"), [(0, 0), (5, 5), (3, 9)])
 def test_an_optimizer_without_updates_is_refused(updates, warmup):
     with pytest.raises(gkt.PlanError, match="train nothing"):
-        gkt.make_optimizer(1e-3, updates=updates, warmup_updates=warmup)
+        gkt.make_optimizer(1e-3, updates=updates, warmup_steps=warmup)
 
 
 def test_the_schedule_warms_up_and_falls_to_a_tenth():
-    optimizer = gkt.make_optimizer(1.0, updates=100, warmup_updates=10)
+    optimizer = gkt.make_optimizer(1.0, updates=100, warmup_steps=10)
     rate = [float(optimizer._learning_rate(step)) for step in (0, 10, 55, 100)]
     assert rate[0] < 0.2
     assert rate[1] == pytest.approx(1.0)
@@ -234,7 +234,7 @@ def test_tune_learns_by_heart_and_generate_says_it(generation):
 
 @pytest.mark.slow
 def test_tune_resolves_prints_and_repeats_a_plan(capsys):
-    chosen = dict(targets="attention", rank_stabilized=True, alpha=3, seed=5)
+    chosen = dict(target_modules="attention", use_rslora=True, alpha=3, seed=5)
     result = gkt.tune(
         tiny("gemma3"), testing.tiny_pairs(20), template=PLAIN, compilation_cache=False, **chosen
     )
@@ -461,15 +461,15 @@ def test_bad_settings_are_reported_together():
 def test_other_lora_than_the_one_that_is_on_is_refused():
     model = tiny("gemma3")
     gkt.enable_lora(model, 2, alpha=4, verbose=0)
-    other = dict(rank=4, alpha=8, targets="attention", rank_stabilized=True)
+    other = dict(rank=4, alpha=8, target_modules="attention", use_rslora=True)
     with pytest.raises(gkt.LoraError, match=r"LoRA rank 2, alpha 4 ") as caught:
         gkt.tune(model, testing.tiny_pairs(4), verbose=0, **other)
-    names = ", ".join(gkt.lora_config(model).targets)
+    names = ", ".join(gkt.lora_config(model).target_modules)
     assert caught.value.problems == (
         "`rank`: the model has 2. Received: 4",
         "`alpha`: the model has 4. Received: 8",
-        f"`targets`: the model has {names}. Received: 'attention'",
-        "`rank_stabilized`: the model has False. Received: True",
+        f"`target_modules`: the model has {names}. Received: 'attention'",
+        "`use_rslora`: the model has False. Received: True",
     )
 
 
@@ -484,10 +484,12 @@ def test_full_tuning_refuses_lora(stock):
 @pytest.mark.slow
 def test_tuning_further_goes_on_with_the_lora_that_is_on(capsys):
     model = tiny("gemma3")
-    gkt.enable_lora(model, 2, alpha=4, targets="attention", verbose=0)
-    result = gkt.tune(model, testing.tiny_pairs(4), epochs=1, template=PLAIN, targets="attention")
+    gkt.enable_lora(model, 2, alpha=4, target_modules="attention", verbose=0)
+    result = gkt.tune(
+        model, testing.tiny_pairs(4), epochs=1, template=PLAIN, target_modules="attention"
+    )
     assert (result.plan.rank, result.plan.alpha) == (2, 4)
-    assert result.plan.targets == gkt.lora_config(model).targets
+    assert result.plan.target_modules == gkt.lora_config(model).target_modules
     assert "Going on with the LoRA that is on this model: LoRA rank 2" in capsys.readouterr().out
 
 
@@ -498,7 +500,7 @@ def test_a_plan_that_is_all_warm_up_is_refused():
             testing.tiny_pairs(4),
             epochs=1,
             batch_size=4,
-            warmup_updates=1,
+            warmup_steps=1,
             verbose=0,
         )
 

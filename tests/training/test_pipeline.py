@@ -22,7 +22,7 @@ from gemma_keras_tune.training.pipeline import (
     tokenize_pairs,
 )
 
-PLAIN = "{input}\n{output}"
+PLAIN = "{prompt}\n{response}"
 BYTES_A_ROW = 100
 
 
@@ -212,20 +212,20 @@ def test_problems_of_training_and_validation_pairs_are_reported_at_once(model):
             sequence_length=20,
         )
     assert caught.value.problems == (
-        "training, row 2: the input is empty",
-        "validation, row 2: the output is missing (its value is None)",
+        "training, row 2: the prompt is empty",
+        "validation, row 2: the response is missing (its value is None)",
         "validation, row 1: 63 tokens",
     )
     rows = [("a", "b"), ("", "x"), ("q" * 60, "y")]
     with pytest.raises(gkt.PairsError) as split:
         gkt.tune(model, rows, validation_split=0.5, template=PLAIN, sequence_length=20)
-    assert split.value.problems == ("row 2: the input is empty", "row 3: 63 tokens")
+    assert split.value.problems == ("row 2: the prompt is empty", "row 3: 63 tokens")
     assert caught.value.headline.startswith("Training: The list: 1 row cannot be trained on. Valid")
 
 
 def test_columns_of_pairs_that_are_open_already_are_refused(model):
     opened = gkt.read_pairs({"prompt": ["a"], "response": ["b"]})
-    names = {"input_column": "text", "output_column": "label"}
+    names = {"prompt_column": "text", "response_column": "label"}
     for validation in (None, opened):
         with pytest.raises(gkt.PairsError, match="have been opened already"):
             gkt.tune(model, opened, validation_data=validation, verbose=0, **names)
@@ -261,21 +261,21 @@ def test_warnings_say_whether_training_or_validation_pairs_are_meant(model):
 
 def test_own_column_names_are_taken_at_every_step(model):
     frame = {"text": ["a", "b"], "label": ["yes", "no"], "rules": ["r", "s"]}
-    names = {"input_column": "text", "output_column": "label", "system_column": "rules"}
+    names = {"prompt_column": "text", "response_column": "label", "system_column": "rules"}
     shown = gkt.preview(frame, model, template=PLAIN, **names)
     assert "".join(shown.rows[0].pieces) == "<bos>r\n\na\nyes<eos>"
     dataset = gkt.make_dataset(frame, model, template=PLAIN, shuffle=False, **names)
     assert int(dataset.cardinality()) == 1
     for step, args in ((gkt.make_dataset, (frame, model)), (gkt.preview, (frame, model)),
                        (gkt.tune, (model, frame))):  # fmt: skip
-        with pytest.raises(gkt.PairsError, match="`input_column` must be a name, a string"):
-            step(*args, input_column=["text"])
+        with pytest.raises(gkt.PairsError, match="`prompt_column` must be a name, a string"):
+            step(*args, prompt_column=["text"])
 
 
 def test_make_dataset_attaches_its_template():
     model = testing.tiny_model()
-    gkt.make_dataset(testing.tiny_pairs(2), model, template="Q: {input}\nA: {output}")
-    assert gkt.template_of(model) == gkt.get_template("Q: {input}\nA: {output}", model)
+    gkt.make_dataset(testing.tiny_pairs(2), model, template="Q: {prompt}\nA: {response}")
+    assert gkt.template_of(model) == gkt.get_template("Q: {prompt}\nA: {response}", model)
     assert gkt.get_template("auto", model) == gkt.template_of(model)
 
 

@@ -17,7 +17,7 @@ from gemma_keras_tune.training.planning import (
     template_setting,
 )
 
-PLAIN = "{input}\n{output}"
+PLAIN = "{prompt}\n{response}"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_the_rank_that_is_chosen_fits_every_layer(family):
 
 def test_arguments_of_a_wrong_type_are_reported_together_before_the_model_is_opened():
     wrong = dict(
-        seed=-1, targets=5, callbacks=None, alpha="high", epochs=True, overlong="cut",
-        validation_split=1.0, early_stopping=0, rank_stabilized=1, method="dora",
+        seed=-1, target_modules=5, callbacks=None, alpha="high", epochs=True, overlong="cut",
+        validation_split=1.0, early_stopping=0, use_rslora=1, method="dora",
         optimizer="adam", plan={"epochs": 3},
     )  # fmt: skip
     problems = refused(**wrong).problems
@@ -70,7 +70,7 @@ def test_numbers_of_numpy_are_numbers(model):
 
 
 def test_names_of_targets_may_come_from_any_iterable():
-    assert check_settings({"targets": iter(["q_proj", "v_proj"])})["targets"] == (
+    assert check_settings({"target_modules": iter(["q_proj", "v_proj"])})["target_modules"] == (
         "q_proj",
         "v_proj",
     )
@@ -91,7 +91,7 @@ def test_a_template_is_kept_by_name_or_text_where_it_has_one(model):
 
 def test_a_plan_takes_its_own_settings_back(model):
     plan = plan_settings(
-        model, 30, 20, rank=4, targets=["q_proj"], rank_stabilized=True, template=PLAIN,
+        model, 30, 20, rank=4, target_modules=["q_proj"], use_rslora=True, template=PLAIN,
         overlong="drop", sequence_length=64, validation_split=0.2, early_stopping=3, seed=7,
     )  # fmt: skip
     assert plan_settings(model, 30, 20, **plan.settings()) == plan
@@ -99,15 +99,17 @@ def test_a_plan_takes_its_own_settings_back(model):
 
 
 def test_settings_that_contradict_the_plan_are_refused_together(model):
-    plan = plan_settings(model, 30, 20, rank=4, targets="attention", epochs=2, template=PLAIN)
+    plan = plan_settings(
+        model, 30, 20, rank=4, target_modules="attention", epochs=2, template=PLAIN
+    )
     error = refused(
-        plan=plan, rank=4, epochs=3, targets="all", template="plain", learning_rate=1.0,
+        plan=plan, rank=4, epochs=3, target_modules="all", template="plain", learning_rate=1.0,
         optimizer=keras.optimizers.SGD(1.0),
     )  # fmt: skip
     assert {problem.split("`")[1] for problem in error.problems} == {
-        "epochs", "targets", "template", "learning_rate", "optimizer", "weight_decay",
-        "warmup_updates",
-    } - {"warmup_updates" if plan.warmup_updates == 0 else ""}  # fmt: skip
+        "epochs", "target_modules", "template", "learning_rate", "optimizer", "weight_decay",
+        "warmup_steps",
+    } - {"warmup_steps" if plan.warmup_steps == 0 else ""}  # fmt: skip
     assert "`epochs`: the plan has 2. Received: 3" in error.problems
 
 

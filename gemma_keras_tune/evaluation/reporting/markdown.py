@@ -6,7 +6,7 @@ from gemma_keras_tune.evaluation.reporting import repeating, tallies, texts
 from gemma_keras_tune.evaluation.reporting.pictures import percent
 from gemma_keras_tune.evaluation.results import CaseResult, Report
 
-MOST_FAILING = 50
+MAX_FAILING = 50
 LONGEST = 600
 
 
@@ -28,7 +28,7 @@ def render(report: Report) -> str:
         parts.append(f"**What was forgotten?** {report.retention.words}")
     leaked = [found for found in report.cases if found.leak]
     if leaked:
-        listed = ", ".join(_code(found.case.id) for found in leaked[:MOST_FAILING])
+        listed = ", ".join(_code(found.case.id) for found in leaked[:MAX_FAILING])
         parts.append(f"**Trained on, and scored apart:** {listed}")
     parts += _failing(report)
     if report.tuning:
@@ -64,9 +64,9 @@ def _failing(report: Report) -> list[str]:
     if not failing:
         return []
     parts = [f"## Failing cases ({len(failing)})"]
-    parts += [_case(found) for found in failing[:MOST_FAILING]]
-    if len(failing) > MOST_FAILING:
-        parts.append(f"… and {len(failing) - MOST_FAILING} more, which the JSON has.")
+    parts += [_case(found) for found in failing[:MAX_FAILING]]
+    if len(failing) > MAX_FAILING:
+        parts.append(f"… and {len(failing) - MAX_FAILING} more, which the JSON has.")
     return parts
 
 

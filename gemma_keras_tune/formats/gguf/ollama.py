@@ -111,7 +111,7 @@ def go_template(template: Template) -> str:
     if isinstance(template, FunctionTemplate):
         raise ExportError(
             f"The template is the Python function {template.name}, which Ollama cannot run.",
-            next_step="Tune with a template string such as '{input}\\n{output}', or serve the "
+            next_step="Tune with a template string such as '{prompt}\\n{response}', or serve the "
             "GGUF file with the prompts written out.",
         )
     user, system = _Message("user", _PROMPT), _Message("system", _SYSTEM)

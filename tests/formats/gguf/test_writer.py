@@ -259,7 +259,7 @@ def test_lora_is_merged(tmp_path):
 
 def test_the_template_goes_along(tmp_path):
     tuned = tiny_model("gemma3")
-    template = get_template("Q: {input}\nA: {output}", tuned)
+    template = get_template("Q: {prompt}\nA: {response}", tuned)
     attach_template(tuned, template)
     path = export(tuned, tmp_path)
     assert template_of(load(path)) == template
@@ -521,7 +521,7 @@ def test_llama_cpp_applies_the_adapter(family, tmp_path):
     pytest.importorskip("xllamacpp")
     tuned = tiny_model(family)
     base = export(tuned, tmp_path, dtype="float32")
-    train_a_little(tuned, rank_stabilized=True, alpha=3.0)
+    train_a_little(tuned, use_rslora=True, alpha=3.0)
     gguf_adapter.write(tuned, tmp_path)
     runtime = llama_cpp.open_runtime(base, adapter=tmp_path / gguf_adapter.FILE_NAME)
     try:
@@ -570,7 +570,7 @@ def test_real_model(tmp_path):
         "The capital of France is",
         "def add(a, b):\n    return",
     ]
-    template = get_template("{input}{output}", original)
+    template = get_template("{prompt}{response}", original)
     expected = generate(original, prompts, template=template, max_new_tokens=16)
     runtime = llama_cpp.open_runtime(path)
     try:
@@ -673,8 +673,8 @@ def go(template, *, system="", prompt="", response=None):
 TEMPLATE_SPECS = [
     TEMPLATES["gemma3"],
     TEMPLATES["plain"],
-    "Q: {input}\nA: {output}",
-    'System: {system}\nUser "it": {input}\n{{"answer"}}: {output}<end_of_turn>\n---\n',
+    "Q: {prompt}\nA: {response}",
+    'System: {system}\nUser "it": {prompt}\n{{"answer"}}: {response}<end_of_turn>\n---\n',
 ]
 
 

@@ -33,7 +33,7 @@ MODELS = {
 
 def tuned(name, **sizes):
     model = testing.tiny_model(name.partition(" ")[0], **{**MODELS[name], **sizes})
-    gkt.enable_lora(model, rank=2, targets="all")
+    gkt.enable_lora(model, rank=2, target_modules="all")
     draw = np.random.default_rng(0)
     for linear in lora_linears(model):
         a, b, _ = get_factors(linear)
