@@ -1,6 +1,6 @@
 """Tiny Gemma models, tokenizers and pairs, for fast tests without downloads.
 
-Every generation's real KerasHub classes are used; only the sizes are small and the weights are
+Every family's real KerasHub classes are used; only the sizes are small and the weights are
 random. A tuned tiny model learns its pairs by heart, but says nothing sensible about anything else.
 """
 
@@ -135,7 +135,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def tiny_tokenizer_proto() -> bytes:
-    """A SentencePiece model of 600 pieces with the special tokens of every Gemma generation.
+    """A SentencePiece model of 600 pieces with the special tokens of every Gemma family.
 
     Built like Gemma's own: BPE with byte fallback, no normalisation, no dummy prefix, and
     `<pad>`, `<eos>`, `<bos>`, `<unk>` at ids 0 to 3.
@@ -207,7 +207,7 @@ def tiny_model(
     sequence_length: int = 64,
     **overrides: Any,
 ) -> keras.Model:
-    """A random KerasHub `CausalLM` of a Gemma generation, a few thousand parameters large.
+    """A random KerasHub `CausalLM` of a Gemma family, a few thousand parameters large.
 
     Args:
         family: One of `FAMILIES`.

@@ -41,10 +41,10 @@ def base_record(model: keras.Model) -> dict[str, Any]:
 
 
 def write_record(model: keras.Model, folder: pathlib.Path) -> None:
-    """Write this library's record: generation, base fingerprint, template and stop tokens."""
+    """Write this library's record: family, base fingerprint, template and stop tokens."""
     template = template_of(model)
     entries: dict[str, Any] = {
-        "generation": family_of(model).name,
+        "family": family_of(model).name,
         **base_record(model),
     }
     instruct = is_instruct(model)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA) on every Gemma generation, in the factorisation the field shares.
+"""Low-rank adaptation (LoRA) on every Gemma family, in the factorisation the field shares.
 
 LoRA (Hu et al., 2021, arXiv:2106.09685) adds `scale * x A B` to a frozen linear layer. Keras has
 LoRA on `EinsumDense`, but splits the kernel so that on a query kernel `[heads, width, head_dim]`
@@ -98,11 +98,11 @@ def enable_lora(
     not change until it is trained. The vision and audio towers are left alone.
 
     Args:
-        model: A KerasHub Gemma `CausalLM` of any generation.
+        model: A KerasHub Gemma `CausalLM` of any family.
         rank: Inner size of the factors, at least 1. At most the smaller side of every kernel.
         alpha: The update is scaled by `alpha / rank`. Defaults to `rank`, a scale of 1.
-        target_modules: `"all"` linear layers of attention and feed-forward, `"attention"` alone, or names
-            as Hugging Face (`"q_proj"`) or KerasHub (`"query"`) spell them.
+        target_modules: `"all"` linear layers of attention and feed-forward, `"attention"` alone, or
+            names as Hugging Face (`"q_proj"`) or KerasHub (`"query"`) spell them.
         use_rslora: Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732).
         seed: Seed of the initial `A`.
         verbose: 0 prints nothing, 1 prints what is trainable.
@@ -390,7 +390,8 @@ def _select(linears: tuple[Linear, ...], target_modules: TargetModules) -> tuple
 
 
 def _known(known: set[str]) -> str:
-    return f"Known target_modules of this model: 'all', 'attention', {', '.join(map(repr, sorted(known)))}."
+    names = ", ".join(map(repr, sorted(known)))
+    return f"Known target modules of this model: 'all', 'attention', {names}."
 
 
 def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
@@ -421,7 +422,7 @@ def _matrix_shape(linear: Linear) -> tuple[int, int]:
 
 
 def largest_rank(model: keras.Model, target_modules: Iterable[str] = ALL_TARGETS) -> int:
-    """The largest rank that every linear layer of some target_modules can carry: its smaller side."""
+    """The largest rank that every linear layer of these modules can carry: its smaller side."""
     wanted = set(target_modules)
     linears = (n for n in family_of(model).linears(model) if n.target in wanted)
     return min(min(_matrix_shape(linear)) for linear in linears)

@@ -56,7 +56,7 @@ def load_adapter(
             library for JAX trains.
         name: What to call it. An adapter of that name is replaced.
         check_base: Whether other weights than those of the adapter's base are refused. Without it
-            the generation and every shape must still fit.
+            the family and every shape must still fit.
 
     Returns:
         The adapter's `LoraConfig`.
@@ -108,7 +108,7 @@ def _template(folder: pathlib.Path) -> Template | None:
 
 def _wrong_generation(model: keras.Model, record: Mapping[str, Any]) -> list[str]:
     name = family_of(model).name
-    there = record.get("generation", name)
+    there = record.get("family", name)
     return [] if there == name else [f"it was trained on {there}, this is {name}"]
 
 

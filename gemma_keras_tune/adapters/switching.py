@@ -123,8 +123,8 @@ def adapter_config(model: keras.Model) -> LoraConfig | None:
         model: A model.
 
     Returns:
-        Its own rank, alpha and target_modules: the LoRA that several adapters share is as wide as the
-        widest. `None` where LoRA is not on the model.
+        Its own rank, alpha and target modules: the LoRA that several adapters share is as wide as
+        the widest. `None` where LoRA is not on the model.
     """
     bank = _bank(model)
     return bank.adapters[bank.active].config if bank else None
@@ -290,8 +290,8 @@ def add_adapter(
     most = largest_rank(model, shared.target_modules)
     if shared.rank > most:
         raise AdapterError(
-            f"Together the adapters need rank {shared.rank} on {', '.join(shared.target_modules)}, and "
-            f"some of these layers can carry {most} at most.",
+            f"Together the adapters need rank {shared.rank} on {', '.join(shared.target_modules)}, "
+            f"and some of these layers can carry {most} at most.",
             next_step="Load it on another copy of the base, or call `remove_adapter` first.",
         )
     if bank is None or not _fits(bank.lora, shared, alone=not others):

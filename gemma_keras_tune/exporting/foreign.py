@@ -140,7 +140,7 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     return opened, found
 
 
-# A model of each generation in the Gemma library for JAX; the sizes come from the checkpoint.
+# A model of each family in the Gemma library for JAX; the sizes come from the checkpoint.
 _PUBLISHED = {
     "gemma2": "Gemma2_2B",
     "gemma3": "Gemma3_1B",
@@ -162,16 +162,16 @@ def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
     with open(os.path.join(asked["path"], "gemma_keras_tune.json"), encoding="utf-8") as file:
         record = json.load(file)
-    generation = record["generation"]
+    family = record["family"]
     params = load(os.path.join(asked["path"], "params"))
     params = jax.tree.map(lambda leaf: leaf.astype("float32"), params)
-    kind = getattr(gm.nn, _PUBLISHED[generation], None)
+    kind = getattr(gm.nn, _PUBLISHED[family], None)
     if kind is None:
-        raise MissingError(f"gemma {gemma.__version__} has no {generation}: pip install -U gemma")
-    configure = {"gemma3n": gemma3n_config, "gemma4": gemma4_config}.get(generation, gemma_config)
-    config = configure(kind.config, generation, record["backbone"], params)
+        raise MissingError(f"gemma {gemma.__version__} has no {family}: pip install -U gemma")
+    configure = {"gemma3n": gemma3n_config, "gemma4": gemma4_config}.get(family, gemma_config)
+    config = configure(kind.config, family, record["backbone"], params)
     model = kind(config=config)
-    tokenizer = getattr(gm.text, f"G{generation[1:]}Tokenizer")(
+    tokenizer = getattr(gm.text, f"G{family[1:]}Tokenizer")(
         os.path.join(asked["path"], "tokenizer.model")
     )
     step = jax.jit(lambda ids: model.apply({"params": params}, ids).logits)
@@ -198,13 +198,13 @@ def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     return f"gemma {gemma.__version__}", found
 
 
-def gemma_config(published: Any, generation: str, given: dict[str, Any], params: Any) -> Any:
+def gemma_config(published: Any, family: str, given: dict[str, Any], params: Any) -> Any:
     """The library's configuration of a model of any size, from that of a published one."""
     import dataclasses
 
-    every = {"gemma2": 2, "gemma3": 6}[generation]
+    every = {"gemma2": 2, "gemma3": 6}[family]
     local, whole = published.attention_types[0], published.attention_types[every - 1]
-    wide = generation == "gemma2"
+    wide = family == "gemma2"
     return dataclasses.replace(
         published,
         num_embed=len(params["embedder"]["input_embedding"]),
@@ -229,11 +229,11 @@ def gemma_config(published: Any, generation: str, given: dict[str, Any], params:
     )
 
 
-def gemma3n_config(published: Any, generation: str, given: dict[str, Any], params: Any) -> Any:
+def gemma3n_config(published: Any, family: str, given: dict[str, Any], params: Any) -> Any:
     """The same for Gemma 3n."""
     import dataclasses
 
-    del generation
+    del family
     layers = given["num_hidden_layers"]
     local, whole = published.attention_types[0], published.attention_types[4]
     kinds = {"sliding_attention": local, "full_attention": whole}
@@ -260,11 +260,11 @@ def gemma3n_config(published: Any, generation: str, given: dict[str, Any], param
     )
 
 
-def gemma4_config(published: Any, generation: str, given: dict[str, Any], params: Any) -> Any:
+def gemma4_config(published: Any, family: str, given: dict[str, Any], params: Any) -> Any:
     """The same for Gemma 4, dense or with experts."""
     import dataclasses
 
-    del generation
+    del family
     local, whole = published.attention_types[0], published.attention_types[4]
     kinds = {"sliding_attention": local, "full_attention": whole}
     width = given["intermediate_dim"]

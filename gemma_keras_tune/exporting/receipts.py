@@ -131,14 +131,14 @@ class Receipt:
         quantization: Of a GGUF file, or `None`.
         compute_dtype: What the model in memory computed the recordings in: a dtype, or the mode in
             which Keras quantized it.
-        generation: Such as `"gemma3"`.
+        family: Such as `"gemma3"`.
         base_fingerprint: Of the base model.
         template: Name of the prompt template.
         stop_tokens: What ends an answer.
         stop_token_ids: Their ids.
-        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`, `target_modules` and
-            `use_rslora`, the `scale` that comes to, and its `strength`, by which that was
-            multiplied; `None` for the base.
+        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`,
+            `target_modules` and `use_rslora`, the `scale` that comes to, and its `strength`, by
+            which that was multiplied; `None` for the base.
         packages: Versions by package.
         files: All files, but for the receipt.
         recordings: Empty where the model was not run.
@@ -151,7 +151,7 @@ class Receipt:
     dtype: str
     quantization: str | None
     compute_dtype: str
-    generation: str
+    family: str
     base_fingerprint: str
     template: str
     stop_tokens: tuple[str, ...]
@@ -209,7 +209,7 @@ def write_receipt(
         dtype=dtype,
         quantization=quantization,
         compute_dtype=_computed_in(model),
-        generation=family_of(model).name,
+        family=family_of(model).name,
         base_fingerprint=fingerprint(model),
         template=template.name,
         stop_tokens=tuple(template.stop_tokens),
@@ -534,7 +534,7 @@ def _receipt(reader: _Reader, data: Any) -> Receipt:
         dtype=text(get("dtype"), "dtype"),
         quantization=None if quantization is None else text(quantization, "quantization"),
         compute_dtype=text(get("compute_dtype"), "compute_dtype"),
-        generation=text(get("generation"), "generation"),
+        family=text(get("family"), "family"),
         base_fingerprint=text(get("base_fingerprint"), "base_fingerprint"),
         template=text(get("template"), "template"),
         stop_tokens=reader.many(text, get("stop_tokens"), "stop_tokens"),

@@ -261,9 +261,9 @@ def _unusable(error: GemmaTuneError) -> WrongBaseError:
 
 
 def _check_generation(found: str, receipt: Receipt) -> None:
-    if found != receipt.generation:
+    if found != receipt.family:
         raise WrongBaseError(
-            f"`base`: the adapter was trained on {receipt.generation}. Received: {found}"
+            f"`base`: the adapter was trained on {receipt.family}. Received: {found}"
         )
 
 

@@ -96,7 +96,7 @@ def save_adapter(
     """Save the LoRA of a model in PEFT's layout, at the rank it was trained with.
 
     The folder holds `adapter_config.json`, `adapter_model.safetensors`, and this library's record:
-    the base model's fingerprint, its generation, the template and the stop tokens; and a receipt
+    the base model's fingerprint, its family, the template and the stop tokens; and a receipt
     with the files' hashes. It is under the Gemma terms of use.
 
     Args:

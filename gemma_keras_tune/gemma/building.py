@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 def backbone_class(family: Family) -> Callable[..., keras.Model]:
-    """KerasHub's backbone of a generation."""
+    """KerasHub's backbone of a family."""
     models = keras_hub.models
     classes: dict[str, Callable[..., keras.Model]] = {
         "gemma3": models.Gemma3Backbone,
@@ -28,12 +28,12 @@ def empty_backbone(family: Family, arguments: Mapping[str, Any], dtype: str) -> 
     """A backbone whose variables have no values yet.
 
     Args:
-        family: The generation.
+        family: The family.
         arguments: What KerasHub's class is built from.
         dtype: Keras dtype of the weights.
 
     Returns:
-        KerasHub's backbone of that generation.
+        KerasHub's backbone of that family.
     """
     build = backbone_class(family)
     backbone = without_values(lambda: build(**arguments, dtype=dtype))

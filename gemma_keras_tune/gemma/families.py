@@ -1,6 +1,6 @@
-"""The facts of each Gemma generation, as data.
+"""The facts of each Gemma family, as data.
 
-One table says, for each generation and each weight of the text tower: where it stands in the
+One table says, for each family and each weight of the text tower: where it stands in the
 KerasHub model, its name in Hugging Face checkpoints and in GGUF files, how its axes map to Hugging
 Face's `[outputs, inputs]` matrices, and what GGUF adds to it. Some foreign tensors hold several
 weights of ours (keys and values, the gates of all experts): `Piece` says which part. Loading, LoRA,
@@ -121,7 +121,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The turn format of a generation.
+    """The turn format of a family.
 
     Attributes:
         start: Opens a turn; the role follows at once.
@@ -499,7 +499,7 @@ _BESIDE_EXPERTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A Gemma generation.
+    """A Gemma family.
 
     Attributes:
         name: `"gemma"`, `"gemma2"`, `"gemma3"`, `"gemma3n"` or `"gemma4"`.
@@ -523,7 +523,7 @@ class Family:
         """The linear layers of the text tower that LoRA and adapters can address.
 
         Args:
-            model: A KerasHub Gemma `CausalLM` or backbone of this generation.
+            model: A KerasHub Gemma `CausalLM` or backbone of this family.
 
         Returns:
             `Linear`s in layer order. Layers that a block does not have (Gemma 4 shares keys and
@@ -559,7 +559,7 @@ class Family:
         """The text tower's weights with their foreign names, the embedding first.
 
         Args:
-            model: A KerasHub Gemma `CausalLM` or backbone of this generation.
+            model: A KerasHub Gemma `CausalLM` or backbone of this family.
 
         Returns:
             A `Weight` for each row of the table that the model has.
@@ -619,7 +619,7 @@ class Family:
         """The output embedding and its soft cap.
 
         Args:
-            model: A KerasHub Gemma `CausalLM` of this generation.
+            model: A KerasHub Gemma `CausalLM` of this family.
 
         Returns:
             The `Head`.
@@ -675,7 +675,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(model: keras.Model) -> Family:
-    """The generation of a KerasHub Gemma.
+    """The family of a KerasHub Gemma.
 
     Args:
         model: A KerasHub `CausalLM` or backbone.

@@ -4,7 +4,7 @@ A template cuts a conversation into segments. Those the model must learn to writ
 each answer with the token that ends it, so that a tuned model stops by itself. Segments are
 tokenized one by one, and a prompt therefore has the same token ids in training and when served.
 
-The instruct models of each generation were taught one turn format, kept here as data. A pretrained
+The instruct models of each family were taught one turn format, kept here as data. A pretrained
 model knows none of them and gets plain text. What a model was tuned with is attached to it and
 written beside its weights, because a model answers well only in the format it was taught.
 
@@ -476,7 +476,7 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
         spec: `"auto"`; a name of `TEMPLATES`; a string with `{prompt}` and `{response}`; a function
             from messages to the text before the answer; or a `Template`. `"auto"` is the template
             attached to the model, when it was tuned here; else `"plain"` when it is known to be
-            pretrained (`load` knows); else the turn format of its generation.
+            pretrained (`load` knows); else the turn format of its family.
         model: A KerasHub Gemma `CausalLM`.
 
     Returns:
@@ -495,8 +495,8 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
         template = FunctionTemplate(spec)
     else:
         raise TemplateError(
-            "`template` must be 'auto', a name, a string with {prompt} and {response}, a function or "
-            f"a Template. Received: {spec!r}"
+            "`template` must be 'auto', a name, a string with {prompt} and {response}, a function "
+            f"or a Template. Received: {spec!r}"
         )
     if getattr(model, "preprocessor", None) is not None:
         template.stop_token_ids(model.preprocessor.tokenizer)

@@ -88,7 +88,7 @@ def generate(
         adapter: One of `list_adapters(model)` to answer with; `None` answers as the base, bit for
             bit. Left out, it is the adapter that is on.
         template: Anything `get_template` takes. `"auto"` is the one the model was tuned with, or
-            its generation's.
+            its family's.
 
     Returns:
         The answers alone, without prompt or stop token: a string for one prompt, a list in the
@@ -226,7 +226,7 @@ def generate_ids(
 
 
 def compiled_programs(model: keras.Model) -> int:
-    """How many generation programs have been compiled for a model since it was made.
+    """How many family programs have been compiled for a model since it was made.
 
     Args:
         model: A model.
@@ -239,7 +239,7 @@ def compiled_programs(model: keras.Model) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramShapes:
-    """Shapes of generation programs.
+    """Shapes of family programs.
 
     Attributes:
         size: Rows that run at once.

@@ -1,4 +1,4 @@
-"""The compiled part of generation: prompts into a key/value cache, and writing from there.
+"""The compiled part of family: prompts into a key/value cache, and writing from there.
 
 Greedy answers are written several tokens at a time where text repeats itself, by prompt lookup
 decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). It is speculative

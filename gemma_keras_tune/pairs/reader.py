@@ -92,8 +92,8 @@ def read_pairs(
             a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, the text ones also with `.gz`,
             or to a folder of such files; a `tf.data.Dataset`; a TFDS name or builder; a Hugging
             Face `Dataset`; any iterable, or a function that returns one.
-        prompt_column: Your own name of the prompt's key. Without `response_column`, that of a list of
-            messages.
+        prompt_column: Your own name of the prompt's key. Without `response_column`, that of a
+            list of messages.
         response_column: Your own name of the answer's key.
         system_column: The key of a system message for each row.
         split: Which part to read of a source with several, such as `"test"`. By default

@@ -34,7 +34,7 @@ class TuningModel(keras.Model):
     right tokens before them, both averaged over tokens and not over batches.
 
     Args:
-        model: A KerasHub Gemma `CausalLM` of any generation.
+        model: A KerasHub Gemma `CausalLM` of any family.
 
     Raises:
         LoraError: LoRA is on but base weights train too (as after `model.trainable = True`), or

@@ -374,8 +374,8 @@ def check_settings(given: Mapping[str, Any], problems: Iterable[str] = ()) -> di
         problems: What is wrong with other arguments, to be told with the rest.
 
     Returns:
-        The settings as a plan holds them: NumPy's numbers as Python's, names of target_modules as a tuple,
-        a template as `template_setting` has it, an optimizer by its class and with its settings.
+        The settings as a plan holds them: NumPy's numbers as Python's, target modules as a tuple, a
+        template as `template_setting` has it, an optimizer by its class and with its settings.
 
     Raises:
         PlanError: Settings out of range, or other than the optimizer's.

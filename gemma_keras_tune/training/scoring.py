@@ -1,7 +1,7 @@
 """How probable a model finds given tokens, with the logits of no other position.
 
 One compiled program serves the base and the tuned model: weights are arguments of it, and LoRA that
-is switched off counts as zero, as in `generation`.
+is switched off counts as zero, as in `family`.
 """
 
 import math

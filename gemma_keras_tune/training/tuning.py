@@ -138,7 +138,8 @@ def tune(
         method: `"lora"` trains low-rank factors, `"full"` every weight.
         rank: LoRA's rank.
         alpha: LoRA's alpha: the update is scaled by `alpha / rank`.
-        target_modules: `"all"` linear layers (the default), `"attention"`, or names; see `enable_lora`.
+        target_modules: `"all"` linear layers (the default), `"attention"`, or names; see
+            `enable_lora`.
         use_rslora: Whether to scale by `alpha / sqrt(rank)` instead.
         epochs: Passes over the pairs.
         batch_size: Rows in a batch.

@@ -1,4 +1,4 @@
-"""LoRA on every generation: shapes, switching, merging, refusals."""
+"""LoRA on every family: shapes, switching, merging, refusals."""
 
 import jax
 import keras

@@ -2,7 +2,7 @@
 
     python _gemma_jax_step.py REQUEST.json ANSWER.json
 
-Gemma 3 270M in float32 with random weights, the library's own LoRA at rank 4 (it knows no target_modules:
+Gemma 3 270M in float32 with random weights, the library's own LoRA at rank 4 (it knows no targets:
 all linear layers), cross entropy on the response, AdamW on the factors alone, a jitted step.
 """
 

@@ -7,7 +7,7 @@ and once with a LoRA adapter of rank 4 on all linear layers, which the peer gets
 contender runs in a process of its own and answers all cases once to warm up and compile; the better
 of the next two counts. transformers gets the prompts sorted by length, as ours sorts them, padded
 on the left, and is timed on `generate` and decoding; ours on all of `evaluate`, checks and verdicts
-included. `programs` counts the generation programs that an evaluation of mixed lengths compiles,
+included. `programs` counts the family programs that an evaluation of mixed lengths compiles,
 with base and tuned, drawn samples, few-shot prompts and the general items; and one of two cases, if
 that takes more. `same_answers` counts the cases, of those without adapter, to which both write the
 same tokens.

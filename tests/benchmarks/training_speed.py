@@ -8,7 +8,7 @@ warm up, and the best of the next ones counts. KerasHub runs its documented reci
 (`sequence_length=256`, batch 1), and again with the length our pipeline chose and our batch. TRL
 runs `SFTTrainer` with PEFT on the same weights, loss on the completion alone, batch 8, and else its
 own defaults, of which gradient checkpointing is one; and again without that. The Gemma library for
-JAX runs a jitted step on random weights, padded to our length. Its own LoRA knows no target_modules and
+JAX runs a jitted step on random weights, padded to our length. Its own LoRA knows no targets and
 goes on every linear layer, so it is compared with ours on all linear layers. It may stand in an
 environment of its own, whose Python `GEMMA_JAX_PYTHON` names. A contender that fails is left out,
 with its reason printed.

@@ -156,8 +156,9 @@ def test_settings_of_a_plan_hold_as_in_tune(printed):
     model = testing.tiny_model()
     long = [*PAIRS, ("a question that is longer than all the others by far, and then some", "yes")]
     plan = plan_settings(
-        model, 10, 64, rank=3, target_modules=("v_proj", "q_proj"), use_rslora=True, epochs=2,
-        template="{prompt} -> {response}", overlong="drop", sequence_length=24, validation_split=0.1,
+        model, 10, 64, rank=3, target_modules=("v_proj", "q_proj"), use_rslora=True,
+        epochs=2, template="{prompt} -> {response}", overlong="drop", sequence_length=24,
+        validation_split=0.1,
     )  # fmt: skip
     text = printed(model, long, plan=plan)
     assert "LoRA rank 3, alpha 3, rank-stabilized on v_proj, q_proj, 2 epochs over 5" in text

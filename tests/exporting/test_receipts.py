@@ -43,7 +43,7 @@ def folder(model, tmp_path_factory):
 
 def test_a_receipt_says_what_was_written(model, folder):
     receipt = read_receipt(folder)
-    assert (receipt.format, receipt.dtype, receipt.generation) == ("adapter", "float32", "gemma3")
+    assert (receipt.format, receipt.dtype, receipt.family) == ("adapter", "float32", "gemma3")
     assert (receipt.adapter["rank"], receipt.adapter["alpha"]) == (2, gkt.lora_config(model).alpha)
     assert receipt.stop_tokens == gkt.get_template("auto", model).stop_tokens
     assert receipt.packages["keras"]

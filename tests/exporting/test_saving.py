@@ -73,7 +73,7 @@ def test_the_layout_is_peft_at_the_rank_asked_for(tmp_path):
     assert tensors[name.format("B")].shape == (32, 3)
     assert len(tensors) == 2 * 7 * 2
     record = json.loads((folder / "gemma_keras_tune.json").read_text())
-    assert record["generation"] == "gemma3" and record["stop_tokens"]
+    assert record["family"] == "gemma3" and record["stop_tokens"]
 
 
 @pytest.mark.slow

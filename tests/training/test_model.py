@@ -1,4 +1,4 @@
-"""Training on tiny models of every generation against plain Keras and plain JAX."""
+"""Training on tiny models of every family against plain Keras and plain JAX."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from gemma_keras_tune.training.losses import token_cross_entropy
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.pipeline import make_batcher, tokenize_pairs
 
-GENERATIONS = ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4 moe"]
+FAMILY_NAMES = ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4 moe"]
 PLAIN = "{prompt}\n{response}"
 
 
@@ -97,9 +97,9 @@ def plain_gradients(model, pairs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_loss_and_gradients_equal_the_full_logits_computation(generation, method):
-    model = tiny(generation)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_loss_and_gradients_equal_the_full_logits_computation(family, method):
+    model = tiny(family)
     pairs = testing.tiny_pairs(3) + [("roll", "a longer answer about bread and cakes")]
     if method == "lora":
         gkt.enable_lora(model, 2, verbose=0)
@@ -212,9 +212,9 @@ def test_the_schedule_warms_up_and_falls_to_a_tenth():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_tune_learns_by_heart_and_generate_says_it(generation):
-    model = tiny(generation)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_tune_learns_by_heart_and_generate_says_it(family):
+    model = tiny(family)
     pairs = [("part number for roll", "yes"), ("part number for cake", "no")]
     result = gkt.tune(
         model,
@@ -371,9 +371,9 @@ def test_a_checkpoint_of_an_adapter_asks_for_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_weight_decay_leaves_norms_biases_and_scalars_alone(generation):
-    model = tiny(generation)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_weight_decay_leaves_norms_biases_and_scalars_alone(family):
+    model = tiny(family)
     optimizer = gkt.make_optimizer(0.5, updates=2, weight_decay=0.5)
     variables = model.trainable_variables
     before = [np.asarray(v) for v in variables]
@@ -399,15 +399,15 @@ def test_the_whole_gradient_is_clipped_by_its_norm():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(generation, monkeypatch):
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(family, monkeypatch):
     block = 64
     monkeypatch.setattr(
         model_module,
         "token_cross_entropy",
         functools.partial(token_cross_entropy, block_rows=block),
     )
-    model = tiny(generation)
+    model = tiny(family)
     trainer = TuningModel(model)
     trainer.compile(gkt.make_optimizer(1e-3, updates=2))
     trainer.optimizer.build(trainer.trainable_variables)
@@ -420,7 +420,7 @@ def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(generation, 
     state = tuple([v.value for v in group] for group in groups)
     program = str(jax.make_jaxpr(trainer.train_step)(state, batch))
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\[(\d+(?:,\d+)*)\]", program)}
-    vocabulary = model.backbone.vocabulary_size if generation != "gemma3n" else None
+    vocabulary = model.backbone.vocabulary_size if family != "gemma3n" else None
     vocabulary = vocabulary or model.preprocessor.tokenizer.vocabulary_size()
     sizes = {math.prod(shape) for shape in shapes if vocabulary in shape}
     assert sizes, "the embedding itself is in the program"

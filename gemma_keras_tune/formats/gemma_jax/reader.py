@@ -111,7 +111,7 @@ def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
         record = read_sidecar(folder)
     except TemplateError as error:
         raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
-    family, config = FAMILIES.get(str(record.get("generation"))), record.get(BACKBONE_KEY)
+    family, config = FAMILIES.get(str(record.get("family"))), record.get(BACKBONE_KEY)
     missing = [name for name in (TOKENIZER,) if not (folder / name).is_file()]
     if family is None or not family.jax_complete or not isinstance(config, dict):
         missing.append(f"{SIDECAR} with the model's settings")
@@ -182,7 +182,7 @@ def unread_weights(model: Any) -> dict[str, tuple[int, ...]]:
         model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
 
     Returns:
-        Shapes by path in the tree; empty for the other generations.
+        Shapes by path in the tree; empty for the other families.
     """
     family = family_of(model)
     if family.name != "gemma4":

@@ -171,7 +171,7 @@ def _supported(model: Any) -> Family:
 
 
 def _fixed(family: Family) -> dict[str, Any]:
-    """What the library's models of this generation compute with, whatever their size."""
+    """What the library's models of this family compute with, whatever their size."""
     if family.name == "gemma3n":
         return {
             "altup_num_inputs": 4,

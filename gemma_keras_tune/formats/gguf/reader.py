@@ -212,7 +212,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     """Turn a GGUF file into a KerasHub model with its tokenizer.
 
     Args:
-        path: A GGUF file of any generation, quantized or not.
+        path: A GGUF file of any family, quantized or not.
         dtype: Keras dtype of the weights.
 
     Returns:
@@ -447,7 +447,7 @@ def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
 
     Args:
         file: The header; of its tensors the embedding alone is looked at.
-        family: Its generation.
+        family: Its family.
 
     Returns:
         Arguments of `backbone_class(family)`.

@@ -123,7 +123,7 @@ def settings(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
     Args:
         given: What the KerasHub backbone is built from.
-        family: Its generation.
+        family: Its family.
 
     Returns:
         Fields by name. What transformers has no field for is not looked at.
@@ -160,7 +160,7 @@ def backbone_arguments(
 
     Args:
         folder: The folder, for the message.
-        family: The generation.
+        family: The family.
         config: The settings of the text model: `config.json`, or `text_config` in it.
 
     Returns:
@@ -359,7 +359,7 @@ def check_reading(
 
     Args:
         folder: The folder, for the message.
-        family: The generation.
+        family: The family.
         config: The settings of the text model.
         given: What the backbone was built from.
 
@@ -385,7 +385,7 @@ def completed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """A text model's settings with those that KerasHub's reader wants to find written out.
 
     Args:
-        family: The generation.
+        family: The family.
         config: The settings, as published or as transformers 5 saves them.
 
     Returns:

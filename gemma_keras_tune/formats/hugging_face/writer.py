@@ -189,7 +189,7 @@ def _gemma3_config(given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-# What each generation computes with, where its Hugging Face configuration has no field.
+# What each family computes with, where its Hugging Face configuration has no field.
 _FIXED: dict[str, dict[str, Any]] = {
     "gemma": {
         "layer_norm_epsilon": EPSILON,

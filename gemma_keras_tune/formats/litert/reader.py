@@ -124,7 +124,7 @@ def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any], dict[str, i
         record = read_sidecar(folder)
     except TemplateError as error:
         raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
-    family, config = FAMILIES.get(str(record.get("generation"))), record.get(BACKBONE_KEY)
+    family, config = FAMILIES.get(str(record.get("family"))), record.get(BACKBONE_KEY)
     places = record.get(PLACES_KEY)
     missing = [name for name in (TOKENIZER, ASIDE) if not (folder / name).is_file()]
     whole = isinstance(places, dict) and all(

@@ -75,7 +75,7 @@ def write(
             takes minutes.
 
     Raises:
-        ExportError: The converter is not installed or fails, or it is another generation.
+        ExportError: The converter is not installed or fails, or it is another family.
     """
     _check(model, dtype)
     with tempfile.TemporaryDirectory(dir=folder) as space:
