@@ -6,7 +6,7 @@ every head gets an `A` of its own: written as a PEFT adapter that is rank `heads
 `A` serves all heads, as in PEFT and in the Gemma library for JAX, so rank r leaves as rank r.
 
 The factors are kept under Keras's own names on the Keras layer (`lora_kernel_a`, `lora_kernel_b`,
-`lora_rank`, `lora_alpha`, `lora_on`), in shapes whose `matmul` broadcasts to the kernel's. So
+`lora_rank`, `lora_alpha`, `lora_enabled`), in shapes whose `matmul` broadcasts to the kernel's. So
 everything Keras and KerasHub do with LoRA goes on working: `layer.kernel` is the merged kernel and
 `save_to_preset` writes a merged preset. In the forward pass the two thin products are taken instead
 of the merged kernel, so no gradient of a full kernel is ever formed.
@@ -173,7 +173,7 @@ def lora_linears(model: keras.Model) -> tuple[Linear, ...]:
 
 def is_lora_on(model: keras.Model) -> bool:
     """Whether LoRA is on and not switched off by `lora_disabled`."""
-    return any(linear.layer.lora_on for linear in lora_linears(model))
+    return any(linear.layer.lora_enabled for linear in lora_linears(model))
 
 
 @contextlib.contextmanager
@@ -206,14 +206,14 @@ def lora_on(model: keras.Model) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_on]
+    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
     for layer in off:
-        layer.lora_on = True
+        layer.lora_enabled = True
     try:
         yield
     finally:
         for layer in off:
-            layer.lora_on = False
+            layer.lora_enabled = False
 
 
 def set_lora_on(model: keras.Model, *, on: bool) -> None:
@@ -226,7 +226,7 @@ def set_lora_on(model: keras.Model, *, on: bool) -> None:
     if on == is_lora_on(model):
         return
     for linear in lora_linears(model):
-        linear.layer.lora_on = on
+        linear.layer.lora_enabled = on
     _forget_compiled(model)
 
 
@@ -349,7 +349,7 @@ def _alpha(rank: int, alpha: Any) -> float:
 
 
 def _check_bare(linears: tuple[Linear, ...]) -> None:
-    stock = [linear.path for linear in linears if linear.layer.lora_on]
+    stock = [linear.path for linear in linears if linear.layer.lora_enabled]
     if stock:
         raise LoraError(
             "Keras's own LoRA is on this model, and would be lost.",
@@ -460,7 +460,7 @@ _LORA_CLASSES: dict[type, type] = {
 
 
 def _with_update(layer: Any, base: Callable[[Any], Any], inputs: Any) -> Any:
-    if not layer.lora_on:
+    if not layer.lora_enabled:
         return base(inputs)
     with without_lora(layer):  # the stock call would merge the kernel
         outputs = base(inputs)
@@ -512,11 +512,11 @@ thin_product.defvjp(_thin_product_forward, _thin_product_backward)
 @contextlib.contextmanager
 def without_lora(layer: Any) -> Iterator[None]:
     """Within the context one layer computes with its base kernel alone."""
-    was_on, layer.lora_on = layer.lora_on, False
+    was_on, layer.lora_enabled = layer.lora_enabled, False
     try:
         yield
     finally:
-        layer.lora_on = was_on
+        layer.lora_enabled = was_on
 
 
 def _equation(layer: Any) -> tuple[str, str, str]:
@@ -581,7 +581,7 @@ def _add_factors(linear: Linear, rank: int, alpha: float, random: np.random.Gene
     finally:
         layer._tracker.lock()
     layer.lora_kernel_a.assign(start.astype("float32"))
-    layer.lora_rank, layer.lora_alpha, layer.lora_on = rank, alpha, True
+    layer.lora_rank, layer.lora_alpha, layer.lora_enabled = rank, alpha, True
     layer.__class__ = _LORA_CLASSES[type(layer)]
 
 
@@ -590,7 +590,7 @@ def _remove_factors(layer: Any) -> None:
     for name in ("lora_kernel_a", "lora_kernel_b"):
         layer._untrack_variable(getattr(layer, name))
         setattr(layer, name, None)
-    layer.lora_rank, layer.lora_alpha, layer.lora_on = None, None, False
+    layer.lora_rank, layer.lora_alpha, layer.lora_enabled = None, None, False
 
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:

@@ -315,7 +315,7 @@ def _base_model(base: Any, path: pathlib.Path, receipt: Receipt) -> keras.Model:
     except GemmaTuneError as error:
         raise _unusable(error) from error
     _check_generation(family.name, receipt)
-    if lora_config(model) is None and any(n.layer.lora_on for n in family.linears(model)):
+    if lora_config(model) is None and any(n.layer.lora_enabled for n in family.linears(model)):
         raise WrongBaseError(
             "`base`: Keras's own LoRA is on it.",
             next_step="Load the base anew, without `enable_lora` of Keras or KerasHub.",

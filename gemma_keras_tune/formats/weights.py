@@ -91,7 +91,7 @@ def merged_weights(model: keras.Model) -> Iterator[tuple[Weight, np.ndarray]]:
     linears = {
         f"{linear.hugging_face}.weight": linear
         for linear in lora_linears(model)
-        if linear.layer.lora_on
+        if linear.layer.lora_enabled
     }
     for weight in family_of(model).weights(model):
         # Whoever lets the value go while it waits here frees it.

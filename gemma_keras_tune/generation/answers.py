@@ -368,7 +368,7 @@ def values_of(model: keras.Model, variables: Iterable[keras.Variable]) -> list[A
 
     So base and tuned answers come from one program; adding zeros changes no bit of the base's.
     """
-    off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_on}
+    off = {id(n.layer.lora_kernel_b) for n in lora_linears(model) if not n.layer.lora_enabled}
     return [ops.zeros_like(v.value) if id(v) in off else v.value for v in variables]
 
 

@@ -150,8 +150,8 @@ def _not_a_source(source: Any) -> NoReturn:
     raise PairsError(
         f"Pairs cannot be read from a {type(source).__name__}: {source!r:.80}.",
         next_step="Pass a list of (prompt, response) tuples or of dictionaries, a DataFrame, a "
-        f"path to a {_known_suffixes()} file or a folder of them, a tf.data.Dataset, a TFDS name or "
-        "builder, a Hugging Face Dataset, or any iterable of rows.",
+        f"path to a {_known_suffixes()} file or a folder of them, a tf.data.Dataset, a TFDS name "
+        "or builder, a Hugging Face Dataset, or any iterable of rows.",
     )
 
 

@@ -356,7 +356,7 @@ def _targeted(model: keras.Model, target_modules: Any) -> set[str]:
 
 def _check_bare(model: keras.Model, there: LoraConfig | None) -> None:
     """Full tuning trains kernels, which LoRA on them would hide."""
-    stock = any(linear.layer.lora_on for linear in family_of(model).linears(model))
+    stock = any(linear.layer.lora_enabled for linear in family_of(model).linears(model))
     if there is None and not stock:
         return
     raise LoraError(

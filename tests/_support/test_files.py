@@ -54,7 +54,7 @@ def save(path, text, **options):
 def test_a_kill_leaves_a_whole_folder_and_the_next_call_tidies_up(when, kept, back, tmp_path):
     target = tmp_path / "preset"
     save(target, "old")
-    package = str(pathlib.Path(files.__file__).parent)
+    package = str(pathlib.Path(files.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", KILLED, str(target), when, package], check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) > 1

@@ -273,7 +273,7 @@ def test_an_adapter_of_keras_hub(family, target_modules, tmp_path):
     before = {name: np.asarray(linear.layer.kernel) for name, linear in linears.items()}
     theirs.backbone.enable_lora(1, target_layer_names=target_modules)
     for linear in linears.values():
-        if linear.layer.lora_on:
+        if linear.layer.lora_enabled:
             linear.layer.lora_kernel_b.assign(drawn(*linear.layer.lora_kernel_b.shape))
     path = tmp_path / "tuned.lora.h5"
     theirs.backbone.save_lora_weights(str(path))
@@ -282,7 +282,7 @@ def test_an_adapter_of_keras_hub(family, target_modules, tmp_path):
             np.asarray(linear.layer.kernel) - before[name], linear.output_axes, linear.input_axes
         )
         for name, linear in linears.items()
-        if linear.layer.lora_on
+        if linear.layer.lora_enabled
     }
     assert updates
     adapter = read_adapter(path, testing.tiny_model(family))

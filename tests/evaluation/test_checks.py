@@ -334,7 +334,7 @@ def test_safe_true_is_the_usual_threshold():
 
 
 def test_a_function_is_kept_by_name_and_must_be_one():
-    assert Function(answer).label.endswith("test_evaluation_checks.answer")
+    assert Function(answer).label.endswith("test_checks.answer")
     with pytest.raises(EvaluationError, match="`function` must be a function"):
         Function("os.system")
     with pytest.raises(EvaluationError, match="was not kept"):

@@ -270,7 +270,7 @@ def test_names_strings_and_templates_are_understood():
     assert get_template("{prompt}: {response}", model) == TextTemplate("{prompt}: {response}")
     assert get_template(PLAIN, model) is PLAIN
     for wrong in ("chatml", 3):
-        with pytest.raises(TemplateError, match=r"\{input\}"):
+        with pytest.raises(TemplateError, match=r"\{prompt\}"):
             get_template(wrong, model)
 
 

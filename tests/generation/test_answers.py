@@ -360,7 +360,7 @@ def test_lora_on_and_off_share_a_program(model):
     assert compiled_programs(tuned) == 1
     np.testing.assert_array_equal(off, ids(model, rows))
     assert not np.array_equal(on, off)
-    assert all(linear.layer.lora_on for linear in lora_linears(tuned))
+    assert all(linear.layer.lora_enabled for linear in lora_linears(tuned))
 
 
 @pytest.mark.slow

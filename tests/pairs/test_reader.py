@@ -325,8 +325,8 @@ def test_conversations_through_every_source(tmp_path):
         found = list(source)
         source.raise_for_problems()
         assert found and all(pair.messages == CHAT_MESSAGES for pair in found), name
-    assert found[0].prompt == CHAT_MESSAGES[:-1]
-    assert (found[0].input, found[0].output) == ("Bye", "Ciao")
+    assert found[0].prompt_messages == CHAT_MESSAGES[:-1]
+    assert (found[0].prompt, found[0].response) == ("Bye", "Ciao")
 
 
 def test_content_in_typed_parts_is_joined():
@@ -855,9 +855,9 @@ def test_importing_pairs_imports_no_heavy_package():
     code = (
         "import sys, types, pathlib\n"
         "package = types.ModuleType('gemma_keras_tune')\n"
-        f"package.__path__ = [{str(pathlib.Path(sources.__file__).parent)!r}]\n"
+        f"package.__path__ = [{str(pathlib.Path(sources.__file__).parents[1])!r}]\n"
         "sys.modules['gemma_keras_tune'] = package\n"
-        "from gemma_keras_tune.pairs import read_pairs\n"
+        "from gemma_keras_tune.pairs.reader import read_pairs\n"
         "assert len(list(read_pairs([('a', 'b')]))) == 1\n"
         "heavy = {'pandas', 'pyarrow', 'tensorflow', 'tensorflow_datasets', 'datasets', 'keras'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

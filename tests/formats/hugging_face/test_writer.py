@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from _hostile_texts import HOSTILE
+from _litert_stub import LAY_DOWN
 from _paths import RUNTIMES
-from test_exporting_litert import LAY_DOWN
-from test_loading import HOSTILE
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from _litert_stub import LAY_DOWN
 from _paths import RUNTIMES
 
 import gemma_keras_tune as gkt
@@ -50,21 +51,6 @@ def test_a_converter_that_fails_leaves_nothing(code, message, tmp_path, monkeypa
     with pytest.raises(gkt.ExportError, match=message):
         gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
-
-
-# In place of the converter: the weights as it lays them down, in another order, some of them twice.
-LAY_DOWN = """
-import pathlib, sys
-from safetensors.numpy import load_file
-tensors = load_file(sys.argv[1] + "/model.safetensors")
-made = pathlib.Path(sys.argv[2])
-made.mkdir()
-data = b"head"
-for name, value in sorted(tensors.items(), reverse=True):
-    value = value + 1 if "norm" in name else value
-    data += value.tobytes()[:-4] + value.tobytes() + b"\\0" * 12
-(made / "model.litertlm").write_bytes(data)
-"""
 
 
 @pytest.fixture
