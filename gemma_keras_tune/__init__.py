@@ -82,7 +82,7 @@ from gemma_keras_tune.gemma.templates import Template, attach_template, get_temp
 from gemma_keras_tune.generation.answers import Answer, generate, generate_answers
 from gemma_keras_tune.generation.streaming import stream
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.reader import (
+from gemma_keras_tune.pairs import (
     Message,
     Pair,
     PairChecks,

@@ -24,13 +24,8 @@ from gemma_keras_tune.errors import LoraError, PairsError, PlanError
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, special_tokens
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.reader import (
-    PairChecks,
-    PairsErrors,
-    PairSource,
-    read_pairs,
-    split_pairs,
-)
+from gemma_keras_tune.pairs import PairChecks, PairSource, read_pairs, split_pairs
+from gemma_keras_tune.pairs.problems import PairsErrors
 from gemma_keras_tune.training.callbacks import BestWeights
 from gemma_keras_tune.training.model import (
     TuningModel,

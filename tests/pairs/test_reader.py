@@ -23,17 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_keras_tune.errors import PairsError, PairsWarning
-from gemma_keras_tune.pairs import sources
-from gemma_keras_tune.pairs.reader import (
-    SCHEMAS,
+from gemma_keras_tune.pairs import (
     Message,
     Pair,
     PairChecks,
     PairSource,
-    known_schemas,
     read_pairs,
+    sources,
     split_pairs,
 )
+from gemma_keras_tune.pairs.rows import SCHEMAS, known_schemas
 
 DATA = ROOT.parent / "shared" / "data"
 PAIRS = [
