@@ -55,15 +55,14 @@ def stream(
     Raises:
         TemplateError: The prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
-        ValueError: A number is out of range.
+        GenerationError: A number is out of range, or the prompt does not fit into the context.
     """
     with use_adapter(model, adapter):
         resolved = get_template(template, model)
     tokenizer: Any = generation.tokenizer_of(model)
     row = generation.encode_prompts([prompt], resolved, tokenizer)[0]
-    generation.check_numbers([row], max_new_tokens=max_new_tokens)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
+    generation.check_numbers([row], max_new_tokens=max_new_tokens, every=every)
+    generation.check_context(model, [row], max_new_tokens)
     stops = resolved.stop_token_ids(tokenizer)
     written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
     return _pieces(written, tokenizer)

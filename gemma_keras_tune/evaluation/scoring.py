@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.families import backbone_inputs, family_of
 from gemma_keras_tune.generation import values_of
 from gemma_keras_tune.lora import lora_enabled
@@ -30,6 +31,9 @@ class Scorer:
 
     Args:
         model: A KerasHub Gemma `CausalLM` with its preprocessor.
+
+    Raises:
+        EvaluationError: The model's embedding is quantized.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -38,7 +42,9 @@ class Scorer:
         self.model = model
         self.encoder = Encoder(model.preprocessor.tokenizer)
         self.programs = 0
-        self._soft_cap = family_of(model).head(model).soft_cap
+        head = family_of(model).head(model)
+        head.check_floating(EvaluationError)
+        self._soft_cap = head.soft_cap
         self._losses = jax.jit(self._token_losses)
         self._logits = jax.jit(self._token_logits)
 
