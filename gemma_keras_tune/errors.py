@@ -10,6 +10,8 @@ GemmaTuneError
 ├── LoadError          a model that cannot be opened
 ├── LoraError          LoRA that would train nothing       (also a ValueError)
 ├── PlanError          a plan that would train nothing     (also a ValueError)
+├── TrainingError      training that cannot go on
+├── GenerationError    an answer that cannot be written    (also a ValueError)
 ├── AdapterError       an adapter that does not fit        (also a ValueError)
 ├── ExportError        a hand-over that cannot be written
 └── EvaluationError    a test plan that cannot be run      (also a ValueError)
@@ -77,6 +79,14 @@ class LoraError(GemmaTuneError, ValueError):
 
 class PlanError(GemmaTuneError, ValueError):
     """A training plan that cannot be carried out, or would train nothing."""
+
+
+class TrainingError(GemmaTuneError):
+    """Training that cannot go on, such as a loss that is not finite."""
+
+
+class GenerationError(GemmaTuneError, ValueError):
+    """An answer that cannot be written: numbers out of range, or a prompt that is too long."""
 
 
 class AdapterError(GemmaTuneError, ValueError):

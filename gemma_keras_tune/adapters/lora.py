@@ -6,7 +6,7 @@ every head gets an `A` of its own: written as a PEFT adapter that is rank `heads
 `A` serves all heads, as in PEFT and in the Gemma library for JAX, so rank r leaves as rank r.
 
 The factors are kept under Keras's own names on the Keras layer (`lora_kernel_a`, `lora_kernel_b`,
-`lora_rank`, `lora_alpha`, `lora_enabled`), in shapes whose `matmul` broadcasts to the kernel's. So
+`lora_rank`, `lora_alpha`, `lora_on`), in shapes whose `matmul` broadcasts to the kernel's. So
 everything Keras and KerasHub do with LoRA goes on working: `layer.kernel` is the merged kernel and
 `save_to_preset` writes a merged preset. In the forward pass the two thin products are taken instead
 of the merged kernel, so no gradient of a full kernel is ever formed.

@@ -12,11 +12,14 @@ import keras_hub
 import numpy as np
 
 from gemma_keras_tune.adapters.lora import lora_disabled
+from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.generation.answers import (
     MAX_BUFFERS,
+    SHORTEN,
     Answer,
     ProgramShapes,
+    beyond_context,
     choose_programs,
     generate_ids,
 )
@@ -101,7 +104,11 @@ def ask(
 
     Returns:
         The answers, by the questions' keys.
+
+    Raises:
+        EvaluationError: Prompts that do not fit into a model's context; all of them are named.
     """
+    _check_context(sides, questions)
     answers = log.known(questions, progress)
     left = {q.key: q for q in questions if q.key not in answers}
     progress(sum(q.key in left for q in questions) - len(left))
@@ -116,6 +123,19 @@ def ask(
         with sides.on(side) as model:
             answers |= _ask(model, group, samplers[drawn], shapes[about], log, progress)
     return answers
+
+
+_NAMES = {"cases": "case", "few_shot": "few-shot case", "retention": "retention item"}
+
+
+def _check_context(sides: Sides, questions: Sequence[Question]) -> None:
+    problems = [
+        f"{_NAMES[q.what]} {q.place + 1}, {q.side} model: {problem}"
+        for q in {q.key: q for q in questions}.values()
+        if (problem := beyond_context(sides.model(q.side), len(q.ids), q.max_new_tokens))
+    ]
+    if problems:
+        raise EvaluationError("Some prompts are too long.", problems, SHORTEN)
 
 
 def _ask(

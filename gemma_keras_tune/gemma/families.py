@@ -24,7 +24,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.errors import GemmaTuneError, LoadError
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
@@ -279,6 +279,22 @@ class Head:
 
     embedding: keras.Variable
     soft_cap: float | None
+
+    def check_floating(self, error: type[GemmaTuneError]) -> None:
+        """Refuse an embedding that Keras has quantized: its integers are no logits' weights.
+
+        Args:
+            error: The error to raise.
+        """
+        dtype = str(self.embedding.dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise error(
+                "The output embedding must be of floating point, or all logits would be wrong. "
+                f"Received: one that is quantized ({dtype})",
+                next_step="Load the base anew and quantize it without its embedding, such as "
+                "`model.backbone.quantize('int8', filters=lambda layer: 'embedding' not in "
+                "layer.name)`.",
+            )
 
 
 def to_matrix(
@@ -700,6 +716,28 @@ def family_of(model: keras.Model) -> Family:
         f"Expected a KerasHub Gemma. Received: {type(model).__name__}",
         next_step="Load one with `load(...)`, or pass a `keras_hub.models.Gemma…CausalLM`.",
     )
+
+
+def context_length(model: keras.Model) -> int:
+    """The longest prompt and answer together that a model was made for.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+
+    Returns:
+        Tokens.
+    """
+    family, backbone = family_of(model).name, model.backbone
+    if family == "gemma3n":
+        return int(backbone.max_position_embeddings)
+    if family == "gemma4" and not backbone.hidden_size_per_layer_input:
+        return 2 * _LONG_CONTEXT  # the sizes without an "E" in their names
+    if family == "gemma3" and backbone.global_rope_scaling_factor != 1:
+        return _LONG_CONTEXT
+    return {"gemma3": 32_768, "gemma4": _LONG_CONTEXT}.get(family, 8192)
+
+
+_LONG_CONTEXT = 131_072
 
 
 def backbone_settings(model: keras.Model) -> dict[str, Any]:

@@ -29,12 +29,13 @@ from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_on
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
-from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.errors import GenerationError, TemplateError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
+from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation import decoding
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs import Message
 
 SHORT_CHUNK = 32
 LONG_CHUNK = 256
@@ -97,6 +98,7 @@ def generate(
     Raises:
         TemplateError: A prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
+        GenerationError: A number is out of range, or a prompt does not fit into the context.
     """
     prompts = _listed(prompts)
     answers = generate_answers(
@@ -143,6 +145,7 @@ def generate_answers(
 
     Raises:
         TemplateError: As for `generate`.
+        GenerationError: As for `generate`.
     """
     tokenizer = tokenizer_of(model)
     with use_adapter(model, adapter):
@@ -196,11 +199,12 @@ def generate_ids(
         a stop token ended them.
 
     Raises:
-        ValueError: A number is out of range, a row is empty, there is not a seed for each row, or
-            the sampler is a search.
+        GenerationError: A number is out of range, a row is empty or does not fit into the context,
+            there is not a seed for each row, or the sampler is a search.
     """
     check_backend()
     check_numbers(rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_context(model, rows, max_new_tokens)
     results: list[tuple[np.ndarray, bool]] = [(np.zeros(0, np.int32), False)] * len(rows)
     if not rows:
         return results
@@ -277,7 +281,7 @@ class SamplerState:
 
     def __init__(self, sampler: Any, seed: int | Sequence[int] | None, rows: int) -> None:
         if type(sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
-            raise ValueError(
+            raise GenerationError(
                 "`sampler` must choose token by token, as 'greedy', 'top_k', 'top_p' and 'random' "
                 f"do. Received: {sampler!r}. For a search over several tokens, call "
                 "`model.compile(sampler=…)` and the model's own `generate`."
@@ -287,7 +291,7 @@ class SamplerState:
         self.seeded = seed is not None
         self.row_seeds = seed if isinstance(seed, list) else None
         if self.row_seeds is not None and len(self.row_seeds) != rows:
-            raise ValueError(f"There are {len(self.row_seeds)} seeds for {rows} rows.")
+            raise GenerationError(f"There are {len(self.row_seeds)} seeds for {rows} rows.")
         self.values = [v.value for v in sampler.variables]
         if isinstance(seed, int):
             self.values = self._seeded(seed)
@@ -335,7 +339,7 @@ def _whole(seed: Any) -> int | list[int] | None:
     try:
         return [operator.index(one) for one in seed] if np.ndim(seed) else operator.index(seed)
     except TypeError:
-        raise ValueError(
+        raise GenerationError(
             f"`seed` must be an integer, or one for each row. Received: {seed!r:.80}"
         ) from None
 
@@ -445,11 +449,35 @@ def check_numbers(rows: Sequence[Any], **numbers: Any) -> None:
     """Refuse numbers that are no integers of at least 1, and rows without a token."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1. Received: {value!r}")
+            raise GenerationError(f"`{name}` must be an integer of at least 1. Received: {value!r}")
     empty = [i for i, row in enumerate(rows) if not len(row)]
     if empty:
-        raise ValueError(f"Every row needs at least one token. Empty rows: {empty[:20]}")
+        raise GenerationError(f"Every row needs at least one token. Empty rows: {empty[:20]}")
 
+
+def check_context(model: keras.Model, rows: Sequence[Any], max_new_tokens: int) -> None:
+    """Refuse prompts that do not fit into the model's context together with their answers."""
+    problems = [
+        f"prompt {number}: {problem}"
+        for number, row in enumerate(rows, 1)
+        if (problem := beyond_context(model, len(row), max_new_tokens))
+    ]
+    if problems:
+        raise GenerationError("Some prompts are too long.", problems, SHORTEN)
+
+
+def beyond_context(model: keras.Model, tokens: int, max_new_tokens: int) -> str | None:
+    """Why a prompt does not fit into the model's context, or `None` where it does."""
+    context = context_length(model)
+    if tokens + max_new_tokens <= context:
+        return None
+    return (
+        f"{tokens:,} tokens and `max_new_tokens={max_new_tokens:,}` are more than the model's "
+        f"context of {context:,} tokens"
+    )
+
+
+SHORTEN = "Shorten the prompts, or lower `max_new_tokens`."
 
 Call = tuple[Sequence[int], int]
 

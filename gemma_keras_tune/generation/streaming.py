@@ -55,15 +55,14 @@ def stream(
     Raises:
         TemplateError: The prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
-        ValueError: A number is out of range.
+        GenerationError: A number is out of range, or the prompt does not fit into the context.
     """
     with use_adapter(model, adapter):
         resolved = get_template(template, model)
     tokenizer: Any = answers.tokenizer_of(model)
     row = answers.encode_prompts([prompt], resolved, tokenizer)[0]
-    answers.check_numbers([row], max_new_tokens=max_new_tokens)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
+    answers.check_numbers([row], max_new_tokens=max_new_tokens, every=every)
+    answers.check_context(model, [row], max_new_tokens)
     stops = resolved.stop_token_ids(tokenizer)
     written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
     return _pieces(written, tokenizer)

@@ -6,19 +6,22 @@ shares the Gemma's variables, so when it has been trained, the Gemma has.
 """
 
 import contextlib
+import inspect
 import math
 import time
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import keras
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
-from gemma_keras_tune.errors import LoraError, PlanError
+from gemma_keras_tune.errors import LoraError, PlanError, TrainingError
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.training.losses import token_cross_entropy
 
@@ -38,7 +41,7 @@ class TuningModel(keras.Model):
 
     Raises:
         LoraError: LoRA is on but base weights train too (as after `model.trainable = True`), or
-            nothing trains at all.
+            nothing trains at all; or the embedding is quantized.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
 
     Example:
@@ -59,6 +62,7 @@ class TuningModel(keras.Model):
         self._held = types.SimpleNamespace(
             gemma=model, head=family_of(model).head(model), values=None
         )
+        self._held.head.check_floating(LoraError)
         self._nll = keras.metrics.Mean(name="loss")
         self._accuracy = keras.metrics.Mean(name="accuracy")
         # Everything has its weights already; else Keras would draw a batch to find out.
@@ -90,9 +94,51 @@ class TuningModel(keras.Model):
         return ops.take(flat, x["positions"], axis=0)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """`keras.Model.fit`; on the CPU, freed memory is kept from step to step."""
+        """`keras.Model.fit`; on the CPU, freed memory is kept from step to step.
+
+        Raises:
+            TrainingError: A loss or gradient was not finite. The weights are those before that
+                step.
+        """
+        call = inspect.signature(super().fit).bind(*args, **kwargs)
+        callbacks = keras.tree.flatten(call.arguments.get("callbacks") or [])
+        call.arguments["callbacks"] = [_FiniteLoss(), *callbacks]
         with kept_memory(), self._weights_put_back():
-            return super().fit(*args, **kwargs)
+            return super().fit(*call.args, **call.kwargs)
+
+    def train_step(self, state: Any, data: Any) -> Any:
+        """One step as Keras makes it, but no update any more where a loss is not finite.
+
+        From the first loss or gradient of an epoch that is not finite the loss is told as NaN, and
+        all weights stay as they are. A gradient that an optimizer scales the loss for may
+        overflow: that optimizer leaves out such an update itself.
+
+        Args:
+            state: The values of trainable and other variables, optimizer and metrics.
+            data: A batch of `(x, y, sample_weight)`.
+
+        Returns:
+            The metrics' results, and the new state.
+        """
+        trainable, fixed, optimizer, metrics = state
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        differentiate = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+        (_, (_, _, fixed, metrics)), gradients = differentiate(
+            trainable, fixed, metrics, x, y, sample_weight,
+            training=True, optimizer_variables=optimizer,
+        )  # fmt: skip
+        total = next(i for i, v in enumerate(self.metrics_variables) if v is self._nll.total)
+        finite = jnp.isfinite(metrics[total])
+        if inner_optimizer(self.optimizer) is self.optimizer:
+            finite &= jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]).all()
+        metrics[total] = jnp.where(finite, metrics[total], jnp.nan)
+        updated = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        trainable, optimizer = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), updated, (trainable, optimizer)
+        )
+        with keras.StatelessScope(zip(self.metrics_variables, metrics, strict=True)):
+            logs = self.get_metrics_result()
+        return logs, (trainable, fixed, optimizer, metrics)
 
     def reset_metrics(self) -> None:
         """As in Keras, which does so before it takes the values out of all variables."""
@@ -156,6 +202,37 @@ class TuningModel(keras.Model):
         self._nll.update_state(scores.losses, sample_weight=live)
         self._accuracy.update_state(ops.cast(scores.correct, "float32"), sample_weight=live)
         return ops.sum(scores.losses * sample_weight)
+
+
+class _FiniteLoss(keras.callbacks.Callback):
+    """Stops at the first step whose loss is not finite.
+
+    The loss is a mean since the epoch began, which stays so. Keras has read it already, maybe in
+    threads whose order is not sure.
+    """
+
+    async_safe = True
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Note the epoch."""
+        self._epoch = epoch + 1
+        self._failed = math.inf
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Raise where the loss is not finite."""
+        if math.isfinite((logs or {})["loss"]):
+            return
+        self._failed = min(self._failed, batch + 1)
+        several = self.model.steps_per_execution
+        first = f"{self._failed - several + 1:,} to " if several > 1 else ""
+        dtype = self.model.gemma.compute_dtype
+        wider = {"float16": "'bfloat16' or 'float32'", "bfloat16": "'float32'"}.get(dtype)
+        raise TrainingError(
+            f"The loss or its gradient is not finite in step {first}{self._failed:,} of "
+            f"epoch {self._epoch:,}. The model has the weights from before that step.",
+            next_step="Load the model again and train it with a lower learning rate"
+            + (f", or with `dtype` {wider} in place of {dtype}." if wider else "."),
+        )
 
 
 @keras.saving.register_keras_serializable("gemma_keras_tune")

@@ -17,7 +17,7 @@ import numpy as np
 from gemma_keras_tune._support.memory import free_memory
 from gemma_keras_tune.adapters.lora import TargetModules, largest_rank
 from gemma_keras_tune.errors import PlanError
-from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.families import context_length, family_of
 from gemma_keras_tune.gemma.templates import TEMPLATES, FunctionTemplate, Template, TextTemplate
 from gemma_keras_tune.training.model import batches_per_update, inner_optimizer
 from gemma_keras_tune.training.pipeline import Overlong, Shape
@@ -291,10 +291,11 @@ def plan_settings(
         A `Plan`, its figures about the data not yet filled in.
 
     Raises:
-        PlanError: Settings out of range, or other than the optimizer's; all of them are listed.
+        PlanError: Settings out of range, a length beyond the model's context, or settings other
+            than the optimizer's; all of them are listed.
     """
     unresolved = {k: v for k, v in locals().items() if k not in ("model", "pairs", "longest")}
-    given = check_settings(unresolved)
+    given = check_settings(unresolved, _beyond_context(model, sequence_length))
     if given["sequence_length"] != "auto":
         longest = max(longest, given["sequence_length"])  # all rows are padded to it
     rows, steps = _batch(model, pairs, longest, given)
@@ -324,6 +325,16 @@ def plan_settings(
             )
         },
     )  # fmt: skip
+
+
+def _beyond_context(model: keras.Model, sequence_length: Any) -> list[str]:
+    context = context_length(model)
+    if not isinstance(sequence_length, int) or sequence_length <= context:
+        return []
+    return [
+        f"`sequence_length` must be at most the model's context of {context:,} tokens. "
+        f"Received: {sequence_length:,}"
+    ]
 
 
 def _or(value: Any, default: Any) -> Any:

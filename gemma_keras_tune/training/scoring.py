@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune.adapters.lora import lora_on
+from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.gemma.templates import Segment
@@ -31,6 +32,9 @@ class Scorer:
 
     Args:
         model: A KerasHub Gemma `CausalLM` with its preprocessor.
+
+    Raises:
+        EvaluationError: The model's embedding is quantized.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -39,7 +43,9 @@ class Scorer:
         self.model = model
         self.encoder = RowTokenizer(model.preprocessor.tokenizer)
         self.programs = 0
-        self._soft_cap = family_of(model).head(model).soft_cap
+        head = family_of(model).head(model)
+        head.check_floating(EvaluationError)
+        self._soft_cap = head.soft_cap
         self._losses = jax.jit(self._token_losses)
         self._logits = jax.jit(self._token_logits)
 

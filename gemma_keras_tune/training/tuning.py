@@ -21,7 +21,7 @@ from gemma_keras_tune.adapters.lora import (
 )
 from gemma_keras_tune.adapters.switching import adapter_config
 from gemma_keras_tune.errors import LoraError, PairsError, PlanError
-from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.families import context_length, family_of
 from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, special_tokens
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.pairs import PairChecks, PairSource, read_pairs, split_pairs
@@ -143,7 +143,8 @@ def tune(
         learning_rate: Peak learning rate.
         warmup_steps: Updates over which it rises.
         weight_decay: Decoupled weight decay; norms and biases are left alone.
-        sequence_length: `"auto"` never cuts a row; a number is a limit in tokens.
+        sequence_length: `"auto"` is limited by the model's context alone; a number is a limit in
+            tokens.
         overlong: What to do with longer rows: `"error"`, `"drop"` or `"truncate"`.
         template: `"auto"`, a name, a string with `{prompt}` and `{response}`, or a callable.
         optimizer: `"auto"`, or any Keras optimizer, which then brings its own learning rate, weight
@@ -171,7 +172,9 @@ def tune(
         PairsError: Rows that cannot be trained on, all at once, before any work.
         PlanError: Settings out of range or against those of `plan` or `optimizer`, a callback that
             cannot work, or a plan that would train nothing.
-        LoraError: LoRA that fits no layer, or other LoRA already on.
+        LoraError: LoRA that fits no layer, or other LoRA already on; or a base whose embedding is
+            quantized.
+        TrainingError: A loss or gradient was not finite; the weights are those before that step.
         LoadError: The model cannot be opened.
     """
     begin = time.perf_counter()
@@ -421,7 +424,7 @@ def _tokenize(
     settings: dict[str, Any],
 ) -> tuple[TokenizedPairs, TokenizedPairs | None]:
     length = settings["sequence_length"]
-    limit = None if length == "auto" else length
+    limit = context_length(model) if length == "auto" else length
     special = {*special_tokens(model.preprocessor.tokenizer), *template.stop_tokens}
     errors = PairsErrors()
 

@@ -12,8 +12,11 @@ import pytest
 from _quantized import quantize
 
 from gemma_keras_tune.adapters.lora import enable_lora, lora_disabled, lora_linears, merge_lora
-from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.errors import EvaluationError, GenerationError, TemplateError
+from gemma_keras_tune.evaluation.asking import Question, Sides, ask
+from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.gemma.encoding import RowTokenizer
+from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.templates import TEMPLATES, Segment, TextTemplate, attach_template
 from gemma_keras_tune.generation import answers, decoding
 from gemma_keras_tune.generation.answers import (
@@ -22,7 +25,8 @@ from gemma_keras_tune.generation.answers import (
     generate_answers,
     generate_ids,
 )
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.generation.streaming import stream
+from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.testing import FAMILIES, tiny_model
 
 # Long enough to cross the tiny models' sliding window of 8 tokens.
@@ -281,6 +285,59 @@ def test_stop_token_is_not_part_of_the_answer(model, monkeypatch):
     assert generate(model, "box", template=TEMPLATES["gemma3"]) == "two boxes"
 
 
+@pytest.fixture(scope="module")
+def short_model():
+    return tiny_model("gemma3n", max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("answers", [generate, generate_answers])
+def test_prompts_beyond_the_context_are_refused_all_at_once(short_model, answers):
+    prompts = ["x" * 70, "fine", "y" * 90]
+    with pytest.raises(GenerationError) as caught:
+        answers(short_model, prompts, max_new_tokens=40, template="plain")
+    assert [p.partition(" tokens")[0].split()[1] for p in caught.value.problems] == ["1:", "3:"]
+    assert caught.value.problems[0].endswith(
+        " tokens and `max_new_tokens=40` are more than the model's context of 64 tokens"
+    )
+    assert compiled_programs(short_model) == 0
+    with pytest.raises(GenerationError, match=r"prompt 1: .* context of 64 tokens"):
+        stream(short_model, prompts[0], max_new_tokens=40, template="plain")
+
+
+def test_a_prompt_may_fill_the_context(short_model):
+    row = rows_of_lengths(60)
+    assert len(generate_ids(short_model, row, stop_token_ids=[], max_new_tokens=4)[0][0]) == 4
+    with pytest.raises(GenerationError, match="60 tokens and `max_new_tokens=5`"):
+        generate_ids(short_model, row, stop_token_ids=[], max_new_tokens=5)
+
+
+def test_questions_beyond_the_context_are_refused_before_any_is_asked(short_model):
+    rows = rows_of_lengths(70, 5, 80)
+    questions = [Question("tuned", "cases", i, row, frozenset(), 4) for i, row in enumerate(rows)]
+    log = AnswerLog(None, {})
+    with pytest.raises(EvaluationError) as caught:
+        ask(Sides(short_model), questions, log=log, progress=lambda _: None)
+    assert [p.partition(" and ")[0] for p in caught.value.problems] == [
+        "case 1, tuned model: 70 tokens", "case 3, tuned model: 80 tokens",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        (dict(family="gemma"), 8192),
+        (dict(family="gemma2"), 8192),
+        (dict(family="gemma3"), 32_768),
+        (dict(family="gemma3", global_rope_scaling_factor=8.0), 131_072),
+        (dict(family="gemma3n", max_position_embeddings=4096), 4096),
+        (dict(family="gemma4"), 131_072),
+        (dict(family="gemma4", moe=True), 262_144),
+    ],
+)
+def test_the_context_of_every_generation(model, tokens):
+    assert context_length(tiny_model(**model)) == tokens
+
+
 def test_broken_prompts_are_all_reported(model):
     prompts = ["fine", [{"role": "user"}], [{"role": "assistant", "content": "x"}], 7, []]
     with pytest.raises(TemplateError) as caught:
@@ -289,9 +346,9 @@ def test_broken_prompts_are_all_reported(model):
     assert [problem.split(":")[0] for problem in problems] == [f"prompt {i}" for i in range(2, 6)]
     with pytest.raises(TemplateError, match="a dict is neither text nor a list of messages"):
         generate(model, {"role": "user", "content": "x"}, template="plain")
-    with pytest.raises(ValueError, match="`max_new_tokens` must be an integer of at least 1"):
+    with pytest.raises(GenerationError, match="`max_new_tokens` must be an integer of at least 1"):
         generate(model, "x", max_new_tokens=0, template="plain")
-    with pytest.raises(ValueError, match="Empty rows"):
+    with pytest.raises(GenerationError, match="Empty rows"):
         ids(model, [[]])
 
 
@@ -332,12 +389,12 @@ def test_a_seed_for_each_row_makes_it_independent_of_the_others(model):
     for index, written, stopped in seen:
         assert written is together[index][0] and stopped == together[index][1]
     assert sorted(entry[0] for entry in seen) == list(range(5))
-    with pytest.raises(ValueError, match="2 seeds for 5 rows"):
+    with pytest.raises(GenerationError, match="2 seeds for 5 rows"):
         ids(model, rows, sampler=sampler, seed=[1, 2])
 
 
 def test_a_search_is_left_to_kerashub(model):
-    with pytest.raises(ValueError, match="must choose token by token"):
+    with pytest.raises(GenerationError, match="must choose token by token"):
         ids(model, rows_of_lengths(4), sampler="beam")
 
 
@@ -444,5 +501,5 @@ def test_seeds_of_numpy_are_seeds():
         for seed in (7, np.int64(7), np.int32(7), 8)
     ]
     assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
-    with pytest.raises(ValueError, match="`seed` must be an integer"):
+    with pytest.raises(GenerationError, match="`seed` must be an integer"):
         generate(model, "one", max_new_tokens=8, sampler="top_p", seed=1.5)

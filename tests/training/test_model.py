@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from _quantized import quantize
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
@@ -24,6 +25,7 @@ from gemma_keras_tune.training import tuning
 from gemma_keras_tune.training.losses import token_cross_entropy
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.pipeline import make_batcher, tokenize_pairs
+from gemma_keras_tune.training.scoring import Scorer
 
 FAMILY_NAMES = ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4 moe"]
 PLAIN = "{prompt}\n{response}"
@@ -186,6 +188,138 @@ def test_a_model_with_nothing_to_train_is_refused():
         TuningModel(model)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_base_whose_embedding_is_quantized_is_refused(mode):
+    model = tiny("gemma3", num_layers=1)
+    quantize(model.backbone, mode)
+    gkt.enable_lora(model, 2, verbose=0)
+    with pytest.raises(gkt.LoraError, match=r"quantized \(int8\)\nLoad .* without its embedding"):
+        TuningModel(model)
+    with pytest.raises(gkt.EvaluationError, match="quantized"):
+        Scorer(model)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_base_quantized_without_its_embedding_trains_on_kerashubs_own_loss(mode):
+    model, pairs = tiny("gemma3", num_layers=1), testing.tiny_pairs(4)
+    quantize(model.backbone, mode, filters=lambda layer: "embedding" not in layer.name)
+    gkt.enable_lora(model, 2, verbose=0)
+    trainer = TuningModel(model)
+    trainer.compile(gkt.make_optimizer(1e-3, updates=2))
+    dataset = gkt.make_dataset(pairs, model, template=PLAIN, batch_size=4, shuffle=False)
+    for _ in range(2):
+        own = float(plain_gradients(model, pairs)[0])
+        history = trainer.fit(dataset, epochs=1, verbose=0).history
+        assert history["loss"] == pytest.approx([own], rel=1e-4)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Notes what Keras calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.calls.append("batch")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.calls.append("epoch")
+
+
+class StopAfter(keras.callbacks.Callback):
+    """Ends training after so many batches."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        self.model.stop_training = self.left <= 0
+
+
+class Explodes(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that ruins the weights at one batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __call__(self, step):
+        return keras.ops.where(step == self.batch, 1e25, 1e-3)
+
+
+def fitted(callbacks, *, rate=1e-3, weights=(), dtype="float32", scaled=False, **options):
+    """A trainer after three epochs of two batches, and the error it met; `weights` by batch."""
+    import tensorflow as tf
+
+    model = tiny("gemma3", num_layers=1, dtype=dtype)
+    gkt.enable_lora(model, 2, verbose=0)
+    trainer = TuningModel(model)
+    optimizer = keras.optimizers.Adam(rate, **options)
+    trainer.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer)
+    dataset = gkt.make_dataset(testing.tiny_pairs(8), model, batch_size=4, shuffle=False)
+    batches = itertools.count()
+
+    def weighted():
+        for x, y, share in dataset:
+            yield x, y, share * (dict(weights).get(next(batches), 1.0))
+
+    data = tf.data.Dataset.from_generator(weighted, output_signature=dataset.element_spec)
+    try:
+        trainer.fit(data, epochs=3, verbose=0, callbacks=callbacks)
+    except gkt.TrainingError as error:
+        return trainer, error
+    return trainer, None
+
+
+def values(trainer):
+    variables = (*trainer.trainable_variables, *trainer.optimizer.variables)
+    return [np.asarray(v).astype("float32") for v in variables]
+
+
+@pytest.mark.parametrize("callbacks", [[], [Recorder()]], ids=["threads", "at once"])
+def test_the_first_loss_that_is_not_finite_ends_training(callbacks):
+    options = dict(rate=Explodes(2))
+    expected, none = fitted([StopAfter(3)], **options)
+    trainer, error = fitted(callbacks, **options)
+    assert none is None
+    assert "not finite in step 2 of epoch 2. " in str(error)
+    assert "lower learning rate." in str(error)
+    for value, before in zip(values(trainer), values(expected), strict=True):
+        np.testing.assert_array_equal(value, before)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_that_is_not_finite_ends_training(steps, dtype):
+    options = dict(dtype=dtype, gradient_accumulation_steps=steps)
+    expected, _ = fitted([StopAfter(3)], **options)
+    trainer, error = fitted([], weights={3: np.inf}, **options)
+    assert "not finite in step 2 of epoch 2. " in str(error)
+    assert ("`dtype` 'float32' in place of bfloat16" in str(error)) == (dtype == "bfloat16")
+    for value, before in zip(values(trainer), values(expected), strict=True):
+        assert np.isfinite(value).all()
+        np.testing.assert_array_equal(value, before)
+
+
+def test_an_optimizer_that_scales_the_loss_may_leave_out_updates():
+    trainer, error = fitted([], scaled=True, weights={3: np.inf})
+    assert error is None
+    assert all(np.isfinite(value).all() for value in values(trainer))
+    assert int(trainer.optimizer.inner_optimizer.iterations) == 5
+    _, error = fitted([], scaled=True, rate=Explodes(0), dtype="mixed_float16")
+    assert "not finite in step 2 of epoch 1. " in str(error)
+    assert "`dtype` 'bfloat16' or 'float32' in place of float16" in str(error)
+
+
+def test_tune_ends_with_the_loss_that_is_not_finite():
+    model = tiny("gemma3", num_layers=1)
+    plan = dict(learning_rate=1e25, warmup_steps=0, epochs=2, batch_size=4, verbose=0)
+    with pytest.raises(gkt.TrainingError, match="in step 2 of epoch 1"):
+        gkt.tune(model, testing.tiny_pairs(8), template=PLAIN, **plan)
+
+
 def test_half_precision_floatx_is_refused():
     model = tiny("gemma3")
     keras.config.set_floatx("bfloat16")
@@ -249,20 +383,6 @@ def test_tune_resolves_prints_and_repeats_a_plan(capsys):
     assert gkt.template_of(again.model) == gkt.template_of(result.model)
     np.testing.assert_allclose(again.history["loss"], result.history["loss"], rtol=1e-4)
     assert capsys.readouterr().out == ""
-
-
-class Recorder(keras.callbacks.Callback):
-    """Notes what Keras calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.calls.append("batch")
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.calls.append("epoch")
 
 
 @dataclasses.dataclass

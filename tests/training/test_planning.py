@@ -37,6 +37,20 @@ def refused(**settings):
     return caught.value
 
 
+def test_a_length_beyond_the_context_is_refused_with_all_else(model):
+    with pytest.raises(gkt.PlanError) as caught:
+        plan_settings(model, 8, 20, sequence_length=32_769, epochs=0)
+    assert len(caught.value.problems) == 2
+    assert "at most the model's context of 32,768 tokens. Received: 32,769" in str(caught.value)
+    assert plan_settings(model, 8, 20, sequence_length=32_768).sequence_length == 32_768
+
+
+def test_a_row_beyond_the_context_is_refused_where_no_length_is_set():
+    model = testing.tiny_model("gemma3n", max_position_embeddings=64)
+    with pytest.raises(gkt.PairsError, match="row 2"):
+        gkt.tune(model, [("a", "b"), ("x" * 80, "b")], template=PLAIN, verbose=0)
+
+
 @pytest.mark.parametrize("family", testing.FAMILIES)
 def test_the_rank_that_is_chosen_fits_every_layer(family):
     model = testing.tiny_model(family)

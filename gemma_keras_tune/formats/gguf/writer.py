@@ -44,6 +44,7 @@ from gemma_keras_tune.gemma.families import (
     Piece,
     Weight,
     backbone_settings,
+    context_length,
     family_of,
     is_instruct,
     join,
@@ -67,10 +68,6 @@ _FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-_CONTEXT_LENGTHS = {
-    "gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma3n": 32_768, "gemma4": 131_072,
-}  # fmt: skip
-_LONG_CONTEXT = 131_072
 _TERMS = "https://ai.google.dev/gemma/terms"
 
 
@@ -230,7 +227,7 @@ def _sizes(model: Any, family: Family) -> dict[str, Any]:
     config = backbone.get_config()
     wide = family.name in ("gemma", "gemma2")
     sizes: dict[str, Any] = {
-        "context_length": _CONTEXT_LENGTHS[family.name],
+        "context_length": context_length(model),
         "embedding_length": config["hidden_dim"],
         "block_count": config["num_layers"],
         # KerasHub gives Gemma 1 and 2 the width of both gates together.
@@ -256,7 +253,6 @@ def _sizes(model: Any, family: Family) -> dict[str, Any]:
         factor = float(config["global_rope_scaling_factor"])
         if factor != 1:
             sizes |= {
-                "context_length": _LONG_CONTEXT,
                 "rope.scaling.type": "linear",
                 "rope.scaling.factor": factor,
             }
@@ -311,7 +307,7 @@ def _gemma3n_sizes(model: Any) -> dict[str, Any]:
         raise _unsaid("Gemma 3n", problems)
     sparsity = statistics.NormalDist()
     return {
-        "context_length": config["max_position_embeddings"],
+        "context_length": context_length(model),
         "embedding_length": config["text_hidden_size"],
         "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
         "block_count": layers,
@@ -352,7 +348,7 @@ def _gemma4_sizes(model: Any) -> dict[str, Any]:
     alone = config["num_layers"] - config["num_kv_shared_layers"]
     doubled = config["use_double_wide_mlp"] and config["num_kv_shared_layers"]
     sizes: dict[str, Any] = {
-        "context_length": _CONTEXT_LENGTHS["gemma4"],
+        "context_length": context_length(model),
         "embedding_length": config["hidden_dim"],
         "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
         "block_count": config["num_layers"],

@@ -26,6 +26,7 @@ from gemma_keras_tune.gemma.families import (
     Family,
     Weight,
     backbone_settings,
+    context_length,
     family_of,
     is_instruct,
     join,
@@ -41,7 +42,6 @@ _MODEL_TYPES = {
     "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
 }
-_POSITIONS = {"gemma": 8192, "gemma2": 8192, "gemma3": 32_768, "gemma4": 131_072}
 _LONG_POSITIONS = 131_072
 _BOS, _EOS, _PAD = 2, 1, 0
 
@@ -128,7 +128,7 @@ def _config(model: Any, family: Family) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "max_position_embeddings": _POSITIONS.get(family.name),
+        "max_position_embeddings": context_length(model),
         "tie_word_embeddings": True,
         "use_cache": True,
         "bos_token_id": _BOS,
@@ -185,7 +185,6 @@ def _gemma3_config(given: dict[str, Any]) -> dict[str, Any]:
     factor = float(given["global_rope_scaling_factor"])
     if factor != 1:
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-        config["max_position_embeddings"] = _LONG_POSITIONS
     return config
 
 

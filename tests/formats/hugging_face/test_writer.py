@@ -140,8 +140,9 @@ CLASSES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM", 8192),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM", 131_072),
     # KerasHub's backbone holds that of Gemma 3n alone.
-    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM", 128),
+    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM", 32_768),
     "gemma4": ("gemma4_text", "Gemma4ForCausalLM", 131_072),
+    "gemma4 moe": ("gemma4_text", "Gemma4ForCausalLM", 262_144),
 }
 
 
@@ -163,7 +164,7 @@ def test_the_faults_of_kerashubs_exporter_are_not_ours(name, folders):
     # It leaves out the generation config, and with it the end of a turn.
     assert set(config["eos_token_id"]) == set(generation["eos_token_id"]) == stops
     # It leaves out the class, and the longest text.
-    kind, owner, longest = CLASSES[name.partition(" ")[0]]
+    kind, owner, longest = CLASSES[name]
     assert (config["model_type"], config["architectures"]) == (kind, [owner])
     assert config["max_position_embeddings"] == longest
     # It ties no embeddings and rounds soft caps away.
