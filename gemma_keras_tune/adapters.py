@@ -21,6 +21,7 @@ from gemma_keras_tune.errors import AdapterError, ExportError, TemplateError
 from gemma_keras_tune.families import (
     family_of,
     is_instruct,
+    locked,
     origin_of,
     quantizations,
 )
@@ -160,6 +161,7 @@ def _unmixed(model: keras.Model) -> Iterator[None]:
             layer.dtype_policy = policy
 
 
+@locked
 def save_adapter(
     model: keras.Model,
     path: str | os.PathLike[str],
@@ -212,6 +214,7 @@ def save_adapter(
     return pathlib.Path(path).expanduser()
 
 
+@locked
 def load_adapter(
     model: keras.Model,
     path: str | os.PathLike[str] | Mapping[str, Any],

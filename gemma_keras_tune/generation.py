@@ -30,6 +30,7 @@ from gemma_keras_tune._layouts import axes_of, pack
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.backend import check_backend
 from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.families import locked
 from gemma_keras_tune.lora import lora_config, lora_enabled, lora_linears
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pipeline import Encoder
@@ -160,6 +161,7 @@ def generate_answers(
     return [Answer(str(tokenizer.detokenize(i)), i, s) for i, s in written]
 
 
+@locked
 def generate_ids(
     model: keras.Model,
     rows: Sequence[Sequence[int] | np.ndarray],
@@ -454,6 +456,7 @@ def check_numbers(rows: Sequence[Any], **numbers: Any) -> None:
 Call = tuple[Sequence[int], int]
 
 
+@locked
 def choose_programs(
     model: keras.Model,
     calls: Sequence[Call],

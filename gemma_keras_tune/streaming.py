@@ -16,6 +16,8 @@ import numpy as np
 
 from gemma_keras_tune import _decoding, generation
 from gemma_keras_tune._memory import kept_memory
+from gemma_keras_tune.backend import check_backend
+from gemma_keras_tune.families import model_lock
 from gemma_keras_tune.generation import Prompt
 from gemma_keras_tune.lora import lora_config, lora_enabled
 from gemma_keras_tune.switching import ACTIVE, Active, use_adapter
@@ -57,6 +59,7 @@ def stream(
         AdapterError: There is no such adapter.
         ValueError: A number is out of range.
     """
+    check_backend()
     with use_adapter(model, adapter):
         resolved = get_template(template, model)
     tokenizer: Any = generation.tokenizer_of(model)
@@ -66,7 +69,21 @@ def stream(
         raise ValueError(f"`every` must be an integer of at least 1. Received: {every!r}")
     stops = resolved.stop_token_ids(tokenizer)
     written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
-    return _pieces(written, tokenizer)
+    return _one_at_a_time(model, _pieces(written, tokenizer))
+
+
+def _one_at_a_time(model: keras.Model, pieces: Iterator[str]) -> Iterator[str]:
+    """Hold the model while a piece is computed, and not while the user has it.
+
+    With the first one the weights are taken and all programs traced, so what is switched, loaded or
+    removed later does not matter.
+    """
+    while True:
+        with model_lock(model):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 def _pieces(answers: Iterator[np.ndarray], tokenizer: Any) -> Iterator[str]:

@@ -12,6 +12,7 @@ import keras_hub
 import numpy as np
 
 from gemma_keras_tune.evaluation.resuming import AnswerLog
+from gemma_keras_tune.families import model_lock
 from gemma_keras_tune.generation import (
     MAX_BUFFERS,
     Answer,
@@ -72,10 +73,11 @@ class Sides:
 
     @contextlib.contextmanager
     def on(self, side: Side) -> Iterator[keras.Model]:
-        """The model of a side, ready to be asked."""
+        """The model of a side, ready to be asked. Other threads wait for it."""
         off = side == "base" and self.base is self.tuned
-        with lora_disabled(self.tuned) if off else contextlib.nullcontext():
-            yield self.model(side)
+        model = self.model(side)
+        with model_lock(model), lora_disabled(model) if off else contextlib.nullcontext():
+            yield model
 
 
 def ask(
