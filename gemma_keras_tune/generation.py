@@ -26,6 +26,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune import _decoding
+from gemma_keras_tune._equality import ArrayEquality
 from gemma_keras_tune._layouts import axes_of, pack
 from gemma_keras_tune._memory import kept_memory
 from gemma_keras_tune.backend import check_backend
@@ -48,8 +49,8 @@ STOPS_AT_ONCE = 64
 Prompt = str | Sequence[Message | Mapping[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer(ArrayEquality):
     """What a model wrote.
 
     Attributes:

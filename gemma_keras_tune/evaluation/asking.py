@@ -11,6 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune._equality import ArrayEquality
 from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.families import model_lock
 from gemma_keras_tune.generation import (
@@ -26,8 +27,8 @@ Side = Literal["base", "tuned"]
 Group = list["Question"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question(ArrayEquality):
     """One prompt to put to one side, once.
 
     Attributes:

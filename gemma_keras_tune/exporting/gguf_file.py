@@ -54,6 +54,7 @@ from gemma_keras_tune.gguf_files import (
     tensor_shape,
 )
 from gemma_keras_tune.templates import END_OF_TEXT, Template, get_template, template_of
+from gemma_keras_tune.vocabularies import sentencepiece_messages
 
 FORMAT = "gguf"
 RUNTIME = "xllamacpp"
@@ -440,9 +441,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _tokenizer(model: Any) -> dict[str, Any]:
     """The SentencePiece model taken apart, padded to the rows of the embedding."""
-    from sentencepiece import sentencepiece_model_pb2 as sp
-
-    proto = sp.ModelProto.FromString(model.preprocessor.tokenizer.proto)
+    proto = sentencepiece_messages().ModelProto.FromString(model.preprocessor.tokenizer.proto)
     rows = _rows(model)
     if len(proto.pieces) > rows:
         raise ExportError(
