@@ -1,22 +1,17 @@
 """Tune Google's Gemma models with Keras: from pairs to a tested, deployable model.
 
-Importing chooses the JAX backend, unless Keras is imported already or `KERAS_BACKEND` is set. On
-Linux without an accelerator it also lets all threads share one of `malloc`'s arenas, unless
-`MALLOC_ARENA_MAX` is set: a training step takes a fifth less time.
+Importing chooses the JAX backend, unless Keras is imported already or `KERAS_BACKEND` is set, and
+changes nothing else in the process.
 """
 
 import os as _os
 import sys as _sys
 
+from gemma_keras_tune._support.quiet import quiet_tensorflow as _quiet_tensorflow
+
 if "keras" not in _sys.modules:
     _os.environ.setdefault("KERAS_BACKEND", "jax")
-_os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-from gemma_keras_tune._support.memory import share_arena as _share_arena
-from gemma_keras_tune._support.quiet import quiet_stderr as _quiet_stderr
-
-with _quiet_stderr():
-    _share_arena()
+with _quiet_tensorflow():
     import keras_hub as _keras_hub  # noqa: F401
 
 from gemma_keras_tune.adapters.lora import (

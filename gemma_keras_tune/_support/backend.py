@@ -1,12 +1,25 @@
-"""The one check of what Keras runs on, made before any work."""
+"""The one check of what Keras and JAX run on, made before any work."""
 
+import functools
+import importlib.metadata
+import pkgutil
+import re
+import warnings
+
+import jax
+import jaxlib.version
 import keras
 
+from gemma_keras_tune._support.memory import share_arena
 from gemma_keras_tune.errors import BackendError
+
+_PLUGIN = re.compile(r"jax_(?P<gpu>cuda|rocm)(?P<version>\d+)_plugin|libtpu")
 
 
 def check_backend() -> None:
-    """Refuse what this library does not compute on.
+    """Refuse what this library does not compute on, and tell of an accelerator that is not used.
+
+    Before JAX starts its threads it settles where they take memory; see `share_arena`.
 
     Raises:
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
@@ -24,3 +37,46 @@ def check_backend() -> None:
             next_step="Call `keras.config.set_floatx('float32')`, and pass `dtype` to `load` for "
             "smaller weights.",
         )
+    share_arena()
+    _check_devices()
+
+
+@functools.cache
+def _check_devices() -> None:
+    """Warn, once, where JAX runs on the CPU beside a plugin for an accelerator."""
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if chosen or jax.default_backend() != "cpu":
+        return
+    plugins = {
+        module.name: found
+        for module in pkgutil.iter_modules()
+        if (found := _PLUGIN.fullmatch(module.name))
+    }
+    if not plugins:
+        return
+    installed = ", ".join(f"{name} {_version(name)}" for name in sorted(plugins))
+    warnings.warn(
+        f"JAX runs on the CPU, though a plugin for an accelerator is installed: {installed}, "
+        f"beside jaxlib {jaxlib.version.__version__}. If this machine has the accelerator, type\n"
+        f"    pip install {' '.join(_requirement(plugins[name]) for name in sorted(plugins))}\n"
+        "and start again. To run on the CPU on purpose, set JAX_PLATFORMS=cpu.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _requirement(plugin: re.Match[str]) -> str:
+    """Name, for pip, the plugin that fits the JAX that is installed."""
+    gpu, version = plugin["gpu"], plugin["version"]
+    if gpu == "rocm":
+        return " ".join(
+            f"jax-rocm{version}-{p}=={jaxlib.version.__version__}" for p in ("plugin", "pjrt")
+        )
+    return f'"jax[{f"cuda{version}" if gpu else "tpu"}]=={jax.__version__}"'
+
+
+def _version(module: str) -> str:
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

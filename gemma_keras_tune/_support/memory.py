@@ -27,9 +27,11 @@ def share_arena() -> None:
 
     glibc gives threads arenas of their own, which hold nothing above 64 MB: what is larger, as the
     temporary arrays of a training step are, comes from the kernel and goes back to it. In the main
-    arena nothing is too large. A thread stays in the arena it begins with, so this comes before the
-    imports that start threads. It does what `MALLOC_ARENA_MAX=1` in the environment does; a setting
-    of the user's own stands, and so does glibc's where JAX has a plugin for an accelerator.
+    arena nothing is too large. A thread stays in the arena it begins with, so this comes before
+    the first array, which starts JAX's threads: after it a step takes as long as without. It does
+    what `MALLOC_ARENA_MAX=1` in the environment does; a setting of the user's own stands, and so
+    does glibc's where JAX has a plugin for an accelerator. It cannot be taken back: glibc reads the
+    limit once.
     """
     plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
     if _has_glibc() and not plugins and "MALLOC_ARENA_MAX" not in os.environ:

@@ -1,7 +1,8 @@
-"""Keeps what native code logs as it starts off the screen."""
+"""Keeps what native code logs as it starts off the screen, and nothing else."""
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -9,14 +10,53 @@ from collections.abc import Iterator
 
 # Two threads would each take the other's place for the real one. Within one thread it may nest.
 _lock = threading.RLock()
+# Lines of no interest: of level INFO, in TensorFlow's, absl's and SentencePiece's form, and what
+# TensorFlow says where JAX has taken the GPU, or the CPU can do more than it was built for.
+_NOISE = re.compile(
+    rb"WARNING: All log messages before absl::InitializeLog\(\)"
+    rb"|I\d{4} \d\d:\d\d:|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: I |\S+\.cc\(\d+\) LOG\(INFO\)"
+    rb"|To enable the following instructions:"
+    rb"|.*Unable to register cu\w+ factory|.*computation placer already registered"
+    rb"|.*TF-TRT Warning: Could not find TensorRT"
+)
+
+
+_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> Iterator[None]:
+    """Keep TensorFlow's log quiet where it is imported, and no warning of JAX's or Keras's.
+
+    These two are imported before: JAX then warns of plugins that it will not use. TensorFlow reads
+    its log level once, at its import; the environment is as before afterwards.
+
+    Yields:
+        Nothing.
+    """
+    chosen = _LEVEL in os.environ  # by the user: JAX's import sets it for itself
+    import jax  # noqa: F401
+    import keras  # noqa: F401
+
+    before = os.environ.get(_LEVEL)
+    if not chosen:
+        os.environ[_LEVEL] = "3"
+    try:
+        with quiet_stderr():
+            yield
+    finally:
+        os.environ.pop(_LEVEL, None)
+        if before is not None:
+            os.environ[_LEVEL] = before
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Hold back what is written to standard error; show it if there is an exception.
+    """Hold back what native code writes to standard error, and write all but the known noise after.
 
     TensorFlow 2.21 logs before its log level is read, and its SentencePiece logs at any level, so
-    no setting silences them.
+    no setting silences them. What Python writes, warnings among it, goes through at once. After an
+    exception the noise is written too.
 
     Yields:
         Nothing.
@@ -27,16 +67,33 @@ def quiet_stderr() -> Iterator[None]:
         except OSError:
             yield
             return
-        if sys.stderr is not None:
-            sys.stderr.flush()
-        os.dup2(held.fileno(), 2)
+        failed = True
         try:
-            yield
-        except BaseException:
-            os.dup2(there, 2)
-            held.seek(0)
-            os.write(2, held.read())
-            raise
+            with _python_writes_to(there):
+                os.dup2(held.fileno(), 2)
+                yield
+            failed = False
         finally:
             os.dup2(there, 2)
             os.close(there)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if failed or not _NOISE.match(line)))
+
+
+@contextlib.contextmanager
+def _python_writes_to(descriptor: int) -> Iterator[None]:
+    """Let `sys.stderr` write to another descriptor, where it is the one that writes to 2."""
+    before = sys.stderr
+    try:
+        native = before is not None and before.fileno() == 2
+    except (AttributeError, OSError, ValueError):  # a notebook's, or closed
+        native = False
+    if not native:
+        yield
+        return
+    before.flush()
+    with (
+        open(descriptor, "w", 1, before.encoding, "backslashreplace", closefd=False) as direct,
+        contextlib.redirect_stderr(direct),
+    ):
+        yield

@@ -29,6 +29,7 @@ import keras
 import numpy as np
 import regex  # type: ignore[import-untyped]
 
+from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune.adapters.lora import kernel_shape
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.families import Family, Linear, Weight, family_of
@@ -53,8 +54,8 @@ _NOT_PLAIN = (
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
-@dataclasses.dataclass(frozen=True)
-class Factors:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factors(ArrayEquality):
     """What an adapter adds to one `[outputs, inputs]` weight: `scale * b @ a`.
 
     Attributes:

@@ -29,7 +29,7 @@ from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune.errors import LoraError
-from gemma_keras_tune.gemma.families import Linear, family_of
+from gemma_keras_tune.gemma.families import Linear, family_of, locked, model_lock
 from gemma_keras_tune.gemma.templates import Template, template_of
 
 TargetModules = Literal["all", "attention"] | Iterable[str]
@@ -82,6 +82,7 @@ class _State:
 _states: "weakref.WeakKeyDictionary[keras.Model, _State]" = weakref.WeakKeyDictionary()
 
 
+@locked
 def enable_lora(
     model: keras.Model,
     rank: int = 8,
@@ -178,7 +179,7 @@ def is_lora_on(model: keras.Model) -> bool:
 
 @contextlib.contextmanager
 def lora_disabled(model: keras.Model) -> Iterator[None]:
-    """Within the context the model answers as its base, bit for bit.
+    """Within the context the model answers as its base, bit for bit. Other threads wait for it.
 
     Args:
         model: A model; without LoRA nothing happens.
@@ -186,12 +187,13 @@ def lora_disabled(model: keras.Model) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    was_on = is_lora_on(model)
-    set_lora_on(model, on=False)
-    try:
-        yield
-    finally:
-        set_lora_on(model, on=was_on)
+    with model_lock(model):
+        was_on = is_lora_on(model)
+        set_lora_on(model, on=False)
+        try:
+            yield
+        finally:
+            set_lora_on(model, on=was_on)
 
 
 @contextlib.contextmanager
@@ -206,16 +208,18 @@ def lora_on(model: keras.Model) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
-    for layer in off:
-        layer.lora_enabled = True
-    try:
-        yield
-    finally:
+    with model_lock(model):
+        off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
         for layer in off:
-            layer.lora_enabled = False
+            layer.lora_enabled = True
+        try:
+            yield
+        finally:
+            for layer in off:
+                layer.lora_enabled = False
 
 
+@locked
 def set_lora_on(model: keras.Model, *, on: bool) -> None:
     """Switch LoRA on or off on every layer that carries it.
 
@@ -230,6 +234,7 @@ def set_lora_on(model: keras.Model, *, on: bool) -> None:
     _forget_compiled(model)
 
 
+@locked
 def remove_lora(model: keras.Model) -> None:
     """Take LoRA off and throw it away: the model is its base again.
 
@@ -248,6 +253,7 @@ def remove_lora(model: keras.Model) -> None:
     _forget_compiled(model)
 
 
+@locked
 def merge_lora(model: keras.Model) -> None:
     """Add the update into the base kernels for good, and take LoRA off.
 

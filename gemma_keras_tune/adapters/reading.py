@@ -20,6 +20,7 @@ from gemma_keras_tune.adapters.switching import (
 from gemma_keras_tune.errors import AdapterError, TemplateError
 from gemma_keras_tune.gemma.families import (
     family_of,
+    locked,
 )
 from gemma_keras_tune.gemma.templates import (
     Template,
@@ -28,6 +29,7 @@ from gemma_keras_tune.gemma.templates import (
 )
 
 
+@locked
 def load_adapter(
     model: keras.Model,
     path: str | os.PathLike[str] | Mapping[str, Any],

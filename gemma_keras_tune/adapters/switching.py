@@ -33,6 +33,7 @@ from gemma_keras_tune.adapters.lora import (
     set_lora_on,
 )
 from gemma_keras_tune.errors import AdapterError
+from gemma_keras_tune.gemma.families import locked, model_lock
 from gemma_keras_tune.gemma.templates import Template, attach_template, template_of
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -90,6 +91,7 @@ class _Bank:
 _banks: "weakref.WeakKeyDictionary[keras.Model, _Bank]" = weakref.WeakKeyDictionary()
 
 
+@locked
 def list_adapters(model: keras.Model) -> tuple[str, ...]:
     """Names of the adapters on a model, in the order they came.
 
@@ -103,6 +105,7 @@ def list_adapters(model: keras.Model) -> tuple[str, ...]:
     return tuple(bank.adapters) if bank else ()
 
 
+@locked
 def active_adapter(model: keras.Model) -> str | None:
     """The adapter that is on.
 
@@ -116,6 +119,7 @@ def active_adapter(model: keras.Model) -> str | None:
     return bank.active if bank and is_lora_on(model) else None
 
 
+@locked
 def adapter_config(model: keras.Model) -> LoraConfig | None:
     """The configuration of the adapter that is on, or was last.
 
@@ -130,6 +134,7 @@ def adapter_config(model: keras.Model) -> LoraConfig | None:
     return bank.adapters[bank.active].config if bank else None
 
 
+@locked
 def adapter_strength(model: keras.Model) -> float:
     """The strength of the adapter that is on, or was last.
 
@@ -147,6 +152,7 @@ def adapter_strength(model: keras.Model) -> float:
     return bank.scale
 
 
+@locked
 def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> None:
     """Switch to an adapter, with the template it was tuned with.
 
@@ -185,11 +191,11 @@ def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> 
 def use_adapter(
     model: keras.Model, name: str | Active | None = ACTIVE, *, scale: float = 1.0
 ) -> Iterator[None]:
-    """Switch to an adapter for a while.
+    """Switch to an adapter for a while, in which other threads wait for the model.
 
     Args:
         model: A model with adapters.
-        name: As for `set_adapter`. Left out, nothing is switched.
+        name: As for `set_adapter`. Left out, nothing is switched, and nothing can be by others.
         scale: As for `set_adapter`.
 
     Yields:
@@ -198,25 +204,23 @@ def use_adapter(
     Raises:
         AdapterError: As for `set_adapter`.
     """
-    if isinstance(name, Active):
-        yield
-        return
-    bank = _bank(model)
-    if bank is None and name is None:
-        yield
-        return
-    if bank is not None:
-        _keep_trained(model, bank)
-    before, held, strength = (bank.active, bank.assigned, bank.scale) if bank else ("", [], 1.0)
-    on, template = is_lora_on(model), template_of(model)
-    set_adapter(model, name, scale=scale)
-    try:
-        yield
-    finally:
-        _switch_back(model, before, held, strength)
-        if before in list_adapters(model):
-            set_lora_on(model, on=on)
-            attach_template(model, template)
+    with model_lock(model):
+        if isinstance(name, Active) or (name is None and _bank(model) is None):
+            yield
+            return
+        bank = _bank(model)
+        if bank is not None:
+            _keep_trained(model, bank)
+        before, held, strength = (bank.active, bank.assigned, bank.scale) if bank else ("", [], 1.0)
+        on, template = is_lora_on(model), template_of(model)
+        set_adapter(model, name, scale=scale)
+        try:
+            yield
+        finally:
+            _switch_back(model, before, held, strength)
+            if before in list_adapters(model):
+                set_lora_on(model, on=on)
+                attach_template(model, template)
 
 
 def _switch_back(
@@ -233,6 +237,7 @@ def _switch_back(
         set_adapter(model, before, scale=strength)
 
 
+@locked
 def remove_adapter(model: keras.Model, name: str) -> None:
     """Take an adapter off a model and forget it.
 
@@ -262,6 +267,7 @@ def remove_adapter(model: keras.Model, name: str) -> None:
         set_adapter(model, None)
 
 
+@locked
 def add_adapter(
     model: keras.Model, name: str, config: LoraConfig, factors: Factors, template: Template | None
 ) -> None:
@@ -340,6 +346,7 @@ def name_conflict(model: keras.Model, name: Any, config: LoraConfig) -> str | No
     )
 
 
+@locked
 def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
     """The name of an adapter that is there.
 
@@ -365,6 +372,7 @@ def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
     return str(chosen)
 
 
+@locked
 def adapter_factors(
     model: keras.Model, name: str | Active = ACTIVE
 ) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]]]:

@@ -11,9 +11,11 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune.adapters.lora import lora_disabled
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.resuming import AnswerLog
+from gemma_keras_tune.gemma.families import model_lock
 from gemma_keras_tune.generation.answers import (
     MAX_BUFFERS,
     SHORTEN,
@@ -28,8 +30,8 @@ Side = Literal["base", "tuned"]
 Group = list["Question"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question(ArrayEquality):
     """One prompt to put to one side, once.
 
     Attributes:
@@ -75,10 +77,11 @@ class Sides:
 
     @contextlib.contextmanager
     def on(self, side: Side) -> Iterator[keras.Model]:
-        """The model of a side, ready to be asked."""
+        """The model of a side, ready to be asked. Other threads wait for it."""
         off = side == "base" and self.base is self.tuned
-        with lora_disabled(self.tuned) if off else contextlib.nullcontext():
-            yield self.model(side)
+        model = self.model(side)
+        with model_lock(model), lora_disabled(model) if off else contextlib.nullcontext():
+            yield model
 
 
 def ask(

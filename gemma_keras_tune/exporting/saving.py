@@ -29,6 +29,7 @@ from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
 from gemma_keras_tune.gemma.families import (
     family_of,
+    locked,
 )
 from gemma_keras_tune.training.model import (
     batches_per_update,
@@ -84,6 +85,7 @@ def save_preset(
     return pathlib.Path(path).expanduser()
 
 
+@locked
 def save_adapter(
     model: keras.Model,
     path: str | os.PathLike[str],

@@ -11,13 +11,15 @@ map (`gguf.constants`), and the parameter trees of the Gemma library for JAX (`g
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
+import threading
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import keras
 import keras_hub
@@ -813,6 +815,33 @@ class Origin:
 
     source: str
     instruct: bool | None
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_locks: "weakref.WeakKeyDictionary[keras.Model, Any]" = weakref.WeakKeyDictionary()
+
+
+def model_lock(model: keras.Model) -> Any:
+    """Return the re-entrant lock of a model, held while an adapter is switched, or is to stay on.
+
+    Args:
+        model: A model.
+
+    Returns:
+        A `threading.RLock`.
+    """
+    return _locks.setdefault(model, threading.RLock())
+
+
+def locked(function: _Function) -> _Function:
+    """Let one thread at a time into a function whose first argument is `model`."""
+
+    @functools.wraps(function)
+    def call(model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        with model_lock(model):
+            return function(model, *args, **kwargs)
+
+    return cast(_Function, call)
 
 
 _origins: "weakref.WeakKeyDictionary[keras.Model, Origin]" = weakref.WeakKeyDictionary()

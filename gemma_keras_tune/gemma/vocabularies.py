@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.errors import GemmaTuneError, LoadError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 UNK_ID, CONTROL_IDS = 3, (0, 1, 2)
@@ -21,6 +21,24 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 # Google's tokenizer.json files name it for models, too, that see no images and have no row for it.
 _WITHOUT_A_ROW = ("<image_soft_token>",)
 _AGAIN = "Copy or download the folder again."
+
+
+def sentencepiece_messages() -> Any:
+    """Return the module of SentencePiece's protobuf messages.
+
+    Raises:
+        GemmaTuneError: The installed protobuf is older than the one they are made for.
+    """
+    from google.protobuf.runtime_version import VersionError
+
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except VersionError as error:
+        raise GemmaTuneError(
+            f"The installed sentencepiece needs a newer protobuf: {error}",
+            next_step='Type: pip install "sentencepiece<0.2.3", and start again.',
+        ) from error
+    return sentencepiece_model_pb2
 
 
 def sentencepiece_model(
@@ -36,8 +54,7 @@ def sentencepiece_model(
     Returns:
         The serialized model.
     """
-    from sentencepiece import sentencepiece_model_pb2 as sp
-
+    sp = sentencepiece_messages()
     model = sp.ModelProto()
     for piece, score, kind in zip(pieces, scores, types, strict=True):
         model.pieces.add(piece=piece, score=score, type=kind)
@@ -139,8 +156,7 @@ def _with_added(folder: pathlib.Path, proto: bytes, rows: int) -> bytes:
 
     SentencePiece would spell them out.
     """
-    from sentencepiece import sentencepiece_model_pb2 as sp
-
+    sp = sentencepiece_messages()
     model = sp.ModelProto.FromString(proto)
     known = {piece.piece: number for number, piece in enumerate(model.pieces)}
     problems = []

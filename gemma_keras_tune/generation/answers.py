@@ -26,12 +26,13 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_on
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import GenerationError, TemplateError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
-from gemma_keras_tune.gemma.families import context_length
+from gemma_keras_tune.gemma.families import context_length, locked
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation import decoding
@@ -48,8 +49,8 @@ STOPS_AT_ONCE = 64
 Prompt = str | Sequence[Message | Mapping[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer(ArrayEquality):
     """What a model wrote.
 
     Attributes:
@@ -163,6 +164,7 @@ def generate_answers(
     return [Answer(str(tokenizer.detokenize(i)), i, s) for i, s in written]
 
 
+@locked
 def generate_ids(
     model: keras.Model,
     rows: Sequence[Sequence[int] | np.ndarray],
@@ -482,6 +484,7 @@ SHORTEN = "Shorten the prompts, or lower `max_new_tokens`."
 Call = tuple[Sequence[int], int]
 
 
+@locked
 def choose_programs(
     model: keras.Model,
     calls: Sequence[Call],

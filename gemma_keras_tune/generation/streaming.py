@@ -14,9 +14,11 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_on
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
+from gemma_keras_tune.gemma.families import model_lock
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
 from gemma_keras_tune.generation import answers, decoding
 from gemma_keras_tune.generation.answers import Prompt
@@ -57,6 +59,7 @@ def stream(
         AdapterError: There is no such adapter.
         GenerationError: A number is out of range, or the prompt does not fit into the context.
     """
+    check_backend()
     with use_adapter(model, adapter):
         resolved = get_template(template, model)
     tokenizer: Any = answers.tokenizer_of(model)
@@ -65,7 +68,21 @@ def stream(
     answers.check_context(model, [row], max_new_tokens)
     stops = resolved.stop_token_ids(tokenizer)
     written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
-    return _pieces(written, tokenizer)
+    return _one_at_a_time(model, _pieces(written, tokenizer))
+
+
+def _one_at_a_time(model: keras.Model, pieces: Iterator[str]) -> Iterator[str]:
+    """Hold the model while a piece is computed, and not while the user has it.
+
+    With the first one the weights are taken and all programs traced, so what is switched, loaded or
+    removed later does not matter.
+    """
+    while True:
+        with model_lock(model):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 def _pieces(answers: Iterator[np.ndarray], tokenizer: Any) -> Iterator[str]:

@@ -248,8 +248,7 @@ def _open_file(path: pathlib.Path, split: str | None = None) -> Rows:
 
 def _open_folder(folder: pathlib.Path, split: str | None) -> Rows:
     if (folder / "features.json").is_file():
-        import tensorflow_datasets as tfds
-
+        tfds = _tfds()
         return _open_tfds(tfds.builder_from_directory(folder), split)
     paths = [
         path
@@ -739,9 +738,25 @@ def is_message(value: Any) -> bool:
 # TensorFlow.
 
 
-def _open_tfds_name(name: str, split: str | None) -> Rows:
+def _tfds() -> Any:
+    """TFDS. Beside a protobuf older than its metadata's it logs an error and is an empty module."""
     import tensorflow_datasets as tfds
 
+    if not hasattr(tfds, "builder"):
+        raise PairsError(
+            "TensorFlow Datasets cannot be imported: it finds tensorflow-metadata made for a newer "
+            "protobuf.",
+            next_step='Type: pip install "tensorflow-metadata<1.18", and start again.',
+        )
+    return tfds
+
+
+def _open_tfds_name(name: str, split: str | None) -> Rows:
+    try:
+        tfds = _tfds()
+    except PairsError as error:
+        what = f"is not a file, and whether it is a TFDS dataset cannot be told. {error}"
+        _missing(pathlib.Path(name), what.rstrip("."))
     try:
         # Hub lookups would make a mistyped path wait for the network.
         builder = tfds.builder(name, try_gcs=False)

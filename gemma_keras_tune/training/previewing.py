@@ -11,14 +11,15 @@ from typing import Any
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune.errors import PairsError
 from gemma_keras_tune.gemma.encoding import encode
 from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.pairs.reader import read_pairs
 
 
-@dataclasses.dataclass(frozen=True)
-class PreviewRow:
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreviewRow(ArrayEquality):
     """One row as it would be trained.
 
     Attributes:

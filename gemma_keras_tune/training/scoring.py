@@ -15,7 +15,7 @@ from keras import ops
 from gemma_keras_tune.adapters.lora import lora_on
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
-from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of, model_lock
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.answers import values_of
 from gemma_keras_tune.training.losses import token_cross_entropy
@@ -118,11 +118,12 @@ class Scorer:
 
     def _run(self, program: Any, x: dict[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
         backbone = self.model.backbone
-        trainable = values_of(self.model, backbone.trainable_variables)
-        fixed = values_of(self.model, backbone.non_trainable_variables)
-        embedding = family_of(self.model).head(self.model).embedding
-        with lora_on(self.model):
-            return np.asarray(program(trainable, fixed, embedding.value, x, labels))
+        with model_lock(self.model):
+            trainable = values_of(self.model, backbone.trainable_variables)
+            fixed = values_of(self.model, backbone.non_trainable_variables)
+            embedding = family_of(self.model).head(self.model).embedding
+            with lora_on(self.model):
+                return np.asarray(program(trainable, fixed, embedding.value, x, labels))
 
     def _hidden(self, trainable: Any, fixed: Any, x: Any) -> Any:
         self.programs += 1  # while it is traced, and so once for each program

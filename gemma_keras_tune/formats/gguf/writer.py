@@ -51,6 +51,7 @@ from gemma_keras_tune.gemma.families import (
     origin_of,
 )
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
+from gemma_keras_tune.gemma.vocabularies import sentencepiece_messages
 
 FORMAT = "gguf"
 FILE_NAME = "model.gguf"
@@ -424,9 +425,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _tokenizer(model: Any) -> dict[str, Any]:
     """The SentencePiece model taken apart, padded to the rows of the embedding."""
-    from sentencepiece import sentencepiece_model_pb2 as sp
-
-    proto = sp.ModelProto.FromString(model.preprocessor.tokenizer.proto)
+    proto = sentencepiece_messages().ModelProto.FromString(model.preprocessor.tokenizer.proto)
     rows = _rows(model)
     if len(proto.pieces) > rows:
         raise ExportError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_keras_tune.gemma.templates import Template
+from gemma_keras_tune.gemma.vocabularies import sentencepiece_messages
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "▁"
@@ -29,9 +30,7 @@ def write_tokenizer(
         template: The prompt format, or `None` for a pretrained model.
         turn_tokens: Tokens that mark turns: like `<eos>`, they are left out of decoded text.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    proto = sentencepiece_messages().ModelProto.FromString(tokenizer.proto)
     special = {*turn_tokens, *_NAMES.values()}
     (folder / "tokenizer.model").write_bytes(tokenizer.proto)
     text = json.dumps(_tokenizer_json(proto.pieces, special), ensure_ascii=False)

@@ -1,0 +1,140 @@
+"""Threads that ask one model with several adapters each get their own adapter's answer."""
+
+import concurrent.futures
+import itertools
+import pathlib
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gemma_keras_tune as gkt
+from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
+from gemma_keras_tune.evaluation.asking import Sides
+from gemma_keras_tune.gemma.families import model_lock
+from gemma_keras_tune.testing import tiny_model
+
+NAMES = ("one", "two", None)
+THREADS = 8
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """Two adapters that change what is answered."""
+    root, made = tmp_path_factory.mktemp("adapters"), {}
+    for seed, name in enumerate(("one", "two")):
+        model = tiny_model("gemma3", num_layers=1)
+        gkt.enable_lora(model, 2, verbose=0)
+        draw = np.random.default_rng(seed)
+        for linear in lora_linears(model):
+            factor = linear.layer.lora_kernel_b
+            factor.assign(draw.normal(0, 0.6, factor.shape))
+        made[name] = gkt.save_adapter(model, root / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folders: dict[str, pathlib.Path]) -> Any:
+    model = tiny_model("gemma3", num_layers=1)
+    for name, folder in folders.items():
+        gkt.load_adapter(model, folder, name=name)
+    gkt.set_adapter(model, None)
+    return model
+
+
+def ask(model: Any, name: str | None) -> str:
+    answer = gkt.generate(model, "Say something.", max_new_tokens=6, adapter=name, strip=False)
+    assert isinstance(answer, str)
+    return answer
+
+
+def pieces(model: Any, name: str | None) -> str:
+    stream = gkt.stream(model, "Say something.", max_new_tokens=6, adapter=name, every=2)
+    return "".join(stream)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any) -> dict[str | None, str]:
+    """What each answers where one thread asks."""
+    answers = {name: ask(model, name) for name in NAMES}
+    assert len(set(answers.values())) == len(NAMES)
+    return answers
+
+
+def wrong(run: Any, tasks: list[Any], expected: dict[str | None, str]) -> list[Any]:
+    """Tasks that are answered otherwise than expected, with several threads at them."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        answers = list(threads.map(run, tasks))
+    return [(t, a) for t, a in zip(tasks, answers, strict=True) if a != expected[t[0]]]
+
+
+def test_each_call_answers_with_its_own_adapter(
+    model: Any, expected: dict[str | None, str]
+) -> None:
+    tasks = [(name, how) for name in NAMES for how in (ask, ask, ask, pieces) for _ in range(9)]
+    random.Random(0).shuffle(tasks)
+    assert wrong(lambda task: task[1](model, task[0]), tasks, expected) == []
+    assert gkt.active_adapter(model) is None
+
+
+def test_adapters_come_and_go_while_others_answer(
+    folders: dict[str, pathlib.Path], model: Any, expected: dict[str | None, str]
+) -> None:
+    def run(task: Any) -> str:
+        name, change = task
+        if change:
+            own = f"own {threading.get_ident()}"
+            gkt.load_adapter(model, folders["one"], name=own)
+            gkt.remove_adapter(model, own)
+        return ask(model, name)
+
+    tasks = [(name, change) for name in NAMES for change in (True, False, False, False)] * 4
+    random.Random(0).shuffle(tasks)
+    assert wrong(run, tasks, expected) == []
+    assert gkt.list_adapters(model) == ("one", "two")
+    gkt.set_adapter(model, None)
+
+
+def test_the_streams_of_one_thread_may_take_turns(
+    model: Any, expected: dict[str | None, str]
+) -> None:
+    made = dict.fromkeys(NAMES, "")
+    options: dict[str, Any] = dict(max_new_tokens=6, every=1)
+    streams = [gkt.stream(model, "Say something.", adapter=name, **options) for name in NAMES]
+    for turn in itertools.zip_longest(*streams, fillvalue=""):
+        for name, piece in zip(NAMES, turn, strict=True):
+            made[name] += piece
+    assert made == expected
+
+
+def test_a_stream_holds_the_model_only_while_it_computes(model: Any) -> None:
+    stream = gkt.stream(model, "Say something.", max_new_tokens=6, adapter="one", every=1)
+    next(stream)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert threads.submit(model_lock(model).acquire, timeout=5).result(10)
+        threads.submit(model_lock(model).release).result(10)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda model: gkt.use_adapter(model, "one"),
+        lambda model: gkt.use_adapter(model),
+        lambda model: gkt.lora_disabled(model),
+        lambda model: Sides(model, model).on("base"),
+        lambda model: Sides(model, model).on("tuned"),
+    ],
+)
+def test_a_context_keeps_others_from_switching(model: Any, held: Any) -> None:
+    gkt.set_adapter(model, "two")
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with held(model):
+            before = gkt.active_adapter(model)
+            switched = threads.submit(gkt.set_adapter, model, None)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                switched.result(0.2)
+            assert gkt.active_adapter(model) == before
+        switched.result(10)
+    assert not is_lora_on(model)
