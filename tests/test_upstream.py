@@ -1,7 +1,7 @@
 """The faults of other packages that this library works around are still there.
 
-Each section of `docs/upstream.md` describes one, with a reproduction that sets `broken`. A test that
-fails here is good news: a new version repaired the fault, so its workaround can go.
+Each section of `docs/upstream.md` describes one, with a reproduction that sets `broken`. A test
+that fails here is good news: a new version repaired the fault, so its workaround can go.
 """
 
 import pathlib
