@@ -30,6 +30,14 @@ def arguments(description: str, pairs: int | None = 64) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shared_data(name: str) -> pathlib.Path:
+    """A folder of public data beside the checkout; the benchmark ends where it is not there."""
+    folder = pathlib.Path(__file__).parents[3] / "shared" / "data" / name
+    if not folder.is_dir():
+        sys.exit(f"There is no {folder}. Put this public data there; docs/examples.md says whose.")
+    return folder
+
+
 def kerashub_recipe(length: int) -> keras.Model:
     """KerasHub's documented LoRA recipe: rank 4, AdamW 5e-5, all logits over the padded length."""
     model = gkt.load(MODEL)

@@ -32,7 +32,6 @@ from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.pairs.reader import Message
 from gemma_keras_tune.training.scoring import Scorer
 
-DATA = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77"
 TEMPLATE = "{prompt}\nTopic:{response}"
 SETTINGS = dict(rank=16, alpha=16, learning_rate=1e-3, batch_size=16)
 EPOCHS = 6
@@ -169,7 +168,7 @@ def main() -> None:
 
 def read(split: str) -> Rows:
     """Queries and their classes."""
-    path = DATA / f"{split}.csv"
+    path = _bench.shared_data("banking77") / f"{split}.csv"
     with path.open(encoding="utf-8", newline="") as file:
         return [(row["text"], row["category"]) for row in csv.DictReader(file)]
 

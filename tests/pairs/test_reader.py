@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 import tensorflow as tf
 from _paths import ROOT
+from _shared_data import shared_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,18 +35,11 @@ from gemma_keras_tune.pairs import (
 )
 from gemma_keras_tune.pairs.rows import SCHEMAS, known_schemas
 
-DATA = ROOT.parent / "shared" / "data"
 PAIRS = [
     ("What is 2 + 2?", "4"),
     ('Größe, 2 Zeilen\nund "Anführung"', "ça, va 😀\r\n;\t"),
     ("x", "y"),
 ]
-
-
-def shared(path):
-    found = DATA / path
-    assert found.exists(), f"the shared test data {found} is missing"
-    return found
 
 
 def texts(source, **options):
@@ -359,11 +353,12 @@ def test_structured_answers_are_written_as_json(tmp_path):
 
 @pytest.mark.slow
 def test_real_data():
-    assert len(texts(shared("gsm8k/train.jsonl"))) == 7473
-    assert len(texts(shared("gsm8k"), split="test")) == 1319
-    emoji = texts(shared("emoji/text_to_emoji.csv"), prompt_column="text", response_column="emoji")
+    assert len(texts(shared_data("gsm8k/train.jsonl"))) == 7473
+    assert len(texts(shared_data("gsm8k"), split="test")) == 1319
+    csv_file = shared_data("emoji/text_to_emoji.csv")
+    emoji = texts(csv_file, prompt_column="text", response_column="emoji")
     assert len(emoji) == 2529 and emoji[0] == ("3D printing a new creation", "🖨️💡✨🔧")
-    emails = texts(shared("business_email"))
+    emails = texts(shared_data("business_email"))
     assert len(emails) == 8
     assert all("items" in json.loads(answer) for _, answer in emails)
 
