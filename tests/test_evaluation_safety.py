@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.policies import policy_threshold
+from gemma_keras_tune.evaluation.policy_scores import policy_threshold
 from gemma_keras_tune.evaluation.safety import POLICIES, Policy, ShieldGemma, shieldgemma_prompt
 from gemma_keras_tune.evaluation.scoring import Scorer
 from gemma_keras_tune.lora import enable_lora, get_factors, lora_disabled, lora_linears, set_factors
@@ -191,10 +191,10 @@ def test_losses_of_base_and_tuned_come_from_one_program() -> None:
     ]
     tokens = scorer.encode(rows)
     plain = scorer.losses(tokens, batch_size=2)
-    logits = plain_logits(model, [tokens.row(i)[0] for i in range(3)])
+    logits = plain_logits(model, [ids for ids, _ in tokens])
     chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for i, found in enumerate(plain):
-        ids, trained = tokens.row(i)
+        ids, trained = tokens[i]
         expected = [-chances[i, at - 1, ids[at]] for at in np.flatnonzero(trained)]
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 

@@ -19,7 +19,7 @@ import _sample_report
 import pytest
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.reporting import html as page_writer
+from gemma_keras_tune.evaluation.report import Report
 from gemma_keras_tune.evaluation.reporting import (
     markdown,
     pictures,
@@ -27,7 +27,7 @@ from gemma_keras_tune.evaluation.reporting import (
     tallies,
     texts,
 )
-from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.reporting import page as page_writer
 from gemma_keras_tune.evaluation.running import evaluate
 
 
@@ -138,16 +138,17 @@ def test_leaks_are_listed_by_id(page: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "call"),
     [
-        ({}, "gkt.evaluate(model, plan, max_new_tokens=64, seed=7)"),
-        ({"pairs": 24, "few_shot": 3}, "(model, plan, pairs=pairs, few_shot=3, max_new"),
-        ({"baseline": None, "retention": False}, "(model, plan, baseline=None, retention=False, "),
+        ({}, "gkt.evaluate(model, test_plan, max_new_tokens=64, seed=7)"),
+        ({"pairs": 24, "few_shot": 3}, "(model, test_plan, pairs=pairs, few_shot=3, max_new"),
+        ({"baseline": None, "retention": False}, "    baseline=None,\n    retention=False,\n"),
         ({"baseline": "gemma"}, "baseline='gemma'"),
         ({"retention": 5}, "retention=items"),
         ({"target": {"success": 0.8, "failure": 0.8}}, "target=0.8"),
         ({"target": {"success": 0.8, "failure": 1.0}}, "target={'success': 0.8, 'failure': 1.0}"),
-        ({"template": "custom", "policy": "ShieldGemma"}, "template=template, max_new_tokens=64, "
-         "policy=policy"),
-        ({"template": "gemma2", "machine": "x", "fingerprint": "y"}, "plan, template='gemma2'"),
+        ({"template": "custom", "policy": "ShieldGemma"}, "    template=template,\n"
+         "    max_new_tokens=64,\n    policy=policy,\n"),
+        ({"template": "gemma2", "machine": "x", "fingerprint": "y"},
+         "test_plan, template='gemma2'"),
         ({"sampler": {"class_name": "TopKSampler", "config": {"name": "a", "k": 5}}},
          "sampler=keras_hub.samplers.TopKSampler(k=5)"),
         ({"batch_size": 4, "sampler": "top_k", "confidence": 0.99, "few_shot": 0},
@@ -163,6 +164,12 @@ def test_call_to_repeat_it_is_that_of_the_settings(
     assert call in found
     arguments = ast.parse(found.replace("keras_hub.samplers.", "")).body[0].value.keywords  # type: ignore[attr-defined]
     assert {a.arg for a in arguments} <= set(inspect.signature(evaluate).parameters)
+
+
+def test_defaults_are_those_of_evaluate() -> None:
+    parameters = inspect.signature(evaluate).parameters
+    usual = {name: parameters[name].default for name in repeating.DEFAULTS}
+    assert {**usual, "baseline": "base"} == repeating.DEFAULTS
 
 
 def test_rates_have_the_same_axes_and_readable_labels() -> None:

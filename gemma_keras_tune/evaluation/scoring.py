@@ -1,11 +1,10 @@
-"""How probable a model finds given tokens, with the logits of no other position.
+"""Logits and log-likelihoods of given tokens, at the positions that are asked for and no others.
 
 One compiled program serves the base and the tuned model: weights are arguments of it, and LoRA that
 is switched off counts as zero, as in `generation`.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,129 +14,209 @@ from keras import ops
 from gemma_keras_tune.families import backbone_inputs, family_of
 from gemma_keras_tune.generation import values_of
 from gemma_keras_tune.lora import lora_enabled
-from gemma_keras_tune.losses import token_cross_entropy
-from gemma_keras_tune.pipeline import Batcher, Encoder, TokenizedPairs, choose_shapes
+from gemma_keras_tune.pipeline import Encoder
 from gemma_keras_tune.templates import Segment
 
-# So that few shapes are compiled, prompts are padded to one of these lengths, or a multiple of the
-# last, and rows to score have so many shapes at most.
-LENGTHS = (16, 32, 64)
-MAX_SHAPES = 2
+# Rows are padded to a multiple of the first, and the positions of a row to one of the second, so
+# that few programs are compiled.
+LENGTH_STEP = 32
+POSITION_STEP = 16
+# Positions whose logits are in memory at once: 16 times 262,144 float32 are 16 MB.
+BLOCK = 16
+
+Batch = dict[str, np.ndarray]
+Readout = Callable[[Any, Any], Any]
 
 
 class Scorer:
-    """Reads token probabilities from a model, a batch at a time.
+    """Reads logits and log-likelihoods from a model, a batch at a time.
+
+    Attributes:
+        programs: Number of programs compiled so far.
 
     Args:
         model: A KerasHub Gemma `CausalLM` with its preprocessor.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        import jax
-
         self.model = model
         self.encoder = Encoder(model.preprocessor.tokenizer)
         self.programs = 0
-        self._soft_cap = family_of(model).head(model).soft_cap
-        self._losses = jax.jit(self._token_losses)
-        self._logits = jax.jit(self._token_logits)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def encode(self, rows: Sequence[Sequence[Segment]]) -> TokenizedPairs:
-        """Token ids of rows of text pieces; those marked as trained are the ones to score.
+    def encode(self, rows: Sequence[Sequence[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokenize rows of text pieces; pieces marked as trained are the ones to score.
 
         Args:
             rows: The segments of each row.
 
         Returns:
-            `TokenizedPairs`.
+            For each row `ids` int32 and `scored` bool, both `[tokens]`.
         """
-        ids, trained, counts = self.encoder.encode_rows(rows)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return TokenizedPairs(ids, trained, offsets, np.arange(1, len(rows) + 1))
+        return [self.encoder.encode(row) for row in rows]
 
-    def losses(self, tokens: TokenizedPairs, *, batch_size: int = 8) -> list[np.ndarray]:
-        """Negative log-likelihoods of the tokens to score, given all before them.
+    def losses(
+        self, rows: Sequence[tuple[np.ndarray, np.ndarray]], *, batch_size: int = 8
+    ) -> list[np.ndarray]:
+        """Compute the negative log-likelihood of tokens, given all tokens before them.
 
         Args:
-            tokens: The rows, as from `encode` or `tokenize_pairs`.
+            rows: `ids` and `scored` of each row, as `encode` gives them.
             batch_size: Rows that run at once.
 
         Returns:
-            For each row, in order, `[tokens]` float32, in nats.
+            For each row `[scored tokens]` float32, in nats.
         """
-        shapes = choose_shapes(
-            tokens.lengths, tokens.response_lengths, batch_size, max_shapes=MAX_SHAPES
-        )
-        batcher = Batcher(tokens, shapes, self.encoder.pad_id, shuffle=False)
-        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(tokens)
-        for (_, rows), (x, y, _) in zip(batcher.epoch(0), batcher.arrays(0), strict=True):
-            losses = self._run(self._losses, x, y)
-            ends = np.cumsum(tokens.response_lengths[rows])
-            for row, part in zip(rows, np.split(losses, ends), strict=False):
-                found[row] = part
-        return found
+        ids = [row for row, _ in rows]
+        positions = [np.flatnonzero(scored) - 1 for _, scored in rows]
+        labels = [row[at + 1] for row, at in zip(ids, positions, strict=True)]
+        found = self._read("losses", _losses, ids, positions, batch_size, labels)
+        return [np.asarray(losses) for losses in found]
 
     def next_logits(
         self, rows: Sequence[np.ndarray], token_ids: Sequence[int], *, batch_size: int = 8
     ) -> np.ndarray:
-        """Logits of a few tokens as the next one of each row.
+        """Compute the logits of a few tokens as the next one of each row.
 
         Args:
             rows: Token ids of each row, `<bos>` first.
-            token_ids: The tokens asked about.
+            token_ids: The tokens whose logits are wanted.
             batch_size: Rows that run at once.
 
         Returns:
             `[rows, token_ids]` float32.
         """
-        found = np.zeros((len(rows), len(token_ids)), np.float32)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            x = self._pad([rows[i] for i in batch], batch_size)
-            found[batch] = self._run(self._logits, x, np.asarray(token_ids))[: len(batch)]
-        return found
+        last = [np.array([len(row) - 1]) for row in rows]
+        wanted = [np.broadcast_to(np.asarray(token_ids), (1, len(token_ids)))] * len(rows)
+        found = self._read("next", _chosen, rows, last, batch_size, wanted)
+        return np.reshape(found, (len(rows), len(token_ids)))
 
-    def _pad(self, rows: Sequence[np.ndarray], size: int) -> dict[str, np.ndarray]:
-        length = _round_up(max(map(len, rows)))
-        ids = np.full((size, length), self.encoder.pad_id, np.int32)
-        mask = np.zeros((size, length), np.int32)
-        mask[:, 0] = 1
-        positions = np.arange(size, dtype=np.int32) * length
-        for place, row in enumerate(rows):
-            ids[place, : len(row)], mask[place, : len(row)] = row, 1
-            positions[place] += len(row) - 1
-        return {"token_ids": ids, "padding_mask": mask, "positions": positions}
+    def top_logits(
+        self,
+        rows: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        count: int,
+        *,
+        batch_size: int = 8,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Find the largest next-token logits at some positions of each row.
 
-    def _run(self, program: Any, x: dict[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
+        Args:
+            rows: Token ids of each row, `<bos>` first.
+            positions: Positions of each row, `[positions]` integers; the logits at a position are
+                those of the token after it.
+            count: Logits to find at each position.
+            batch_size: Rows that run at once.
+
+        Returns:
+            For each row token ids int32 and logits float32, both `[positions, count]`, the largest
+            logit first.
+        """
+
+        def largest(logits: Any, _: Any) -> Any:
+            values, tokens = ops.top_k(logits, count)
+            return ops.cast(tokens, "int32"), values
+
+        return self._read(("top", count), largest, rows, positions, batch_size, positions)
+
+    def _read(
+        self,
+        name: Any,
+        readout: Readout,
+        rows: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        batch_size: int,
+        wanted: Sequence[np.ndarray],
+    ) -> list[Any]:
+        """Read something from the logits at some positions of each row."""
+        import jax
+
+        program = self._compiled.setdefault(name, jax.jit(self._program(readout)))
         backbone = self.model.backbone
         trainable = values_of(self.model, backbone.trainable_variables)
         fixed = values_of(self.model, backbone.non_trainable_variables)
-        embedding = family_of(self.model).head(self.model).embedding
-        with lora_enabled(self.model):
-            return np.asarray(program(trainable, fixed, embedding.value, x, labels))
+        found: list[Any] = [None] * len(rows)
+        for batch, x in self._batches(rows, positions, wanted, batch_size):
+            with lora_enabled(self.model):
+                out = jax.tree.map(np.asarray, program(trainable, fixed, x))
+            for place, row in enumerate(batch):
+                count = len(positions[row])
+                found[row] = jax.tree.map(lambda a, i=place, n=count: a[i, :n], out)
+        return found
 
-    def _hidden(self, trainable: Any, fixed: Any, x: Any) -> Any:
-        self.programs += 1  # while it is traced, and so once for each program
+    def _batches(
+        self,
+        rows: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        wanted: Sequence[np.ndarray],
+        size: int,
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Yield the indices of rows of similar length and their padded arrays."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            length = _round_up(max(len(rows[i]) for i in batch), LENGTH_STEP)
+            width = _round_up(max(len(positions[i]) for i in batch), POSITION_STEP)
+            x = {
+                "token_ids": np.full((size, length), self.encoder.pad_id, np.int32),
+                "padding_mask": np.zeros((size, length), np.int32),
+                "positions": np.zeros((size, width), np.int32),
+                "wanted": np.zeros((size, width, *wanted[batch[0]].shape[1:]), np.int32),
+            }
+            x["padding_mask"][:, 0] = 1
+            for place, i in enumerate(batch):
+                x["token_ids"][place, : len(rows[i])] = rows[i]
+                x["padding_mask"][place, : len(rows[i])] = 1
+                x["positions"][place, : len(positions[i])] = positions[i]
+                x["wanted"][place, : len(positions[i])] = wanted[i]
+            yield batch, x
+
+    def _program(self, readout: Readout) -> Callable[..., Any]:
+        import jax
+
         backbone = self.model.backbone
-        inputs = backbone_inputs(backbone, x["token_ids"], x["padding_mask"])
-        hidden, _ = backbone.stateless_call(trainable, fixed, inputs, training=False)
-        return ops.take(ops.reshape(hidden, (-1, hidden.shape[-1])), x["positions"], axis=0)
+        variables = [*backbone.trainable_variables, *backbone.non_trainable_variables]
 
-    def _token_losses(self, trainable: Any, fixed: Any, embedding: Any, x: Any, labels: Any) -> Any:
-        hidden = self._hidden(trainable, fixed, x)
-        embedding = ops.cast(embedding, hidden.dtype)
-        return token_cross_entropy(hidden, embedding, labels, soft_cap=self._soft_cap).losses
+        def program(trainable: Any, fixed: Any, x: Any) -> Any:
+            self.programs += 1  # while it is traced, and so once for each program
+            inputs = backbone_inputs(backbone, x["token_ids"], x["padding_mask"])
+            hidden, _ = backbone.stateless_call(trainable, fixed, inputs, training=False)
+            hidden = ops.take_along_axis(hidden, x["positions"][..., None], axis=1)
+            values = list(zip(variables, [*trainable, *fixed], strict=True))
 
-    def _token_logits(self, trainable: Any, fixed: Any, embedding: Any, x: Any, ids: Any) -> Any:
-        hidden = ops.cast(self._hidden(trainable, fixed, x), "float32")
-        rows = ops.cast(ops.take(embedding, ids, axis=0), "float32")
-        logits = ops.matmul(hidden, ops.transpose(rows))
-        if self._soft_cap is None:
+            def at(position: Any) -> Any:
+                with keras.StatelessScope(state_mapping=values):
+                    return readout(self._logits(position[0]), position[1])
+
+            flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (hidden, x["wanted"]))
+            found = jax.lax.map(at, flat, batch_size=BLOCK)
+            shape = x["positions"].shape
+            return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)
+
+        return program
+
+    def _logits(self, hidden: Any) -> Any:
+        """Compute the capped logits `[vocabulary]` float32 of one hidden state `[width]`."""
+        import jax.numpy as jnp
+
+        head = family_of(self.model).head(self.model)
+        if not keras.backend.is_float_dtype(head.embedding.dtype):  # quantized
+            logits = self.model.backbone.token_embedding(hidden[None, None], reverse=True)
+            return ops.cast(logits[0, 0], "float32")
+        embedding = ops.cast(head.embedding, hidden.dtype)
+        logits = jnp.einsum("d,vd->v", hidden, embedding, preferred_element_type="float32")
+        if head.soft_cap is None:
             return logits
-        return ops.tanh(logits / self._soft_cap) * self._soft_cap
+        return ops.tanh(logits / head.soft_cap) * head.soft_cap
 
 
-def _round_up(tokens: int) -> int:
-    last = LENGTHS[-1]
-    return next((n for n in LENGTHS if tokens <= n), math.ceil(tokens / last) * last)
+def _losses(logits: Any, label: Any) -> Any:
+    return ops.logsumexp(logits) - ops.take(logits, label)
+
+
+def _chosen(logits: Any, token_ids: Any) -> Any:
+    return ops.take(logits, token_ids)
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step

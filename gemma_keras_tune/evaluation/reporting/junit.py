@@ -4,10 +4,10 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
 from gemma_keras_tune.evaluation.reporting import texts
-from gemma_keras_tune.evaluation.results import CaseResult, Report
+from gemma_keras_tune.evaluation.results import CaseResult, Results
 
 
-def render(report: Report) -> str:
+def render(report: Results) -> str:
     """Write a report as JUnit XML: a suite for each kind, a test for each case.
 
     A case that was trained on is a skipped test, as it is not in the verdicts.

@@ -4,13 +4,13 @@ import re
 
 from gemma_keras_tune.evaluation.reporting import repeating, tallies, texts
 from gemma_keras_tune.evaluation.reporting.pictures import percent
-from gemma_keras_tune.evaluation.results import CaseResult, Report
+from gemma_keras_tune.evaluation.results import CaseResult, Results
 
-MOST_FAILING = 50
-LONGEST = 600
+MAX_FAILING = 50
+MAX_LENGTH = 600
 
 
-def render(report: Report) -> str:
+def render(report: Results) -> str:
     """Write a report as Markdown.
 
     Args:
@@ -28,7 +28,7 @@ def render(report: Report) -> str:
         parts.append(f"**What was forgotten?** {report.retention.words}")
     leaked = [found for found in report.cases if found.leak]
     if leaked:
-        listed = ", ".join(_code(found.case.id) for found in leaked[:MOST_FAILING])
+        listed = ", ".join(_code(found.case.id) for found in leaked[:MAX_FAILING])
         parts.append(f"**Trained on, and scored apart:** {listed}")
     parts += _failing(report)
     if report.tuning:
@@ -38,7 +38,7 @@ def render(report: Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _verdicts(report: Report) -> str:
+def _verdicts(report: Results) -> str:
     lines = ["| kind | verdict | passed | base | what it shows |", "|---|---|---|---|---|"]
     weighted = tallies.is_weighted(report)
     for v in report.verdicts:
@@ -50,7 +50,7 @@ def _verdicts(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _tags(report: Report) -> str:
+def _tags(report: Results) -> str:
     rows = tallies.by_tag(report)
     lines = ["| tag | tuned | base |", "|---|---|---|"]
     for row in rows:
@@ -59,14 +59,14 @@ def _tags(report: Report) -> str:
     return "\n".join(lines) if rows else ""
 
 
-def _failing(report: Report) -> list[str]:
+def _failing(report: Results) -> list[str]:
     failing = [found for found in report.cases if not found.leak and not found.passed()]
     if not failing:
         return []
     parts = [f"## Failing cases ({len(failing)})"]
-    parts += [_case(found) for found in failing[:MOST_FAILING]]
-    if len(failing) > MOST_FAILING:
-        parts.append(f"… and {len(failing) - MOST_FAILING} more, which the JSON has.")
+    parts += [_case(found) for found in failing[:MAX_FAILING]]
+    if len(failing) > MAX_FAILING:
+        parts.append(f"… and {len(failing) - MAX_FAILING} more, which the JSON has.")
     return parts
 
 
@@ -89,7 +89,7 @@ def _case(found: CaseResult) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _settings(report: Report) -> str:
+def _settings(report: Results) -> str:
     rows = [*report.settings.items(), ("seed", report.seed), *report.versions.items()]
     return "\n".join(f"- {_inline(str(name))}: {_code(str(value))}" for name, value in rows)
 
@@ -107,7 +107,7 @@ def _code(text: str) -> str:
 
 
 def _block(text: str) -> str:
-    kept, left_out = texts.shorten(text, LONGEST)
+    kept, left_out = texts.shorten(text, MAX_LENGTH)
     kept = texts.visible(kept) + (f" … {left_out} more characters" if left_out else "")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", kept)), default=0))
     return f"{fence}text\n{kept}\n{fence}"

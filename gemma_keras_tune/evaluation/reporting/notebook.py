@@ -1,18 +1,18 @@
 """A report within a notebook: the HTML page in a frame of its own.
 
-The frame keeps the page's styles off the notebook, and what is in the report away from it: it may
-run its own script and nothing else.
+The frame keeps the page's styles off the notebook, and the report's content away from it: only its
+own script can run.
 """
 
 from markupsafe import escape
 
-from gemma_keras_tune.evaluation.reporting import html
-from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.reporting import page
+from gemma_keras_tune.evaluation.results import Results
 
 HEIGHT = 680
 
 
-def render(report: Report) -> str:
+def render(report: Results) -> str:
     """Write a report for a notebook's cell.
 
     Args:
@@ -21,8 +21,8 @@ def render(report: Report) -> str:
     Returns:
         An `iframe` element.
     """
-    page = escape(html.render(report))
+    text = escape(page.render(report))
     return (
-        f'<iframe sandbox="allow-scripts" title="Test report" srcdoc="{page}"'
+        f'<iframe sandbox="allow-scripts" title="Test report" srcdoc="{text}"'
         f' style="width: 100%; height: {HEIGHT}px; border: 0; border-radius: 8px"></iframe>'
     )

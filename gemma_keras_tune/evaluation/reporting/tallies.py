@@ -3,7 +3,7 @@
 import dataclasses
 
 from gemma_keras_tune.evaluation.reporting import texts
-from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.results import Results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Tagged:
     base_passed: int | None
 
 
-def by_tag(report: Report) -> list[Tagged]:
+def by_tag(report: Results) -> list[Tagged]:
     """The pass rates of each tag.
 
     Args:
@@ -43,7 +43,7 @@ def by_tag(report: Report) -> list[Tagged]:
     return rows
 
 
-def is_weighted(report: Report) -> bool:
+def is_weighted(report: Results) -> bool:
     """Whether some cases count more than others.
 
     Args:

@@ -22,9 +22,9 @@ _WORDS = re.compile(
     r"\s+|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+|."
 )
 # Comparing takes time that grows with the square of the length.
-MOST_WORDS = 1500
+MAX_WORDS = 1500
 # With less in common, marks would be on everything.
-LEAST_ALIKE = 0.3
+MIN_ALIKE = 0.3
 
 
 def visible(text: str) -> str:
@@ -120,14 +120,14 @@ def word_diff(first: str, second: str) -> tuple[Run, ...]:
     if first == second or not first or not second:
         return ()
     # A word is at least one character, so this spares splitting what is too long anyway.
-    if max(len(first), len(second)) > 12 * MOST_WORDS:
+    if max(len(first), len(second)) > 12 * MAX_WORDS:
         return ()
     a, b = _words(first), _words(second)
-    if max(len(a), len(b)) > MOST_WORDS:
+    if max(len(a), len(b)) > MAX_WORDS:
         return ()
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     same = sum(len(_join(a[i : i + size])) for i, _, size in matcher.get_matching_blocks())
-    if 2 * same < LEAST_ALIKE * (len(first) + len(second)):
+    if 2 * same < MIN_ALIKE * (len(first) + len(second)):
         return ()
     runs = []
     for what, i, i_end, j, j_end in matcher.get_opcodes():

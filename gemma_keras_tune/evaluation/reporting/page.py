@@ -21,19 +21,19 @@ from gemma_keras_tune.evaluation.reporting import pictures, repeating, tallies, 
 from gemma_keras_tune.evaluation.results import (
     CaseResult,
     KindVerdict,
-    Report,
+    Results,
     SampleResult,
     Tuning,
 )
 from gemma_keras_tune.evaluation.statistics import wilson_interval
 
 # Of all prompts and answers together; longer ones are cut, the longest first.
-MOST_CHARACTERS = 1_800_000
-MOST_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
+MAX_CHARACTERS = 1_800_000
+MAX_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
 NAMES = {"base": "base", "tuned": "tuned", "few_shot": "base with examples"}
 
 
-def render(report: Report) -> str:
+def render(report: Results) -> str:
     """Write a report as HTML.
 
     Args:
@@ -44,7 +44,7 @@ def render(report: Report) -> str:
     """
     style, script = (_resource(name) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    limit = texts.fitting_limit(_lengths(report), MOST_CHARACTERS)
+    limit = texts.fitting_limit(_lengths(report), MAX_CHARACTERS)
     return _template().render(
         report=report,
         style=Markup(style),
@@ -56,7 +56,7 @@ def render(report: Report) -> str:
         leaked=[texts.visible(found.case.id) for found in report.cases if found.leak],
         tags=tallies.by_tag(report),
         weighted=tallies.is_weighted(report),
-        most_marked=MOST_MARKED if "base" in report.variants else len(report.cases),
+        most_marked=MAX_MARKED if "base" in report.variants else len(report.cases),
         few_shot_picture=_few_shot(report),
         lost=report.retention.lost if report.retention else (),
         kinds=[kind for kind in KINDS if any(c.case.kind == kind for c in report.cases)],
@@ -86,7 +86,7 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html.jinja")
 
 
-def _summary(report: Report) -> str:
+def _summary(report: Results) -> str:
     fair = [case for case in report.cases if not case.leak]
     passed = sum(case.passed() for case in fair)
     text = f"The tuned model passed {passed} of {len(fair)} cases"
@@ -114,7 +114,7 @@ def _rates(verdict: KindVerdict) -> Markup:
     return Markup(pictures.rates(rows, f"rates-{verdict.kind}", target=verdict.target))
 
 
-def _few_shot(report: Report) -> Markup:
+def _few_shot(report: Results) -> Markup:
     found = report.few_shot
     if found is None:
         return Markup("")
@@ -146,13 +146,13 @@ def _tuning_pictures(tuning: Tuning) -> list[dict[str, Any]]:
 # Cases.
 
 
-def _lengths(report: Report) -> list[int]:
+def _lengths(report: Results) -> list[int]:
     lengths = [len(m.content) for found in report.cases for m in found.case.messages]
     answers = (s for found in report.cases for one in found.variants.values() for s in one)
     return lengths + [len(answer.text) for answer in answers]
 
 
-def _case(report: Report, place: int, found: CaseResult, limit: int) -> dict[str, Any]:
+def _case(report: Results, place: int, found: CaseResult, limit: int) -> dict[str, Any]:
     case = found.case
     several = len(case.messages) > 1
     return {
@@ -168,7 +168,7 @@ def _case(report: Report, place: int, found: CaseResult, limit: int) -> dict[str
         "leak": _leak(found),
         "notes": texts.visible(case.notes),
         "prompt": [(m.role if several else "", _shown(m.content, limit)) for m in case.messages],
-        "answers": _answers(found, limit, marked=place < MOST_MARKED),
+        "answers": _answers(found, limit, marked=place < MAX_MARKED),
         "checks": [_check(found, number) for number in range(len(case.checks))],
     }
 
