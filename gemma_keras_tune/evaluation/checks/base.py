@@ -35,8 +35,9 @@ class Outcome:
 
     def __post_init__(self) -> None:
         """Leave out what files cannot hold: a response can contain anything."""
-        if self.score is not None and not math.isfinite(self.score):
-            object.__setattr__(self, "score", None)
+        if self.score is not None:
+            score = float(self.score) if math.isfinite(self.score) else None
+            object.__setattr__(self, "score", score)
         # JSON may name lone surrogates, which UTF-8 cannot hold.
         plain = self.reason.encode("utf-8", "replace").decode("utf-8")
         object.__setattr__(self, "reason", plain)

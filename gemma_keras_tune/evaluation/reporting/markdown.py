@@ -3,7 +3,6 @@
 import re
 
 from gemma_keras_tune.evaluation.reporting import repeating, tallies, texts
-from gemma_keras_tune.evaluation.reporting.pictures import percent
 from gemma_keras_tune.evaluation.results import CaseResult, Results
 
 MAX_FAILING = 50
@@ -45,7 +44,7 @@ def _verdicts(report: Results) -> str:
         base = "–" if v.base_passed is None else f"{v.base_passed} of {v.cases}"
         words = f"{v.words} {v.base_words}".strip()
         if weighted:
-            words += f" Counted by weight, {percent(v.weighted_rate)} passed."
+            words += f" Counted by weight, {texts.percent(v.weighted_rate)} passed."
         lines.append(f"| {v.kind} | **{v.verdict}** | {v.passed} of {v.cases} | {base} | {words} |")
     return "\n".join(lines)
 

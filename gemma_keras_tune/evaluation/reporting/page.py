@@ -1,23 +1,20 @@
-"""A report as one HTML page that stands alone: no network, no script but its own.
+"""A report as one HTML page in one file: no network, no script but its own.
 
-Prompts and answers are untrusted. The template escapes every text, `texts` writes hidden characters
-out, and the page's content security policy lets nothing load, and no script run but the one whose
-hash it names.
+Prompts and responses are untrusted. The template escapes every text, `texts` writes out hidden
+characters, and the page's content security policy lets nothing load, and no script run but the one
+whose hash it names.
 """
 
 import base64
-import functools
 import hashlib
-import importlib.resources
 import json
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from gemma_keras_tune.evaluation.plans import KINDS
-from gemma_keras_tune.evaluation.reporting import pictures, repeating, tallies, texts
+from gemma_keras_tune.evaluation.reporting import charts, repeating, tallies, texts
 from gemma_keras_tune.evaluation.results import (
     CaseResult,
     KindVerdict,
@@ -42,10 +39,10 @@ def render(report: Results) -> str:
     Returns:
         The page.
     """
-    style, script = (_resource(name) for name in ("page.css", "page.js"))
+    style, script = (texts.resource(name) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     limit = texts.fitting_limit(_lengths(report), MAX_CHARACTERS)
-    return _template().render(
+    return texts.template("page.html.jinja").render(
         report=report,
         style=Markup(style),
         script=Markup(script),
@@ -61,29 +58,10 @@ def render(report: Results) -> str:
         lost=report.retention.lost if report.retention else (),
         kinds=[kind for kind in KINDS if any(c.case.kind == kind for c in report.cases)],
         cases=[_case(report, place, case, limit) for place, case in enumerate(report.cases)],
-        pictures=_tuning_pictures(report.tuning) if report.tuning else [],
+        pictures=_tuning_charts(report.tuning) if report.tuning else [],
         settings=[(name, _plain(value)) for name, value in report.settings.items()],
         call=repeating.call(report),
     )
-
-
-def _resource(name: str) -> str:
-    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_resource),
-    )
-    environment.filters["visible"] = lambda text: texts.visible(str(text))
-    environment.filters["percent"] = pictures.percent
-    environment.filters["slug"] = lambda text: text.replace(" ", "-")
-    return environment.get_template("page.html.jinja")
 
 
 def _summary(report: Results) -> str:
@@ -104,14 +82,14 @@ def _summary(report: Results) -> str:
     )
 
 
-# Pictures.
+# Charts.
 
 
 def _rates(verdict: KindVerdict) -> Markup:
     rows = [_rate("tuned", verdict.passed, verdict.cases, verdict.confidence)]
     if verdict.base_passed is not None:
         rows.append(_rate("base", verdict.base_passed, verdict.cases, verdict.confidence))
-    return Markup(pictures.rates(rows, f"rates-{verdict.kind}", target=verdict.target))
+    return charts.rates(rows, target=verdict.target)
 
 
 def _few_shot(report: Results) -> Markup:
@@ -120,27 +98,26 @@ def _few_shot(report: Results) -> Markup:
         return Markup("")
     confidence = report.verdicts[0].confidence if report.verdicts else 0.95
     passed = {"tuned": found.tuned_passed, "few_shot": found.passed, "base": found.base_passed}
-    rows = [_rate(name, count, found.cases, confidence) for name, count in passed.items()]
-    return Markup(pictures.rates(rows, "few-shot"))
+    return charts.rates([_rate(n, count, found.cases, confidence) for n, count in passed.items()])
 
 
-def _rate(name: str, passed: int, cases: int, confidence: float) -> pictures.Rate:
+def _rate(name: str, passed: int, cases: int, confidence: float) -> charts.Rate:
     low, high = wilson_interval(passed, cases, confidence)
     shown = {"few_shot": "examples"}.get(name, name)
-    return pictures.Rate(shown, name, passed, cases, low, high)
+    return charts.Rate(shown, name, passed, cases, low, high)
 
 
-def _tuning_pictures(tuning: Tuning) -> list[dict[str, Any]]:
+def _tuning_charts(tuning: Tuning) -> list[dict[str, Any]]:
     found = [
-        (pictures.history(tuning.history, name), f"{name.capitalize()} by epoch")
+        (charts.history(tuning.history, name), f"{name.capitalize()} by epoch")
         for name in ("loss", "accuracy")
         if tuning.history.get(name)
     ]
     if tuning.learning_rates:
-        found.append((pictures.learning_rate(tuning.learning_rates), "Learning rate by update"))
+        found.append((charts.learning_rate(tuning.learning_rates), "Learning rate by update"))
     if tuning.token_lengths:
-        found.append((pictures.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
-    return [{"svg": Markup(svg), "caption": caption} for svg, caption in found]
+        found.append((charts.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
+    return [{"svg": svg, "caption": caption} for svg, caption in found]
 
 
 # Cases.
@@ -188,7 +165,7 @@ def _leak(found: CaseResult) -> str:
     if found.leak is None:
         return ""
     rows = ", ".join(map(str, found.leak.rows))
-    like = "is" if found.leak.exact else f"is {pictures.percent(found.leak.similarity)} like"
+    like = "is" if found.leak.exact else f"is {texts.percent(found.leak.similarity)} like"
     return f"Its prompt {like} that of training row {rows}, so it is scored apart."
 
 
