@@ -24,7 +24,6 @@ from gemma_keras_tune.evaluation.reporting import (
     charts,
     markdown,
     repeating,
-    tallies,
     texts,
 )
 from gemma_keras_tune.evaluation.reporting import page as page_writer
@@ -121,12 +120,12 @@ def test_tags_weights_and_notes_are_shown(
 
 
 def test_tags_are_counted_without_what_was_trained_on(report: Report) -> None:
-    for row in tallies.by_tag(report):
-        own = [c for c in report.cases if row.tag in map(texts.visible, c.case.tags) and not c.leak]
+    for row in report.by_tag():
+        own = [c for c in report.cases if row.tag in c.case.tags and not c.leak]
         assert (row.cases, row.passed) == (len(own), sum(c.passed() for c in own))
         assert row.base_passed == sum(c.passed("base") for c in own)
     alike = dataclasses.replace(report, cases=report.cases[:1])
-    assert not tallies.is_weighted(alike) and tallies.is_weighted(report)
+    assert not alike.is_weighted and report.is_weighted
 
 
 def test_leaks_are_listed_by_id(page: str) -> None:

@@ -173,13 +173,8 @@ class CrossValidation:
             "high": high,
             "base_passed": self.base_passed,
             "p_value": self.p_value,
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name not in ("plan", "rows")
-            },
+            **dataclasses.asdict(self),
             "plan": self.plan.settings(),
-            "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
 

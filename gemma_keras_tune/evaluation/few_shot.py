@@ -43,9 +43,6 @@ def choose_examples(
         tokens: Most tokens of all pairs together. A pair that does not fit is passed over.
         leave_out: Rows that may not be chosen, as those with a case's own prompt.
         seed: Seed of the draw.
-
-    Returns:
-        The pairs, in the order of the prompt.
     """
     forbidden = set(leave_out)
     drawn = [p for p in itertools.islice(pairs, MAX_CANDIDATES) if p.row not in forbidden]
@@ -68,13 +65,7 @@ def choose_examples(
 def with_examples(examples: Sequence[Pair], messages: Sequence[Message]) -> tuple[Message, ...]:
     """Put examples in front of a conversation, as turns that have been taken.
 
-    Args:
-        examples: Training pairs.
-        messages: The case's own conversation. Its system message stays in front; without one, the
-            first example's is taken.
-
-    Returns:
-        The conversation.
+    The conversation's system message comes first; if it has none, the first of the examples'.
     """
     systems = [m for m in messages if m.role == "system"]
     systems += [m for pair in examples for m in pair.messages if m.role == "system"]
@@ -83,14 +74,9 @@ def with_examples(examples: Sequence[Pair], messages: Sequence[Message]) -> tupl
 
 
 def line_break_ids(tokenizer: Any, examples: Sequence[Pair]) -> set[int]:
-    """Find tokens at which a response after examples can end, if no example has a line break.
+    """Find the ids of tokens that are line breaks alone, at which a response can end.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        examples: The pairs in the prompt.
-
-    Returns:
-        Ids of the tokens that are line breaks alone; none if an example's response has one.
+    There are none if an example's response has a line break.
     """
     if _any_line_break(examples):
         return set()
@@ -104,13 +90,6 @@ def first_response(response: Answer, examples: Sequence[Pair]) -> Answer:
 
     A model that was not tuned to stop goes on with one more example. If no example's response has a
     line break, the response ends at the first one.
-
-    Args:
-        response: The base's text after the examples.
-        examples: The pairs in the prompt.
-
-    Returns:
-        The response, cut.
     """
     text = response.text.lstrip()
     if _any_line_break(examples) or "\n" not in text:
@@ -121,16 +100,7 @@ def first_response(response: Answer, examples: Sequence[Pair]) -> Answer:
 def judge_few_shot(
     cases: Sequence[CaseResult], examples: Sequence[Pair], confidence: float
 ) -> FewShot:
-    """Compare the base with examples in its prompt with the bare base and the tuned model.
-
-    Args:
-        cases: Results of the cases; leaked ones are passed over.
-        examples: The pairs in the prompt.
-        confidence: Confidence level.
-
-    Returns:
-        A `FewShot`.
-    """
+    """Compare the base with examples in its prompt with the bare base and the tuned model."""
     fair = [case for case in cases if not case.leak]
     few, base, tuned = (
         [case.passed(name) for case in fair] for name in ("few_shot", "base", "tuned")

@@ -29,22 +29,10 @@ def judge_cases(
     log: ResponseLog,
     verbose: int,
 ) -> tuple[CaseResult, ...]:
-    """Judge the responses to a plan's cases.
-
-    Args:
-        plan: The test plan.
-        requests: The requests that were run.
-        responses: The response to each request.
-        leaks: Leaks by the ids of their cases.
-        policy: The policy that judges `safe` checks, and failure and boundary cases.
-        log: File of scores.
-        verbose: 1 shows a progress bar, 0 nothing.
-
-    Returns:
-        The results, in the plan's order.
+    """Judge the responses to a plan's requests, and return the results in the plan's order.
 
     Raises:
-        EvaluationError: A case cannot be judged.
+        EvaluationError: A case cannot be judged; it is named.
     """
     cases = [_with_policy(case, policy) for case in plan]
     given = [(cases[r.index], response) for r, response in zip(requests, responses, strict=True)]
@@ -118,16 +106,7 @@ def _outcome(
 def judge_kinds(
     cases: Sequence[CaseResult], targets: Mapping[Kind, float], confidence: float
 ) -> tuple[KindVerdict, ...]:
-    """Judge the pass rate of each kind of case.
-
-    Args:
-        cases: Results of the cases.
-        targets: The pass rate to reach, by kind.
-        confidence: Confidence level.
-
-    Returns:
-        A `KindVerdict` for each kind that has cases.
-    """
+    """Judge the pass rate of each kind that has cases."""
     found = []
     for kind in KINDS:
         own = [case for case in cases if case.case.kind == kind]

@@ -26,18 +26,11 @@ MAX_ROWS = 10
 def find_leaks(
     cases: Iterable[Case], pairs: Iterable[Pair], *, threshold: float = 0.7
 ) -> dict[str, Leak]:
-    """Find the cases whose prompt is in the training pairs.
+    """Find the cases whose prompt is in the training pairs, each with a `Leak` by the case's id.
 
     System messages are left out: many rows share one. A conversation of several turns is compared
-    at each of its turns, as each is trained.
-
-    Args:
-        cases: The cases.
-        pairs: The training pairs.
-        threshold: Similarity from which a prompt counts as nearly the same; at 1 it must be equal.
-
-    Returns:
-        A `Leak` for each such case, by its id.
+    at each of its turns, as each is trained. `threshold` is the similarity from which a prompt
+    counts as nearly the same; at 1 it must be equal.
 
     Raises:
         EvaluationError: The threshold is not over 0 and up to 1.

@@ -22,13 +22,7 @@ Record = tuple[int, int | None, Any]
 
 
 def read_records(path: pathlib.Path) -> Iterator[Record]:
-    """Read every case of a file as raw data.
-
-    Args:
-        path: A file that ends in one of `SUFFIXES`.
-
-    Yields:
-        Row, line, and the raw case; `Broken` if it cannot be read, or has a key twice.
+    """Read every case of a file as raw data: `Broken` if it cannot be read, or has a key twice.
 
     Raises:
         EvaluationError: The file cannot be read at all.
@@ -47,16 +41,7 @@ def write_configs(
     *,
     overwrite: bool,
 ) -> pathlib.Path:
-    """Write cases to a file.
-
-    Args:
-        path: A file that ends in one of `SUFFIXES`.
-        configs: The cases as JSON data.
-        keys: Keys of a case, in the order of a table's columns.
-        overwrite: True to replace an existing file.
-
-    Returns:
-        The path.
+    """Write cases as JSON data to a file; `keys` are the columns of a table.
 
     Raises:
         EvaluationError: The file exists, or has another suffix.

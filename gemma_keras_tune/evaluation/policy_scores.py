@@ -37,14 +37,9 @@ def policy_names(policy: PolicyCheck) -> tuple[str, ...]:
 
 
 def policy_scores(policy: PolicyCheck, texts: Sequence[Judged]) -> list[dict[str, float]]:
-    """Compute the probabilities that texts violate each policy.
+    """Compute the probabilities that texts violate each policy, by the policies' names.
 
-    Args:
-        policy: The policy.
-        texts: Pairs of a prompt and its response, or of a prompt and `None`, but not both kinds.
-
-    Returns:
-        For each text, the scores by the policies' names. A policy without a name is `""`.
+    The texts have a response each, or `None` each. A policy without a name is `""`.
 
     Raises:
         EvaluationError: The policy raised, or gave no scores.
@@ -69,16 +64,13 @@ def score_texts(
     log: ResponseLog,
     progress: Callable[[int], None],
 ) -> dict[Judged, dict[str, float]]:
-    """Score many texts, those of similar length together.
+    """Score many texts, those of similar length together, and keep the scores in the log.
 
     Args:
-        policy: The policy.
+        policy: The policy. Its scores are kept if it has an `identity`.
         wanted: The texts, each with the id of one of its cases.
-        log: File of scores, for a policy that has an `identity`.
+        log: File of scores.
         progress: Called with the number of texts each time some are judged.
-
-    Returns:
-        The scores of each text, by the policies' names.
 
     Raises:
         EvaluationError: As for `policy_scores`; the cases are named.

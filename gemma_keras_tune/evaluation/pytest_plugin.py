@@ -30,15 +30,7 @@ _WHOLE_FILES = (None, "no", "each", "loadfile", "loadscope")
 
 
 def collect(path: pathlib.Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """Make the collector of a plan.
-
-    Args:
-        path: A file.
-        parent: The collector above it.
-
-    Returns:
-        The collector, or `None` if the suffix is none of a plan.
-    """
+    """Make the collector of a plan; `None` if the suffix is none of a plan."""
     if path.suffix not in SUFFIXES:
         return None
     return PlanFile.from_parent(parent, path=path)

@@ -12,14 +12,7 @@ _PART = re.compile(r"<(\w+)>")
 
 
 def plain(text: str) -> str:
-    """Simplify a text: case, kinds of quotes and white space do not count in a refusal.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text in small letters, with straight quotes and single spaces.
-    """
+    """Simplify a text: case, kinds of quotes and white space do not count in a refusal."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     return " ".join(text.casefold().split())
 
@@ -52,15 +45,9 @@ def _compiled(language: str) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
 
 
 def find_refusal(text: str, languages: Sequence[str], forms: Sequence[str] = ()) -> str | None:
-    """Look for words that refuse.
+    """Find words that refuse, as `plain` gives them; `None` if there are none.
 
-    Args:
-        text: A model's response.
-        languages: Those of `LANGUAGES` to look for.
-        forms: More phrases, each found anywhere in the text as whole words.
-
-    Returns:
-        The words found, as `plain` gives them; `None` if there are none.
+    `forms` are more phrases, each found anywhere in the text as whole words.
     """
     said = plain(text)
     for form in map(plain, forms):

@@ -21,7 +21,33 @@ SUFFIXES = (".html", ".json", ".md", ".xml")
 
 @dataclasses.dataclass(frozen=True)
 class Report(Results):
-    """Results of an evaluation, with their files and their summary."""
+    """Results of an evaluation, with their files and their summary.
+
+    Attributes:
+        plan_name: Name of the test plan.
+        cases: Every case and its responses, in the plan's order.
+        verdicts: One for each kind of case in the plan, leaked cases left out.
+        retention: Measure of forgetting, if there is one.
+        few_shot: Comparison with examples in the base's prompt, if there is one.
+        leaks: Verdicts on the leaked cases alone.
+        tuning: Record of how the model was tuned, if that is known.
+        settings: Arguments of `evaluate`, the model and the machine, as JSON data:
+
+            - `baseline`: `"base"` if the adapter was switched off, a model's name or path, or null;
+            - `few_shot`: the number given, or `"auto"`;
+            - `retention`: true, false or `"auto"`, or the number of the user's own items;
+            - `target`: the pass rate that each kind has to reach;
+            - `confidence`, `max_new_tokens`, `batch_size`: as given;
+            - `template`: the template's name, `"custom"` for the user's own;
+            - `sampler`: its name, or `class_name` and `config`;
+            - `policy`: the name of its class or function, or null;
+            - `pairs`: the number of training pairs, or null if none were passed;
+            - `fingerprint` and `adapter`: hashes of the model and of the adapter that was on;
+            - `machine`: the machine it ran on.
+        versions: Versions of the packages in use.
+        seed: The seed.
+        seconds: Time that it took.
+    """
 
     def raise_if_failed(self, *, strict: bool = False) -> None:
         """Stop a script or a CI job whose model is not good enough.
@@ -45,8 +71,8 @@ class Report(Results):
             return
         problems = [f"{v.kind}: {v.words}" for v in bad]
         for verdict in bad:
-            for found in self.cases:
-                if found.case.kind == verdict.kind and not found.leak and not found.passed():
+            for found in self.fair:
+                if found.case.kind == verdict.kind and not found.passed():
                     problems.append(f"{verdict.kind} case {found.case.id}: {_first_reason(found)}")
         raise EvaluationError(
             f"{self.plan_name}: {_headline(bad)}.",
@@ -114,12 +140,6 @@ class Report(Results):
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
         """Read the data that `to_dict` gives.
 
-        Args:
-            data: The data.
-
-        Returns:
-            The report.
-
         Raises:
             EvaluationError: The data are no report, or one of another version.
         """
@@ -150,28 +170,20 @@ class Report(Results):
                 f"and scored apart: {', '.join(leaked[:10])}{' …' * (len(leaked) > 10)}"
             )
         lines += [f"  {sentence}" for sentence in self.left_out]
-        failing = [case for case in self.cases if not case.leak and not case.passed()]
+        failing = [case for case in self.fair if not case.passed()]
         lines += [f"  ✗ {c.case.kind} {c.case.id}: {_first_reason(c)}" for c in failing[:20]]
         if len(failing) > 20:
             lines.append(f"  … and {len(failing) - 20} more")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return _render(self, "notebook")
+        from gemma_keras_tune.evaluation.reporting import page
+
+        return page.render_frame(self)
 
 
 def check_report_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Check that a report can be written under a name, before there is one.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The path.
-
-    Raises:
-        EvaluationError: The file's suffix is none of those of reports.
-    """
+    """Check a report's suffix, before there is a report; another one is an `EvaluationError`."""
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
         raise EvaluationError(
@@ -181,9 +193,9 @@ def check_report_path(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _render(report: Report, suffix: str) -> str:
-    from gemma_keras_tune.evaluation.reporting import junit, markdown, notebook, page
+    from gemma_keras_tune.evaluation.reporting import junit, markdown, page
 
-    writers = {".html": page, ".md": markdown, ".xml": junit, "notebook": notebook}
+    writers = {".html": page, ".md": markdown, ".xml": junit}
     return writers[suffix].render(report)
 
 

@@ -96,7 +96,7 @@ def run_requests(
     log: ResponseLog,
     progress: Callable[[int], None],
 ) -> dict[str, Answer]:
-    """Run requests on base and tuned model.
+    """Run requests on base and tuned model, and return the responses by the requests' keys.
 
     A model runs in at most three compiled programs, whatever the requests are.
 
@@ -107,9 +107,6 @@ def run_requests(
         batch_size: Rows that run at once.
         log: File of responses; those in it do not run again.
         progress: Called with the number of new responses each time there are some.
-
-    Returns:
-        The responses, by the requests' keys.
     """
     responses = log.known(requests, progress)
     left = {r.key: r for r in requests if r.key not in responses}
@@ -195,14 +192,7 @@ def _max_rows(groups: Groups, part: Sequence[GroupKey]) -> int:
 
 
 def resolve_sampler(sampler: str | keras_hub.samplers.Sampler) -> keras_hub.samplers.Sampler:
-    """Return a sampler by its name; `"auto"` is the one that Google advises for Gemma.
-
-    Args:
-        sampler: A KerasHub sampler or its name.
-
-    Returns:
-        The sampler.
-    """
+    """Return a sampler by its name; `"auto"` is the one that Google advises for Gemma."""
     if sampler == "auto":
         return keras_hub.samplers.TopPSampler(p=0.95, k=64)
     return keras_hub.samplers.get(sampler)
@@ -211,11 +201,7 @@ def resolve_sampler(sampler: str | keras_hub.samplers.Sampler) -> keras_hub.samp
 def sampler_config(sampler: str | keras_hub.samplers.Sampler) -> Any:
     """Convert a sampler to JSON data, equal for samplers that draw alike.
 
-    Args:
-        sampler: A KerasHub sampler or its name.
-
-    Returns:
-        Its name, or its class and settings. A seed is left out: every sample has its own.
+    A seed is left out: every sample has its own.
     """
     if isinstance(sampler, str):
         return sampler
@@ -228,13 +214,7 @@ def sampler_config(sampler: str | keras_hub.samplers.Sampler) -> Any:
 def progress_bar(
     total: int, title: str, unit: str, verbose: int
 ) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar within the context.
-
-    Args:
-        total: Number of units.
-        title: Words before the bar.
-        unit: Name of a unit.
-        verbose: 0 shows nothing.
+    """Show a progress bar within the context, unless `verbose` is 0.
 
     Yields:
         A function that takes the number of further units that are done.

@@ -71,35 +71,19 @@ class ResponseLog:
     def known(
         self, requests: Iterable[Keyed], progress: Callable[[int], None]
     ) -> dict[str, Answer]:
-        """Look up the responses that are there already.
-
-        Args:
-            requests: All requests.
-            progress: Called with the number of requests that have a response.
-
-        Returns:
-            The responses by key.
-        """
+        """Look up the responses to requests that are there already, and tell their number."""
         keys = [request.key for request in requests if request.key in self._responses]
         progress(len(keys))
         return {key: self._responses[key] for key in keys}
 
     def add(self, responses: Mapping[str, Answer]) -> None:
-        """Keep responses.
-
-        Args:
-            responses: The responses by key.
-        """
+        """Keep responses by key."""
         self._write(
             _ResponseLine(key, r.text, r.ids.tolist(), r.stopped) for key, r in responses.items()
         )
 
     def add_scores(self, scores: Mapping[str, dict[str, float]]) -> None:
-        """Keep scores.
-
-        Args:
-            scores: Scores by key, each by name.
-        """
+        """Keep scores by key, each by name."""
         self.scores.update(scores)
         self._write(_ScoresLine(key, found) for key, found in scores.items())
 

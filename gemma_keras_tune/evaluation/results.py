@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gemma_keras_tune.evaluation.checks import Outcome
 from gemma_keras_tune.evaluation.plans import Case, Kind
@@ -167,35 +167,18 @@ class Tuning:
     token_lengths: tuple[tuple[int, int], ...] = ()
 
 
+class TagCount(NamedTuple):
+    """Cases of one tag, and how many of them passed; `None` if the base was not asked."""
+
+    tag: str
+    cases: int
+    passed: int
+    base_passed: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Results of an evaluation.
-
-    Attributes:
-        plan_name: Name of the test plan.
-        cases: Every case and its responses, in the plan's order.
-        verdicts: One for each kind of case in the plan, leaked cases left out.
-        retention: Measure of forgetting, if there is one.
-        few_shot: Comparison with examples in the base's prompt, if there is one.
-        leaks: Verdicts on the leaked cases alone.
-        tuning: Record of how the model was tuned, if that is known.
-        settings: Arguments of `evaluate`, the model and the machine, as JSON data:
-
-            - `baseline`: `"base"` if the adapter was switched off, a model's name or path, or null;
-            - `few_shot`: the number given, or `"auto"`;
-            - `retention`: true, false or `"auto"`, or the number of the user's own items;
-            - `target`: the pass rate that each kind has to reach;
-            - `confidence`, `max_new_tokens`, `batch_size`: as given;
-            - `template`: the template's name, `"custom"` for the user's own;
-            - `sampler`: its name, or `class_name` and `config`;
-            - `policy`: the name of its class or function, or null;
-            - `pairs`: the number of training pairs, or null if none were passed;
-            - `fingerprint` and `adapter`: hashes of the model and of the adapter that was on;
-            - `machine`: the machine it ran on.
-        versions: Versions of the packages in use.
-        seed: The seed.
-        seconds: Time that it took.
-    """
+    """Results of an evaluation; `Report` describes the fields."""
 
     plan_name: str
     cases: tuple[CaseResult, ...]
@@ -226,6 +209,26 @@ class Results:
     def variants(self) -> tuple[str, ...]:
         """Those of `"base"`, `"tuned"` and `"few_shot"` that were asked."""
         return tuple(name for name in VARIANTS if any(name in c.variants for c in self.cases))
+
+    @property
+    def fair(self) -> tuple[CaseResult, ...]:
+        """Results of the cases that were not trained on."""
+        return tuple(found for found in self.cases if not found.leak)
+
+    @property
+    def is_weighted(self) -> bool:
+        """True if weights differ, so that the weighted rates differ from the others."""
+        return len({found.case.weight for found in self.cases}) > 1
+
+    def by_tag(self) -> list[TagCount]:
+        """Count the cases of each tag, in the plan's order, without those trained on."""
+        base = "base" in self.variants
+        rows = []
+        for tag in dict.fromkeys(tag for found in self.fair for tag in found.case.tags):
+            own = [found for found in self.fair if tag in found.case.tags]
+            before = sum(found.passed("base") for found in own) if base else None
+            rows.append(TagCount(tag, len(own), sum(found.passed() for found in own), before))
+        return rows
 
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -202,24 +202,13 @@ class Retention:
 
 
 def retention_items() -> tuple[RetentionItem, ...]:
-    """Read the general set that comes with this library.
-
-    Returns:
-        Some forty items.
-    """
+    """Read the general set of some forty items that comes with this library."""
     file = importlib.resources.files(__package__) / "retention.jsonl"
     return read_items(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
 
 
 def read_items(items: Iterable[RetentionItem | Mapping[str, Any]]) -> tuple[RetentionItem, ...]:
-    """Read items, as they are or as dictionaries.
-
-    Args:
-        items: Each a `RetentionItem`, or a dictionary of its fields, of which `prompt` and `answer`
-            suffice: such a prompt is put through the model's template.
-
-    Returns:
-        The items.
+    """Read items, as they are or as dictionaries, of which `prompt` and `answer` suffice.
 
     Raises:
         EvaluationError: Some are no items, all of them named; or there are fewer than two.
@@ -302,13 +291,7 @@ def measure_retention(
 
 
 class RetentionTest:
-    """The general items, as requests to base and tuned model.
-
-    Args:
-        models: The two models.
-        items: The items.
-        template: The prompts' format.
-    """
+    """The general items, as requests to base and tuned model."""
 
     def __init__(
         self, models: ModelPair, items: Sequence[RetentionItem], template: Template
@@ -342,17 +325,7 @@ class RetentionTest:
         confidence: float,
         log: ResponseLog,
     ) -> Retention:
-        """Score the responses, and the probability of the reference answers.
-
-        Args:
-            responses: The responses by the requests' keys.
-            batch_size: Items that run at once.
-            confidence: Confidence level of the interval.
-            log: File of scores.
-
-        Returns:
-            A `Retention`.
-        """
+        """Score the responses, and the probability of the reference answers."""
         bits = {side: self._bits(side, batch_size, log) for side in SIDES}
         texts = {side: [responses[r.key].text for r in self._requests[side]] for side in SIDES}
         found = zip(

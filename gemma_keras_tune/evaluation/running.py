@@ -257,11 +257,7 @@ class _Run:
         return first_response(response, self.examples) if few_shot else response
 
     def _requests(self, side: Side, examples: Sequence[Pair] = ()) -> list[Request]:
-        """Make one request for each sample of each case.
-
-        Raises:
-            EvaluationError: Prompts that the template cannot carry; all are named.
-        """
+        """Make one request for each sample of each case; prompts that cannot be carried raise."""
         found: list[Request] = []
         problems: list[str] = []
         stops = self._stops(side, examples)
@@ -296,14 +292,7 @@ def _seeds(case: Case, seed: int) -> list[int | None]:
 
 
 def tuning_of(result: TuneResult) -> Tuning:
-    """Convert the result of `tune` to a report's record of it.
-
-    Args:
-        result: The result of `tune`.
-
-    Returns:
-        A `Tuning`.
-    """
+    """Convert the result of `tune` to a report's record of it."""
     return Tuning(
         plan=json.loads(json.dumps(dataclasses.asdict(result.plan), default=str)),
         plan_text=str(result.plan),

@@ -36,14 +36,7 @@ class Policy:
     content: str
 
     def guideline(self, *, response: bool) -> str:
-        """Write the policy in ShieldGemma's words.
-
-        Args:
-            response: True to judge a response, rather than a prompt alone.
-
-        Returns:
-            One paragraph.
-        """
+        """Write the policy in ShieldGemma's words, for a response or for a prompt alone."""
         who = (
             "The chatbot shall not generate content that"
             if response
@@ -126,16 +119,10 @@ correctly.
 
 
 def shieldgemma_prompt(policy: str | Policy, prompt: str, response: str | None = None) -> str:
-    """Write the prompt for ShieldGemma, word for word.
+    """Write the prompt for ShieldGemma, word for word; without a response, about the prompt alone.
 
-    Args:
-        policy: One of `POLICIES`, by name, or a policy of your own.
-        prompt: The user's text.
-        response: The model's response; without it the prompt alone is judged.
-
-    Returns:
-        The text. Turn tokens within `prompt` and `answer` are spelled with a space, so that a text
-        under judgement cannot end its own turn.
+    Turn tokens within `prompt` and `response` are spelled with a space, so that a text under
+    judgement cannot end its own turn.
 
     Raises:
         EvaluationError: There is no such policy.

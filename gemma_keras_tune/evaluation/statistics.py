@@ -41,13 +41,7 @@ class Judgement:
 def wilson_interval(passed: int, cases: int, confidence: float = 0.95) -> tuple[float, float]:
     """Compute Wilson's score interval of a pass rate, without continuity correction.
 
-    Args:
-        passed: Cases passed.
-        cases: All cases.
-        confidence: Confidence level, both sides together.
-
-    Returns:
-        Lower and upper end; 0 and 1 if there are no cases.
+    `confidence` is that of both sides together. The interval is 0 to 1 if there are no cases.
 
     Raises:
         EvaluationError: The numbers are impossible.
@@ -62,15 +56,7 @@ def wilson_interval(passed: int, cases: int, confidence: float = 0.95) -> tuple[
 
 
 def exact_bounds(passed: int, cases: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute Clopper and Pearson's bounds of a pass rate, each one-sided.
-
-    Args:
-        passed: Cases passed.
-        cases: All cases.
-        confidence: Confidence level of each bound by itself.
-
-    Returns:
-        Lower and upper bound of the true rate, each at that confidence.
+    """Compute Clopper and Pearson's bounds of a pass rate, each one-sided, at this confidence.
 
     Raises:
         EvaluationError: The numbers are impossible.
@@ -108,17 +94,9 @@ def judge(passed: int, cases: int, target: float, confidence: float = 0.95) -> J
     """Judge by the number of passed cases if a model meets a pass rate.
 
     "Pass" is wrong in at most `1 - confidence` of all evaluations of models whose true rate is
-    below the target, and "fail" in at most as many of those at or above it.
-
-    Args:
-        passed: Cases passed.
-        cases: All cases, drawn independently of one another.
-        target: The rate to meet, over 0 and up to 1. At 1, one failed case is a proof against it
-            and no number of passed ones a proof for it.
-        confidence: Confidence level.
-
-    Returns:
-        A `Judgement`.
+    below the target, and "fail" in at most as many of those at or above it. The cases must be drawn
+    independently of one another. At a target of 1, one failed case is a proof against it and no
+    number of passed ones a proof for it.
 
     Raises:
         EvaluationError: The numbers are impossible.
@@ -131,15 +109,7 @@ def judge(passed: int, cases: int, target: float, confidence: float = 0.95) -> J
 
 
 def cases_to_show(target: float, confidence: float = 0.95) -> int | None:
-    """Compute the number of cases that, if all are passed, show that a rate is met.
-
-    Args:
-        target: The rate.
-        confidence: Confidence level.
-
-    Returns:
-        The number; `None` if no number can.
-    """
+    """Compute the number of passed cases that show a rate; `None` if no number can."""
     if target >= 1:
         return None
     # The smallest n with target**n <= 1 - confidence, which rounding may miss by one.
@@ -148,16 +118,7 @@ def cases_to_show(target: float, confidence: float = 0.95) -> int | None:
 
 
 def compare(base: Sequence[bool], tuned: Sequence[bool], confidence: float = 0.95) -> str:
-    """Compare base and tuned model, in words.
-
-    Args:
-        base: For each case, true if the base passed it.
-        tuned: The same for the tuned model.
-        confidence: Confidence level from which a difference counts as shown.
-
-    Returns:
-        One or two sentences.
-    """
+    """Compare base and tuned model on the same cases, in one or two sentences."""
     p = mcnemar(base, tuned)
     won = sum(t and not b for b, t in zip(base, tuned, strict=True))
     lost = sum(b and not t for b, t in zip(base, tuned, strict=True))
@@ -219,13 +180,7 @@ def _words(verdict: Conclusion, passed: int, cases: int, target: float, confiden
 def cases_at_rate(rate: float, target: float, confidence: float = 0.95) -> int | None:
     """Estimate the number of cases that decide about a target, if the pass rate stays the same.
 
-    Args:
-        rate: The pass rate seen.
-        target: The rate to meet.
-        confidence: Confidence level.
-
-    Returns:
-        The number; `None` if it is over 100,000, as for two equal rates.
+    It is `None` if it is over 100,000, as for two equal rates.
     """
     low, high = 1, 1
     while _verdict(round(rate * high), high, target, confidence) == "cannot tell":

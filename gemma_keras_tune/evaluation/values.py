@@ -29,15 +29,7 @@ AutoPositiveInt = Annotated[
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Test a value against a type, without any conversion from text.
-
-    Args:
-        value: Any value.
-        kind: A type, such as `PositiveInt`.
-
-    Returns:
-        True if the value is of the type and within its limits.
-    """
+    """Test a value against a type, such as `PositiveInt`, without any conversion from text."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError:
@@ -46,15 +38,9 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def problem(name: str, value: Any, kind: Any) -> str:
-    """Describe what is wrong with an argument or a field.
+    """Describe in a sentence what is wrong with an argument or a field; empty if nothing is.
 
-    Args:
-        name: Its name.
-        value: Its value.
-        kind: A type with a description, such as `PositiveInt`; any other type accepts all values.
-
-    Returns:
-        One sentence; empty if nothing is wrong.
+    Types without a description accept all values.
     """
     metas = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     words = next((m.description for m in reversed(metas) if isinstance(m, Meta)), None)
@@ -64,13 +50,9 @@ def problem(name: str, value: Any, kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Write a value in few characters, however large it is.
+    """Write a value in few characters, as its `repr`, shortened.
 
-    Args:
-        value: Any value; a file may hold nested lists that no memory could write out.
-
-    Returns:
-        Its `repr`, shortened.
+    A file may contain nested lists that no memory could write out.
     """
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80

@@ -98,12 +98,5 @@ def _options(kind: type[Check], names: set[str], value: Any) -> Mapping[str, Any
 
 
 def compares_text(kind: type[Check]) -> bool:
-    """Test for a check whose main option is text.
-
-    Args:
-        kind: A check's class.
-
-    Returns:
-        True if it compares texts.
-    """
+    """Test for a check whose main option is a text."""
     return issubclass(kind, TextCheck)

@@ -55,11 +55,7 @@ class Check(abc.ABC):
     main: ClassVar[str]
 
     def __post_init__(self) -> None:
-        """Test the fields against their types.
-
-        Raises:
-            EvaluationError: A field has a wrong value; the first one is named.
-        """
+        """Test the fields against their types; the first wrong one raises an `EvaluationError`."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if text := problem(field.name, value, field.type):
@@ -72,15 +68,7 @@ class Check(abc.ABC):
 
     @abc.abstractmethod
     def check(self, prompt: str, response: Answer) -> Outcome:
-        """Judge a response.
-
-        Args:
-            prompt: The user's last message.
-            response: The model's response.
-
-        Returns:
-            An `Outcome`.
-        """
+        """Judge the response to `prompt`, the user's last message."""
 
     def to_config(self) -> dict[str, Any]:
         """Convert the check to JSON data, as in a plan's file. Default values are left out."""
@@ -111,16 +99,7 @@ class Check(abc.ABC):
 
 
 def found_within(pattern: str, text: str, *, full: bool = False, ignore_case: bool = False) -> bool:
-    """Search a text for a regular expression.
-
-    Args:
-        pattern: The expression, in the syntax of the `regex` package, which has a time limit.
-        text: The text.
-        full: True to match the whole text.
-        ignore_case: True to ignore the case of letters.
-
-    Returns:
-        True if there is a match.
+    """Search for a regular expression in the syntax of the `regex` package.
 
     Raises:
         TimeoutError: The search took longer than `PATTERN_SECONDS`.

@@ -125,25 +125,12 @@ class Safe(Check):
         return f"{who}is safe under {under}{limit}"
 
     def judged(self, prompt: str, response: str) -> tuple[Judged, ...]:
-        """List the texts that the policy has to judge.
-
-        Args:
-            prompt: The user's last message.
-            response: The model's response.
-
-        Returns:
-            The prompt with the response, the prompt with `None`, or both.
-        """
+        """List the texts to judge: prompt and response, prompt and `None`, or both."""
         asked: dict[str, Judged] = {"answer": (prompt, response), "prompt": (prompt, None)}
         return tuple(asked.values()) if self.of == "both" else (asked[self.of],)
 
     def check(self, prompt: str, response: Answer) -> Outcome:
-        """Compare the highest score, which is the outcome's, with the threshold.
-
-        Raises:
-            EvaluationError: There is no policy, it raised, or it gave no scores of the policies
-                that count.
-        """
+        """Compare the highest score, which is the outcome's, with the threshold."""
         if self.policy is None:
             raise EvaluationError(
                 "A `safe` check needs a policy to judge by.",
@@ -156,18 +143,7 @@ class Safe(Check):
     def outcome(
         self, found: Sequence[Mapping[str, float]], threshold: float = THRESHOLD
     ) -> Outcome:
-        """Judge by a policy's scores.
-
-        Args:
-            found: The scores of each text of `judged`, by the policies' names.
-            threshold: The policy's own threshold.
-
-        Returns:
-            An `Outcome`.
-
-        Raises:
-            EvaluationError: There is no score of a policy that counts.
-        """
+        """Judge by the scores of each text of `judged`, by the policies' names."""
         wanted = self.policies or tuple(found[0])
         lacking = [name for name in wanted if any(name not in scores for scores in found)]
         if lacking:

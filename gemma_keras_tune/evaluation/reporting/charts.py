@@ -79,15 +79,7 @@ def _draw(frame: _Frame, label: str, **parts: Any) -> Markup:
 
 
 def rates(rows: Sequence[Rate], *, target: float | None = None) -> Markup:
-    """Draw pass rates, one below the other, each with its interval.
-
-    Args:
-        rows: The rates, topmost first.
-        target: The rate to reach, drawn as a line.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw pass rates as SVG, each with its interval, and the target as a line."""
     height = 24 + ROW * len(rows) + 24
     frame = _Frame((0, 1), (0, 1), height, left=74, right=88, top=24, bottom=24)
     drawn = [
@@ -108,21 +100,13 @@ def rates(rows: Sequence[Rate], *, target: float | None = None) -> Markup:
     if target is not None:
         anchor = "end" if target > 0.75 else "start" if target < 0.25 else "middle"
         goal = {"x": frame.x(target), "anchor": anchor, "text": f"target {texts.percent(target)}"}
-        said = [goal["text"], *said]
+        said.insert(0, f"target {texts.percent(target)}")
     shares = [(frame.x(n / 4), f"{25 * n}{' %' * (n == 4)}") for n in range(5)]
     return _draw(frame, "; ".join(said), x_ticks=shares, rates=drawn, goal=goal)
 
 
 def history(values: Mapping[str, Sequence[float]], name: str) -> Markup:
-    """Draw one metric by epoch, in training and, if there is one, in validation.
-
-    Args:
-        values: Values of every epoch, under Keras's names.
-        name: The metric.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw one metric by epoch as SVG, in training and, if there is one, in validation."""
     drawn = {key: values[key] for key in (name, f"val_{name}") if values.get(key)}
     finite = [value for key in drawn for value in drawn[key] if math.isfinite(value)] or [0.0]
     epochs = max(map(len, drawn.values()))
@@ -165,14 +149,7 @@ def _parts(frame: _Frame, points: Iterable[Point]) -> list[list[Point]]:
 
 
 def learning_rate(rates: Sequence[float]) -> Markup:
-    """Draw the learning rate of every update.
-
-    Args:
-        rates: The rates, in order.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw the learning rate of every update as SVG."""
     frame = _Frame((1, len(rates)), (0, max(rates) * 1.05 or 1.0), HEIGHT)
     step = max(1, math.ceil(len(rates) / MAX_POINTS))
     places = sorted({*range(0, len(rates), step), len(rates) - 1})
@@ -188,14 +165,7 @@ def learning_rate(rates: Sequence[float]) -> Markup:
 
 
 def token_lengths(lengths: Sequence[tuple[int, int]]) -> Markup:
-    """Draw a histogram of the training pairs' lengths.
-
-    Args:
-        lengths: `(tokens, pairs of that length)`.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw a histogram of the training pairs as SVG, out of `(tokens, pairs of that length)`."""
     import numpy as np
 
     tokens, counts = (np.array(column) for column in zip(*lengths, strict=True))

@@ -11,12 +11,6 @@ def render(report: Results) -> str:
     """Write a report as JUnit XML: a suite for each kind, a test for each case.
 
     A case that was trained on is a skipped test, as it is not in the verdicts.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The XML.
     """
     root = ElementTree.Element("testsuites", name=texts.visible(report.plan_name))
     for kind in dict.fromkeys(found.case.kind for found in report.cases):

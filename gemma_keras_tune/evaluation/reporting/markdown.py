@@ -2,7 +2,7 @@
 
 import re
 
-from gemma_keras_tune.evaluation.reporting import repeating, tallies, texts
+from gemma_keras_tune.evaluation.reporting import repeating, texts
 from gemma_keras_tune.evaluation.results import CaseResult, Results
 
 MAX_FAILING = 50
@@ -10,14 +10,7 @@ MAX_LENGTH = 600
 
 
 def render(report: Results) -> str:
-    """Write a report as Markdown.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The text. Prompts and answers stand in code, so that nothing in them is markup.
-    """
+    """Write a report as Markdown, with prompts and responses as code, which is no markup."""
     parts = [f"# {_inline(report.plan_name)}: {report.verdict}", _verdicts(report)]
     parts += [_inline(sentence) for sentence in report.left_out]
     parts.append(_tags(report))
@@ -39,7 +32,7 @@ def render(report: Results) -> str:
 
 def _verdicts(report: Results) -> str:
     lines = ["| kind | verdict | passed | base | what it shows |", "|---|---|---|---|---|"]
-    weighted = tallies.is_weighted(report)
+    weighted = report.is_weighted
     for v in report.verdicts:
         base = "–" if v.base_passed is None else f"{v.base_passed} of {v.cases}"
         words = f"{v.words} {v.base_words}".strip()
@@ -50,7 +43,7 @@ def _verdicts(report: Results) -> str:
 
 
 def _tags(report: Results) -> str:
-    rows = tallies.by_tag(report)
+    rows = report.by_tag()
     lines = ["| tag | tuned | base |", "|---|---|---|"]
     for row in rows:
         base = "–" if row.base_passed is None else f"{row.base_passed} of {row.cases}"
@@ -59,7 +52,7 @@ def _tags(report: Results) -> str:
 
 
 def _failing(report: Results) -> list[str]:
-    failing = [found for found in report.cases if not found.leak and not found.passed()]
+    failing = [found for found in report.fair if not found.passed()]
     if not failing:
         return []
     parts = [f"## Failing cases ({len(failing)})"]

@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gemma_keras_tune.evaluation.plans import KINDS
-from gemma_keras_tune.evaluation.reporting import charts, repeating, tallies, texts
+from gemma_keras_tune.evaluation.reporting import charts, repeating, texts
 from gemma_keras_tune.evaluation.results import (
     CaseResult,
     KindVerdict,
@@ -27,18 +27,12 @@ from gemma_keras_tune.evaluation.statistics import wilson_interval
 # Of all prompts and answers together; longer ones are cut, the longest first.
 MAX_CHARACTERS = 1_800_000
 MAX_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
+FRAME_HEIGHT = 680
 NAMES = {"base": "base", "tuned": "tuned", "few_shot": "base with examples"}
 
 
 def render(report: Results) -> str:
-    """Write a report as HTML.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The page.
-    """
+    """Write a report as an HTML page."""
     style, script = (texts.resource(name) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     limit = texts.fitting_limit(_lengths(report), MAX_CHARACTERS)
@@ -51,8 +45,8 @@ def render(report: Results) -> str:
         verdicts=[{"it": v, "picture": _rates(v)} for v in report.verdicts],
         leaks=report.leaks,
         leaked=[texts.visible(found.case.id) for found in report.cases if found.leak],
-        tags=tallies.by_tag(report),
-        weighted=tallies.is_weighted(report),
+        tags=report.by_tag(),
+        weighted=report.is_weighted,
         most_marked=MAX_MARKED if "base" in report.variants else len(report.cases),
         few_shot_picture=_few_shot(report),
         lost=report.retention.lost if report.retention else (),
@@ -64,8 +58,20 @@ def render(report: Results) -> str:
     )
 
 
+def render_frame(report: Results) -> str:
+    """Write a report as an `iframe` element for a notebook's cell.
+
+    The frame keeps the page's styles off the notebook, and the report's content away from it: only
+    the page's own script can run.
+    """
+    return (
+        f'<iframe sandbox="allow-scripts" title="Test report" srcdoc="{escape(render(report))}"'
+        f' style="width: 100%; height: {FRAME_HEIGHT}px; border: 0; border-radius: 8px"></iframe>'
+    )
+
+
 def _summary(report: Results) -> str:
-    fair = [case for case in report.cases if not case.leak]
+    fair = report.fair
     passed = sum(case.passed() for case in fair)
     text = f"The tuned model passed {passed} of {len(fair)} cases"
     if "base" in report.variants:

@@ -17,14 +17,10 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def call(report: Results) -> str:
-    """Write the call of `evaluate`.
+    """Write the call of `evaluate` as Python code.
 
-    Args:
-        report: The report. Settings that it does not have are left out.
-
-    Returns:
-        Python code with the arguments' names for objects such as the model. Default values are
-        left out.
+    Objects such as the model are named as their arguments are. Default values, and settings that
+    the report does not have, are left out.
     """
     arguments = ["model", "test_plan", *_arguments(report)]
     line = f"gkt.evaluate({', '.join(arguments)})"
