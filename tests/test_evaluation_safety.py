@@ -211,3 +211,33 @@ def test_losses_of_base_and_tuned_come_from_one_program() -> None:
         np.testing.assert_allclose(b, p, rtol=1e-5, atol=1e-5)
         assert np.abs(t - p).max() > 1e-3
     assert scorer.programs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3n", "gemma4"])
+def test_top_logits_are_those_of_a_plain_forward_pass(family: str) -> None:
+    model = tiny_model(family, seed=3)
+    scorer = Scorer(model)
+    texts = ["part number 8E0-615", "bread", "the capital of France is Paris " * 9]
+    rows = [ids for ids, _ in scorer.encode([[Segment(text, False)] for text in texts])]
+    positions = [np.array([0, 2, len(rows[0]) - 1]), np.array([1]), np.arange(len(rows[2]))]
+    found = scorer.top_logits(rows, positions, 4, batch_size=2)
+    for row, at, (ids, logits) in zip(rows, positions, found, strict=True):
+        assert ids.shape == logits.shape == (len(at), 4)
+        whole = plain_logits(model, [row])[0][at]
+        np.testing.assert_allclose(logits, -np.sort(-whole)[:, :4], atol=2e-5)
+        chosen = np.take_along_axis(whole, ids, axis=-1)
+        np.testing.assert_allclose(logits, chosen, atol=2e-5)
+    assert scorer.programs == 2, "one for short rows, one for the long one"
+
+
+@pytest.mark.slow
+def test_logits_of_a_quantized_model_are_its_own() -> None:
+    model = tiny_model("gemma3", seed=3)
+    model.quantize("int8")
+    scorer = Scorer(model)
+    rows = [ids for ids, _ in scorer.encode([[Segment("part number 8E0-615", False)]])]
+    ((ids, logits),) = scorer.top_logits(rows, [np.array([len(rows[0]) - 1])], 3)
+    whole = plain_logits(model, rows)[0, len(rows[0]) - 1]
+    np.testing.assert_allclose(logits[0], whole[ids[0]], rtol=1e-4, atol=1e-4)
+    assert logits[0, 0] == pytest.approx(whole.max(), rel=1e-4, abs=1e-4)

@@ -460,10 +460,10 @@ def _prompt_key(pair: Pair) -> tuple[str, ...]:
 def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:
     """Choose static shapes for every batch of every fold, and of the rest of each."""
     fixed = None if plan.sequence_length == "auto" else plan.sequence_length
-    lengths, answers = tokens.lengths, tokens.response_lengths
+    lengths, responses = tokens.lengths, tokens.response_lengths
     bounds = [
         shape.length
-        for shape in choose_shapes(lengths, answers, plan.batch_size, sequence_length=fixed)
+        for shape in choose_shapes(lengths, responses, plan.batch_size, sequence_length=fixed)
     ]
     group = np.searchsorted(bounds, lengths)
     shapes = []
@@ -471,7 +471,7 @@ def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tup
         sides = [s for part in set(parts) for s in (parts == part, parts != part)]
         inside = [side & (group == index) for side in sides]
         needs = [
-            choose_shapes(lengths[rows], answers[rows], plan.batch_size, sequence_length=bound)[0]
+            choose_shapes(lengths[rows], responses[rows], plan.batch_size, sequence_length=bound)[0]
             for rows in inside
             if rows.any()
         ]

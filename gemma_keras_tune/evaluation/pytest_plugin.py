@@ -100,7 +100,7 @@ class CaseItem(pytest.Item):
         assert isinstance(self.parent, PlanFile)
         result = self.parent.result(self.case)
         if result.leak:
-            pytest.skip(f"in the training pairs, row {', '.join(map(str, result.leak.rows))}")
+            pytest.skip(f"in the training pairs, row {result.leak.rows_text}")
         if not result.passed("tuned"):
             raise CaseFailed(_words(result))
 
@@ -156,9 +156,5 @@ def _words(result: CaseResult) -> str:
     for sample in samples:
         if not sample.passed:
             lines.append(f"answer: {sample.text}")
-            lines += [
-                f"  {check.describe()}: {outcome.reason or 'no'}"
-                for check, outcome in zip(result.case.checks, sample.outcomes, strict=True)
-                if not outcome.passed
-            ]
+            lines += [f"  {check}: {reason or 'no'}" for check, reason in result.failures(sample)]
     return "\n".join(lines)

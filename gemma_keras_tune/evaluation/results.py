@@ -49,6 +49,11 @@ class Leak:
     similarity: float
     exact: bool
 
+    @property
+    def rows_text(self) -> str:
+        """The rows' numbers, separated by commas."""
+        return ", ".join(map(str, self.rows))
+
 
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
@@ -64,6 +69,11 @@ class CaseResult:
     case: Case
     variants: Mapping[str, tuple[SampleResult, ...]]
     leak: Leak | None = None
+
+    def failures(self, sample: SampleResult) -> list[tuple[str, str]]:
+        """List the checks that a sample failed, in words, each with the reason or `""`."""
+        pairs = zip(self.case.checks, sample.outcomes, strict=True)
+        return [(check.describe(), o.reason) for check, o in pairs if not o.passed]
 
     def share(self, variant: str) -> float:
         """Compute the share of a variant's responses that passed."""

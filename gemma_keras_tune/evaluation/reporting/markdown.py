@@ -64,11 +64,7 @@ def _failing(report: Results) -> list[str]:
 
 def _case(found: CaseResult) -> str:
     sample = next(s for s in found.variants["tuned"] if not s.passed)
-    reasons = [
-        f"- {_inline(check.describe())}: {_inline(outcome.reason or 'no')}"
-        for check, outcome in zip(found.case.checks, sample.outcomes, strict=True)
-        if not outcome.passed
-    ]
+    reasons = [f"- {_inline(c)}: {_inline(reason or 'no')}" for c, reason in found.failures(sample)]
     tags = [_inline(tag) for tag in found.case.tags]
     parts = [
         f"### {_inline(found.case.id)} ({', '.join((found.case.kind, *tags))})",

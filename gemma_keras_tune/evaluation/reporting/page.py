@@ -24,7 +24,7 @@ from gemma_keras_tune.evaluation.results import (
 )
 from gemma_keras_tune.evaluation.statistics import wilson_interval
 
-# Of all prompts and answers together; longer ones are cut, the longest first.
+# Of all prompts and responses together; longer ones are cut, the longest first.
 MAX_CHARACTERS = 1_800_000
 MAX_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
 FRAME_HEIGHT = 680
@@ -131,8 +131,8 @@ def _tuning_charts(tuning: Tuning) -> list[dict[str, Any]]:
 
 def _lengths(report: Results) -> list[int]:
     lengths = [len(m.content) for found in report.cases for m in found.case.messages]
-    answers = (s for found in report.cases for one in found.variants.values() for s in one)
-    return lengths + [len(answer.text) for answer in answers]
+    responses = (s for found in report.cases for one in found.variants.values() for s in one)
+    return lengths + [len(response.text) for response in responses]
 
 
 def _case(report: Results, place: int, found: CaseResult, limit: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _case(report: Results, place: int, found: CaseResult, limit: int) -> dict[st
         "leak": _leak(found),
         "notes": texts.visible(case.notes),
         "prompt": [(m.role if several else "", _shown(m.content, limit)) for m in case.messages],
-        "answers": _answers(found, limit, marked=place < MAX_MARKED),
+        "responses": _responses(found, limit, marked=place < MAX_MARKED),
         "checks": [_check(found, number) for number in range(len(case.checks))],
     }
 
@@ -170,12 +170,11 @@ def _change(found: CaseResult) -> str:
 def _leak(found: CaseResult) -> str:
     if found.leak is None:
         return ""
-    rows = ", ".join(map(str, found.leak.rows))
     like = "is" if found.leak.exact else f"is {texts.percent(found.leak.similarity)} like"
-    return f"Its prompt {like} that of training row {rows}, so it is scored apart."
+    return f"Its prompt {like} that of training row {found.leak.rows_text}, so it is scored apart."
 
 
-def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, Any]]:
+def _responses(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, Any]]:
     runs = _marked_runs(found, limit) if marked else {}
     return [
         {
@@ -193,9 +192,9 @@ def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, A
 
 
 def _marked_runs(found: CaseResult, limit: int) -> dict[tuple[str, int], list[texts.Run]]:
-    """What the base alone says, and what the tuned model alone says, in each answer.
+    """Mark the words that are in one model's response alone.
 
-    Drawn answers are compared in their order: those of one number have the same seed.
+    Drawn responses are compared in their order: those of one number have the same seed.
     """
     marked: dict[tuple[str, int], list[texts.Run]] = {}
     both = zip(found.variants.get("base", ()), found.variants["tuned"], strict=False)
