@@ -110,9 +110,7 @@ class CrossValidation:
     @property
     def base_passed(self) -> int | None:
         """Number of pairs that the base passed, if it was asked."""
-        if any(row.base is None for row in self.rows):
-            return None
-        return sum(row.base.passed for row in self.rows if row.base)
+        return None if self._base is None else sum(self._base)
 
     @property
     def rate(self) -> float:
@@ -131,11 +129,14 @@ class CrossValidation:
     @functools.cached_property
     def p_value(self) -> float | None:
         """Exact McNemar test of base against tuned, if the base was asked."""
-        asked = [row for row in self.rows if row.base is not None]
-        if len(asked) < len(self.rows):
+        if self._base is None:
             return None
-        base = [row.base is not None and row.base.passed for row in asked]
-        return mcnemar(base, [row.tuned.passed for row in asked])
+        return mcnemar(self._base, [row.tuned.passed for row in self.rows])
+
+    @property
+    def _base(self) -> list[bool] | None:
+        base = [row.base.passed for row in self.rows if row.base]
+        return base if len(base) == len(self.rows) else None
 
     @property
     def words(self) -> str:

@@ -121,7 +121,9 @@ def _verdict(
     tuned = [case.passed("tuned") for case in cases]
     weights = [case.case.weight for case in cases]
     judged = judge(sum(tuned), len(tuned), target, confidence)
-    verdict = KindVerdict(
+    asked = all("base" in case.variants for case in cases)
+    base = [case.passed("base") for case in cases] if asked else []
+    return KindVerdict(
         kind=kind,
         cases=len(tuned),
         passed=sum(tuned),
@@ -133,13 +135,7 @@ def _verdict(
         verdict=judged.verdict,
         words=judged.words,
         weighted_rate=sum(w for w, good in zip(weights, tuned, strict=True) if good) / sum(weights),
-    )
-    if not all("base" in case.variants for case in cases):
-        return verdict
-    base = [case.passed("base") for case in cases]
-    return dataclasses.replace(
-        verdict,
-        base_passed=sum(base),
-        p_value=mcnemar(base, tuned),
-        base_words=compare(base, tuned, confidence),
+        base_passed=sum(base) if asked else None,
+        p_value=mcnemar(base, tuned) if asked else None,
+        base_words=compare(base, tuned, confidence) if asked else "",
     )

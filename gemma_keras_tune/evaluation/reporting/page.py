@@ -78,14 +78,12 @@ def _summary(report: Results) -> str:
         text += f", its base {sum(case.passed('base') for case in fair)}"
     if leaked := len(report.cases) - len(fair):
         text += f"; {leaked} more {'was' if leaked == 1 else 'were'} trained on, and scored apart"
-    return (
-        f"{text}. "
-        + {
-            "pass": "Every kind of case is shown to meet its target.",
-            "fail": "At least one kind of case is shown to miss its target.",
-            "cannot tell": "No kind is shown to miss its target, and not all are shown to meet it.",
-        }[report.verdict]
-    )
+    conclusion = {
+        "pass": "Every kind of case is shown to meet its target.",
+        "fail": "At least one kind of case is shown to miss its target.",
+        "cannot tell": "No kind is shown to miss its target, and not all are shown to meet it.",
+    }[report.verdict]
+    return f"{text}. {conclusion}"
 
 
 # Charts.
