@@ -79,7 +79,13 @@ def plain_logits(model: keras.Model, rows: list[np.ndarray]) -> np.ndarray:
     for place, row in enumerate(rows):
         ids[place, : len(row)] = row
     bare = keras.Model(model.inputs, model.outputs)  # KerasHub's own tokenizes what it predicts
-    return bare.predict_on_batch({"token_ids": ids, "padding_mask": np.sign(ids)})
+    given = {
+        "token_ids": ids,
+        "padding_mask": np.sign(ids),
+        "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+    }
+    names = [tensor.name for tensor in keras.tree.flatten(bare.input)]
+    return bare.predict_on_batch({name: given[name] for name in names})
 
 
 def plain_scores(model: keras.Model, texts: list[str]) -> list[float]:
@@ -234,7 +240,7 @@ def test_top_logits_are_those_of_a_plain_forward_pass(family: str) -> None:
 @pytest.mark.slow
 def test_logits_of_a_quantized_model_are_its_own() -> None:
     model = tiny_model("gemma3", seed=3)
-    model.quantize("int8")
+    model.backbone.quantize("int8")
     scorer = Scorer(model)
     rows = [ids for ids, _ in scorer.encode([[Segment("part number 8E0-615", False)]])]
     ((ids, logits),) = scorer.top_logits(rows, [np.array([len(rows[0]) - 1])], 3)
