@@ -277,7 +277,7 @@ def _verify(options: argparse.Namespace) -> None:
 def _test(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
     from gemma_keras_tune._support.compilation import use_compilation_cache
-    from gemma_keras_tune.evaluation.results import check_report_path
+    from gemma_keras_tune.evaluation.report import check_report_path
 
     use_compilation_cache()
     for path in options.report:

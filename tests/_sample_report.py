@@ -13,17 +13,11 @@ from gemma_keras_tune.evaluation.checks import (
     Refuses,
     Stops,
 )
+from gemma_keras_tune.evaluation.judging import judge_kinds
 from gemma_keras_tune.evaluation.plans import Case
-from gemma_keras_tune.evaluation.results import (
-    CaseResult,
-    FewShot,
-    Leak,
-    Report,
-    SampleResult,
-    Tuning,
-)
+from gemma_keras_tune.evaluation.report import Report
+from gemma_keras_tune.evaluation.results import CaseResult, FewShot, Leak, SampleResult, Tuning
 from gemma_keras_tune.evaluation.retention import Retention, RetentionItem, RetentionScore
-from gemma_keras_tune.evaluation.running import _verdicts
 from gemma_keras_tune.generation.answers import Answer
 
 HOSTILE = (
@@ -61,10 +55,10 @@ def sample_report(cases: int = 32, *, hostile: bool = True, words: int = 12) -> 
     return Report(
         plan_name=f"bakery {HOSTILE if hostile else ''}".strip(),
         cases=tuple(found),
-        verdicts=_verdicts(fair, dict.fromkeys(("success", "failure", "boundary"), 0.9), 0.95),
+        verdicts=judge_kinds(fair, dict.fromkeys(("success", "failure", "boundary"), 0.9), 0.95),
         retention=Retention(scores),
         few_shot=_few_shot(fair),
-        leaks=_verdicts([c for c in found if c.leak], {"success": 0.9}, 0.95),  # type: ignore[arg-type]
+        leaks=judge_kinds([c for c in found if c.leak], {"success": 0.9}, 0.95),  # type: ignore[arg-type]
         tuning=Tuning(
             plan={"rank": 8},
             plan_text="Plan: LoRA rank 8, alpha 16, 4 epochs over 24 pairs",

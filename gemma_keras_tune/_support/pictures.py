@@ -1,13 +1,6 @@
-"""Pictures, drawn with matplotlib: figures for notebooks, and the same as SVG for reports.
+"""Figures for notebooks, drawn with matplotlib."""
 
-A figure is drawn in the colours of a light page. `to_svg` puts the page's CSS variables in their
-place, so that one picture serves light and dark, and leaves texts as texts, in the page's font.
-"""
-
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The colour of each role on a light page; in an SVG, `var(--picture-<role>)`.
+# The colour of each role.
 COLOURS: Mapping[str, str] = {
     "ink": "#26231f",
     "muted": "#6f6a61",
@@ -30,8 +23,6 @@ STYLE: Mapping[str, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.size": 9.5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "gemma_keras_tune",
     "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["line"],
     "xtick.major.size": 0,
@@ -116,36 +107,3 @@ def draw_history(axes: "Axes", history: Mapping[str, Sequence[float]], name: str
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
     axes.set_axisbelow(True)
-
-
-def to_svg(figure: "Figure", name: str, label: str) -> str:
-    """A figure as an SVG element for a page that has `--picture-…` variables.
-
-    The same figure gives the same text, whenever and wherever it is drawn.
-
-    Args:
-        figure: The figure, drawn within `style()`.
-        name: Put in front of the ids, so that several pictures fit on one page.
-        label: What is to be seen, for those who cannot see it.
-
-    Returns:
-        `<svg …>…</svg>`.
-    """
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with style():
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    # This rule would hold on the whole page; the page has its own for pictures.
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"\s*\n\s*", "\n", svg)
-    for role, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--picture-{role.replace('_', '-')})")
-    head = f'<svg class="picture" role="img" aria-label="{html.escape(label)}"'
-    return svg.replace("<svg", head, 1).rstrip()

@@ -1,8 +1,8 @@
 """Test plans: prove that a tuned model does what it should, refuses what it must, forgot nothing.
 
-`plans` and `checks` say what is asked and what an answer must be like; `running` asks; `statistics`
-judges; `leakage`, `prompting` and `retention` look at what else may explain the result; `results`
-holds it, and `reporting` writes it down.
+`plans` and `checks` define cases and conditions; `running` runs them; `judging` and `statistics`
+judge; `leakage`, `few_shot` and `retention` measure what else may explain the results; `results`
+contains them as data, and `report` and `reporting` write them.
 """
 
 from gemma_keras_tune.evaluation.checks import (
@@ -24,7 +24,7 @@ from gemma_keras_tune.evaluation.checks import (
 )
 from gemma_keras_tune.evaluation.cross_validation import CrossValidation, cross_validate
 from gemma_keras_tune.evaluation.plans import Case, TestPlan
-from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.report import Report
 from gemma_keras_tune.evaluation.retention import Retention, measure_retention
 from gemma_keras_tune.evaluation.running import evaluate
 from gemma_keras_tune.evaluation.safety import Policy, ShieldGemma

@@ -1,9 +1,9 @@
-"""How well would this go on pairs the model has not seen? Every pair is held out once.
+"""Cross-validation: every pair is held out once, to measure the result on pairs not trained on.
 
 With twenty pairs there are none to spare for a test set. Cross-validation tunes several times, each
-time on all pairs but one part, and asks the model the part it has not seen. One training program is
-compiled for all of it: the parts share their shapes, and between them the weights and the optimizer
-are put back to where they began.
+time on all pairs but one fold, and runs the model on the fold it has not seen. One training program
+is compiled for all of it: the folds share their shapes, and between them the weights and the
+optimizer are put back to their start.
 """
 
 import contextlib
@@ -21,14 +21,16 @@ import numpy as np
 from gemma_keras_tune._support.compilation import use_compilation_cache
 from gemma_keras_tune.adapters.lora import lora_config, remove_lora
 from gemma_keras_tune.errors import EvaluationError, LoraError, PlanError
-from gemma_keras_tune.evaluation.asking import is_share, is_whole, progress_bar
 from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
+from gemma_keras_tune.evaluation.requests import progress_bar
 from gemma_keras_tune.evaluation.results import SampleResult
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
+from gemma_keras_tune.evaluation.values import AutoPositiveInt, Confidence, Count, problem, shown
 from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.generation.answers import generate_answers
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.reader import Pair, read_pairs
+from gemma_keras_tune.pairs.reader import read_pairs
+from gemma_keras_tune.pairs.rows import Pair
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.pipeline import (
     Batcher,
@@ -40,7 +42,7 @@ from gemma_keras_tune.training.pipeline import (
 from gemma_keras_tune.training.planning import Plan, check_updates, plan_settings, template_setting
 from gemma_keras_tune.training.tuning import planned_optimizer, prepare_weights, settle, tune
 
-MAX_ROWS = 8  # that are asked at once
+MAX_ROWS = 8  # prompts that run at once
 
 Checks = Check | Sequence[Check] | Callable[[Pair], Check | Sequence[Check]] | Literal["auto"]
 
@@ -55,15 +57,15 @@ _OPTIONS = (*_SETTINGS, *_COLUMNS, "plan", "compilation_cache")
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """One pair, and what a model that was tuned on others made of it.
+    """One pair, and the response of a model that was tuned on others.
 
     Attributes:
         row: Its row number in the source.
-        fold: The part it was in, from 0.
-        prompt: What the user said last.
-        expected: The pair's answer.
-        tuned: The answer of the model tuned on the other parts.
-        base: The base's answer, where it was asked.
+        fold: Its fold, from 0.
+        prompt: The user's last message.
+        expected: The pair's response.
+        tuned: The response of the model tuned on the other folds.
+        base: The base's response, if it was asked.
     """
 
     row: int
@@ -76,16 +78,16 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidation:
-    """What the held-out pairs show.
+    """Results of the held-out pairs.
 
     Attributes:
-        plan: How each part was tuned; its figures are those of the largest part.
+        plan: The plan of each tuning; its figures are those of the largest training set.
         rows: Every pair, in the order of the source.
-        folds: How many parts there were.
-        losses: Mean loss over the held-out answers' tokens of each part, in nats.
+        folds: Number of folds.
+        losses: Mean loss over the held-out responses' tokens of each fold, in nats.
         base_losses: The same before tuning.
         confidence: Confidence level of the interval.
-        seconds: How long it took.
+        seconds: Time that it took.
     """
 
     plan: Plan
@@ -98,15 +100,13 @@ class CrossValidation:
 
     @property
     def passed(self) -> int:
-        """Held-out pairs whose answer passed."""
+        """Number of held-out pairs whose response passed."""
         return sum(row.tuned.passed for row in self.rows)
 
     @property
     def base_passed(self) -> int | None:
-        """How many of them the base passed, where it was asked."""
-        if any(row.base is None for row in self.rows):
-            return None
-        return sum(row.base.passed for row in self.rows if row.base)
+        """Number of pairs that the base passed, if it was asked."""
+        return None if self._base is None else sum(self._base)
 
     @property
     def rate(self) -> float:
@@ -117,23 +117,26 @@ class CrossValidation:
     def interval(self) -> tuple[float, float]:
         """Wilson interval of that share.
 
-        It takes the pairs for independent. The models that answer them share most of their training
-        pairs, so that the true interval is somewhat wider.
+        It assumes independent pairs. The models share most of their training pairs, so that the
+        true interval is somewhat wider.
         """
         return wilson_interval(self.passed, len(self.rows), self.confidence)
 
     @functools.cached_property
     def p_value(self) -> float | None:
-        """Exact McNemar test of base against tuned, where the base was asked."""
-        asked = [row for row in self.rows if row.base is not None]
-        if len(asked) < len(self.rows):
+        """Exact McNemar test of base against tuned, if the base was asked."""
+        if self._base is None:
             return None
-        base = [row.base is not None and row.base.passed for row in asked]
-        return mcnemar(base, [row.tuned.passed for row in asked])
+        return mcnemar(self._base, [row.tuned.passed for row in self.rows])
+
+    @property
+    def _base(self) -> list[bool] | None:
+        base = [row.base.passed for row in self.rows if row.base]
+        return base if len(base) == len(self.rows) else None
 
     @property
     def words(self) -> str:
-        """All this in words."""
+        """The result in words."""
         low, high = self.interval
         text = (
             f"{self.passed} of {len(self.rows)} held-out pairs pass: {100 * self.rate:.0f} % "
@@ -157,7 +160,7 @@ class CrossValidation:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON data."""
+        """Convert everything to JSON data."""
         low, high = self.interval
         return {
             "words": self.words,
@@ -167,13 +170,8 @@ class CrossValidation:
             "high": high,
             "base_passed": self.base_passed,
             "p_value": self.p_value,
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name not in ("plan", "rows")
-            },
+            **dataclasses.asdict(self),
             "plan": self.plan.settings(),
-            "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
 
@@ -190,31 +188,31 @@ def cross_validate(
     verbose: int = 1,
     **tune_options: Any,
 ) -> CrossValidation:
-    """Hold every pair out once: tune on the others, and ask it.
+    """Hold out every pair once: tune on the others, and run the model on it.
 
-    Pairs with the same prompt (apart from case and white space) stay in one part, so that no prompt
-    is on both sides. The model is left as it came.
+    Pairs with the same prompt (apart from case and white space) stay in one fold, so that no prompt
+    is on both sides. The model is left unchanged.
 
     Args:
         model: A KerasHub Gemma `CausalLM` without LoRA, or anything `load` takes.
         pairs: Anything `read_pairs` takes. They are held in memory.
-        folds: In how many parts, at least 2; `"leave-one-out"` makes every prompt a part.
-        checks: What an answer must be like: one check or several for all pairs, or a function from
-            a `Pair` to its own. `"auto"`: the pair's own answer; as data, where that is JSON.
-        baseline: Whether the base is asked too.
-        max_new_tokens: Longest answer; `"auto"` is half as long again as the longest of the pairs.
+        folds: Number of folds, at least 2; `"leave-one-out"` makes every prompt a fold.
+        checks: Conditions for a response: one check or several for all pairs, or a function from a
+            `Pair` to its own. `"auto"`: the pair's own response; as data, if that is JSON.
+        baseline: True to run the base, too.
+        max_new_tokens: Longest response; `"auto"` is one and a half times the longest of the pairs.
         confidence: Confidence level of the interval.
-        seed: Seed of the parts, of shuffling and of LoRA's start.
+        seed: Seed of the folds, of shuffling and of LoRA's start.
         verbose: 1 prints the plan and a progress bar, 0 nothing.
-        **tune_options: Arguments of `tune`, but for those about validation, callbacks and seeds.
-            Of a `plan`, all settings but the seed and the validation split hold.
+        **tune_options: Arguments of `tune`, except those about validation, callbacks and seeds. All
+            settings of a `plan` are used, except the seed and the validation split.
 
     Returns:
         A `CrossValidation`.
 
     Raises:
-        EvaluationError: Too few prompts for the parts, an option that `tune` does not have, an
-            argument out of range, or `checks` that are none.
+        EvaluationError: Too few prompts for the folds, an option that `tune` does not have, an
+            argument out of range, or wrong `checks`.
         LoraError: LoRA is on the model already.
         PairsError: Rows that cannot be trained on.
         PlanError: Settings out of range or against those of the plan, or a plan that stops early.
@@ -232,83 +230,130 @@ def cross_validate(
     template = get_template(settings["template"], model)
     settings["template"] = template_setting(template)
     columns = {name: tune_options[name] for name in _COLUMNS if name in tune_options}
-    kept, tokens = _read(model, pairs, columns, template, settings)
-    judged = _checks(kept, checks)
-    parts = assign_folds([_prompt_key(pair) for pair in kept], folds, seed=seed)
-    count = int(parts.max()) + 1
-    largest = len(parts) - int(np.bincount(parts).min())
-    plan = plan_settings(model, largest, int(tokens.lengths.max()), **settings)
-    shapes = _shared_shapes(tokens, parts, plan)
-    pad_id = int(model.preprocessor.tokenizer.pad_token_id)
-    batch = functools.partial(
-        Batcher, shapes=shapes, pad_id=pad_id, seed=plan.seed,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-    )  # fmt: skip
-    rest = [batch(_take(tokens, np.flatnonzero(parts != part))) for part in range(count)]
-    held = [
-        batch(_take(tokens, np.flatnonzero(parts == part)), shuffle=False) for part in range(count)
-    ]
-    plan = _fill_in(plan, rest, shapes, tokens)
+    pairs, tokens = _read(model, pairs, columns, template, settings)
+    judged = _checks(pairs, checks)
+    split = _split(model, pairs, tokens, folds, settings, seed)
     if verbose:
-        print(f"{count} parts, each held out once.\n{plan}")
+        print(f"{split.folds} parts, each held out once.\n{split.plan}")
     if tune_options.get("compilation_cache", True):
         use_compilation_cache()
     if max_new_tokens == "auto":
         max_new_tokens = int(1.5 * tokens.response_lengths.max()) + 8
-    # Parts of any size are asked by the one program that the base is asked by.
-    rows_at_once = min(MAX_ROWS, 2 ** math.ceil(math.log2(np.bincount(parts).max())))
-    ask = functools.partial(
-        _ask, model, template=template, max_new_tokens=max_new_tokens, batch_size=rows_at_once,
+    respond = functools.partial(
+        _respond, model, template=template, max_new_tokens=max_new_tokens,
+        batch_size=split.rows_at_once,
     )  # fmt: skip
-    base = ask(kept, judged) if baseline else [None] * len(kept)
-    bar = progress_bar(count, "cross-validation", "part", verbose)
+    base = respond(pairs, judged) if baseline else [None] * len(pairs)
     optimizer = tune_options.get("optimizer", "auto")
-    with _trainable(model, plan), bar as advance:
+    found: dict[int, HeldOut] = {}
+    losses, base_losses = [], []
+    with progress_bar(split.folds, "cross-validation", "part", verbose) as advance:
+        for fold, (before, after) in enumerate(_tune_folds(model, split, optimizer)):
+            base_losses.append(before)
+            losses.append(after)
+            rows = np.flatnonzero(split.parts == fold).tolist()
+            responses = respond([pairs[i] for i in rows], [judged[i] for i in rows])
+            for row, tuned in zip(rows, responses, strict=True):
+                pair = pairs[row]
+                prompt, expected = pair.prompt_messages[-1].content, pair.response
+                found[row] = HeldOut(pair.row, fold, prompt, expected, tuned, base[row])
+            advance(1)
+    return CrossValidation(
+        plan=split.plan,
+        rows=tuple(found[row] for row in range(len(pairs))),
+        folds=split.folds,
+        losses=tuple(losses),
+        base_losses=tuple(base_losses),
+        confidence=confidence,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The folds, and the batches of each.
+
+    Attributes:
+        plan: The plan of each tuning.
+        parts: `[rows]` int64, the fold of each row, from 0.
+        rest: For each fold, the batches of all other rows.
+        held: For each fold, its own batches.
+    """
+
+    plan: Plan
+    parts: np.ndarray
+    rest: list[Batcher]
+    held: list[Batcher]
+
+    @property
+    def folds(self) -> int:
+        return len(self.held)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Prompts that run at once, so that folds of any size and the base share one program."""
+        return int(min(MAX_ROWS, 2 ** math.ceil(math.log2(np.bincount(self.parts).max()))))
+
+
+def _split(
+    model: keras.Model,
+    pairs: Sequence[Pair],
+    tokens: TokenizedPairs,
+    folds: int | Literal["leave-one-out"],
+    settings: dict[str, Any],
+    seed: int,
+) -> _Split:
+    parts = assign_folds([_prompt_key(pair) for pair in pairs], folds, seed=seed)
+    largest = len(parts) - int(np.bincount(parts).min())
+    plan = plan_settings(model, largest, int(tokens.lengths.max()), **settings)
+    shapes = _shared_shapes(tokens, parts, plan)
+    batch = functools.partial(
+        Batcher, shapes=shapes, pad_id=int(model.preprocessor.tokenizer.pad_token_id),
+        seed=plan.seed, gradient_accumulation_steps=plan.gradient_accumulation_steps,
+    )  # fmt: skip
+    numbers = range(int(parts.max()) + 1)
+    rest = [batch(_take(tokens, np.flatnonzero(parts != part))) for part in numbers]
+    held = [batch(_take(tokens, np.flatnonzero(parts == part)), shuffle=False) for part in numbers]
+    return _Split(_fill_in(plan, rest, shapes, tokens), parts, rest, held)
+
+
+def _tune_folds(model: keras.Model, split: _Split, optimizer: Any) -> Iterator[tuple[float, float]]:
+    """Tune on the rest of each fold; yield the fold's loss before and after, the model tuned.
+
+    The weights are put back for every fold, and at the end.
+    """
+    with _trainable(model, split.plan):
         trainer = TuningModel(model)
         trainer.compile(
-            planned_optimizer(plan) if optimizer == "auto" else optimizer, jit_compile=True
+            planned_optimizer(split.plan) if optimizer == "auto" else optimizer, jit_compile=True
         )
         trainer.optimizer.build(trainer.trainable_variables)
         start = _Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
-        losses, base_losses = [], []
-        found: dict[int, HeldOut] = {}
         try:
-            for part in range(count):
+            for rest, held in zip(split.rest, split.held, strict=True):
                 start.restore()
-                base_losses.append(_loss(trainer, held[part]))
-                trainer.fit(rest[part].to_dataset(), epochs=plan.epochs, shuffle=False, verbose=0)
-                losses.append(_loss(trainer, held[part]))
-                places = np.flatnonzero(parts == part).tolist()
-                answered = ask([kept[i] for i in places], [judged[i] for i in places])
-                for place, tuned in zip(places, answered, strict=True):
-                    pair = kept[place]
-                    prompt, output = pair.prompt_messages[-1].content, pair.response
-                    found[place] = HeldOut(pair.row, part, prompt, output, tuned, base[place])
-                advance(1)
+                before = _loss(trainer, held)
+                trainer.fit(rest.to_dataset(), epochs=split.plan.epochs, shuffle=False, verbose=0)
+                yield before, _loss(trainer, held)
         finally:
             start.restore()
-    rows = tuple(found[index] for index in range(len(kept)))
-    seconds = time.perf_counter() - begin
-    return CrossValidation(
-        plan, rows, count, tuple(losses), tuple(base_losses), confidence, seconds
-    )
 
 
 def assign_folds(
     keys: Sequence[Any], folds: int | Literal["leave-one-out"], *, seed: int = 0
 ) -> np.ndarray:
-    """Parts of about the same size; rows with the same key are in the same part.
+    """Assign rows to folds of about the same size; rows with the same key share a fold.
 
     Args:
         keys: One for each row, hashable.
-        folds: How many parts; `"leave-one-out"` makes every key one.
+        folds: Number of folds; `"leave-one-out"` makes every key one.
         seed: Seed of the choice.
 
     Returns:
-        `[rows]` int64, the part of each row, from 0.
+        `[rows]` int64, the fold of each row, from 0.
 
     Raises:
-        EvaluationError: There are fewer keys than parts, or fewer than two parts.
+        EvaluationError: There are fewer keys than folds, or fewer than two folds.
     """
     groups: dict[Any, list[int]] = {}
     for place, key in enumerate(keys):
@@ -323,7 +368,7 @@ def assign_folds(
     sizes = np.zeros(wanted, np.int64)
     shuffled = np.random.default_rng(seed).permutation(len(groups))
     members = list(groups.values())
-    # The largest groups first, each into the smallest part.
+    # The largest groups first, each into the smallest fold.
     for group in sorted((members[i] for i in shuffled), key=len, reverse=True):
         smallest = int(sizes.argmin())
         parts[group] = smallest
@@ -332,7 +377,7 @@ def assign_folds(
 
 
 class _Snapshot:
-    """Values of variables, to go back to."""
+    """Copies of variables' values."""
 
     def __init__(self, variables: Sequence[keras.Variable]) -> None:
         self._variables = variables
@@ -354,23 +399,19 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_arguments(checks: Any, max_new_tokens: Any, confidence: Any, seed: Any) -> None:
     judges = isinstance(checks, Check) or callable(checks) or _are_checks(checks)
-    problems = [
-        f"`{name}` must be {what}, got {value!r:.80}"
-        for name, what, value, good in (
-            ("checks", "'auto', checks, or a function", checks, judges or checks == "auto"),
-            ("max_new_tokens", "'auto' or a whole number from 1", max_new_tokens,
-             is_whole(max_new_tokens, 1, "auto")),
-            ("confidence", "between 0 and 1", confidence, is_share(confidence)),
-            ("seed", "a whole number from 0", seed, is_whole(seed, 0)),
-        )
-        if not good
+    found = [
+        "" if judges or checks == "auto"
+        else f"`checks` must be 'auto', checks, or a function, got {shown(checks)}",
+        problem("max_new_tokens", max_new_tokens, AutoPositiveInt),
+        problem("confidence", confidence, Confidence),
+        problem("seed", seed, Count),
     ]  # fmt: skip
-    if problems:
+    if problems := [text for text in found if text]:
         raise EvaluationError("The cross-validation cannot begin.", problems)
 
 
 def _settings(options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The settings of `tune`, those of the plan where there is one."""
+    """Resolve the settings of `tune`, those of the plan if there is one."""
     plan = options.get("plan")
     if isinstance(plan, Plan):
         if plan.early_stopping is not None:
@@ -408,18 +449,18 @@ def _read(
 
 
 def _prompt_key(pair: Pair) -> tuple[str, ...]:
-    """What stands before the first answer, apart from case and white space."""
+    """Make a key of all before the first response, apart from case and white space."""
     first = next(i for i, message in enumerate(pair.messages) if message.role == "assistant")
     return tuple(" ".join(m.content.casefold().split()) for m in pair.messages[:first])
 
 
 def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:
-    """Static shapes that hold every batch of every part, and of all others of it."""
+    """Choose static shapes for every batch of every fold, and of the rest of each."""
     fixed = None if plan.sequence_length == "auto" else plan.sequence_length
-    lengths, answers = tokens.lengths, tokens.response_lengths
+    lengths, responses = tokens.lengths, tokens.response_lengths
     bounds = [
         shape.length
-        for shape in choose_shapes(lengths, answers, plan.batch_size, sequence_length=fixed)
+        for shape in choose_shapes(lengths, responses, plan.batch_size, sequence_length=fixed)
     ]
     group = np.searchsorted(bounds, lengths)
     shapes = []
@@ -427,7 +468,7 @@ def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tup
         sides = [s for part in set(parts) for s in (parts == part, parts != part)]
         inside = [side & (group == index) for side in sides]
         needs = [
-            choose_shapes(lengths[rows], answers[rows], plan.batch_size, sequence_length=bound)[0]
+            choose_shapes(lengths[rows], responses[rows], plan.batch_size, sequence_length=bound)[0]
             for rows in inside
             if rows.any()
         ]
@@ -437,7 +478,7 @@ def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tup
 
 
 def _take(tokens: TokenizedPairs, indices: np.ndarray) -> TokenizedPairs:
-    """Some of the rows."""
+    """Select some of the rows."""
     rows = [tokens.row(int(index)) for index in indices]
     return TokenizedPairs(
         np.concatenate([ids for ids, _ in rows]),
@@ -472,7 +513,7 @@ def _fill_in(
 
 @contextlib.contextmanager
 def _trainable(model: keras.Model, plan: Plan) -> Iterator[None]:
-    """Within the context, what the plan trains is trainable."""
+    """Make trainable what the plan trains, within the context."""
     flags = [(variable, variable.trainable) for variable in model.variables]
     prepare_weights(model, plan, verbose=0)
     try:
@@ -489,7 +530,7 @@ def _loss(trainer: TuningModel, batcher: Batcher) -> float:
     return float(figures["loss"])
 
 
-def _ask(
+def _respond(
     model: keras.Model,
     pairs: Sequence[Pair],
     checks: Sequence[Sequence[Check]],
@@ -498,23 +539,23 @@ def _ask(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[SampleResult]:
-    """The model's answers, judged."""
+    """Run the model on prompts, and judge the responses."""
     prompts = [pair.prompt_messages for pair in pairs]
     # Few prompts run in a smaller program: one that would have to be compiled.
     prompts += [prompts[0]] * (batch_size - len(prompts))
-    answers = generate_answers(
+    responses = generate_answers(
         model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, template=template
     )
     results = []
-    for pair, own, answer in zip(pairs, checks, answers, strict=False):
+    for pair, own, found in zip(pairs, checks, responses, strict=False):
         prompt = pair.prompt_messages[-1].content
-        outcomes = tuple(check.check(prompt, answer) for check in own)
-        results.append(SampleResult(answer.text, answer.stopped, len(answer.ids), outcomes))
+        outcomes = tuple(check.check(prompt, found) for check in own)
+        results.append(SampleResult(found.text, found.stopped, len(found.ids), outcomes))
     return results
 
 
 def _checks(pairs: Sequence[Pair], checks: Checks) -> list[tuple[Check, ...]]:
-    """What the answer to each pair must be like."""
+    """Find the checks of each pair."""
     found: list[tuple[Check, ...]] = []
     problems: list[str] = []
     for pair in pairs:

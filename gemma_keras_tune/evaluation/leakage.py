@@ -1,9 +1,9 @@
-"""Which cases ask what was trained on, word for word or nearly.
+"""Cases whose prompt was trained on, word for word or nearly.
 
 Prompts are compared without case, punctuation and white space, and then by their character
-5-grams: two prompts are nearly the same where they share at least `threshold` of those either has
-(the Jaccard index). All pairs are compared, not a sample of hashes: the 5-grams of the cases make a
-sparse matrix, and the pairs go past it in blocks, so 100,000 pairs take seconds and little memory.
+5-grams: two prompts are nearly the same if their Jaccard index is at least `threshold`. All pairs
+are compared, not a sample of hashes: the 5-grams of the cases make a sparse matrix, which is
+multiplied with that of the pairs in blocks, so 100,000 pairs take seconds and little memory.
 """
 
 import unicodedata
@@ -16,7 +16,7 @@ import regex  # type: ignore[import-untyped]
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.plans import Case
 from gemma_keras_tune.evaluation.results import Leak
-from gemma_keras_tune.pairs.reader import Message, Pair
+from gemma_keras_tune.pairs.rows import Message, Pair
 
 GRAM = 5
 BLOCK = 2048
@@ -26,18 +26,11 @@ MAX_ROWS = 10
 def find_leaks(
     cases: Iterable[Case], pairs: Iterable[Pair], *, threshold: float = 0.7
 ) -> dict[str, Leak]:
-    """Cases whose prompt is in the training pairs.
+    """Find the cases whose prompt is in the training pairs, each with a `Leak` by the case's id.
 
     System messages are left out: many rows share one. A conversation of several turns is compared
-    at each of its turns, as each is trained.
-
-    Args:
-        cases: The cases.
-        pairs: The training pairs.
-        threshold: From which likeness a prompt counts as nearly the same; at 1 only equal ones do.
-
-    Returns:
-        A `Leak` for each such case, by its id.
+    at each of its turns, as each is trained. `threshold` is the similarity from which a prompt
+    counts as nearly the same; at 1 it must be equal.
 
     Raises:
         EvaluationError: The threshold is not over 0 and up to 1.
@@ -61,7 +54,7 @@ def _leak(hits: list[tuple[float, bool, int]]) -> Leak:
 
 
 def _pair_texts(pairs: Iterable[Pair]) -> Iterator[tuple[int, str]]:
-    """Row and normalised prompt of every turn that is trained."""
+    """Yield row and normalised prompt of every turn that is trained."""
     for pair in pairs:
         for index, message in enumerate(pair.messages):
             if message.role == "user":
@@ -77,7 +70,7 @@ _SEPARATORS = regex.compile(r"(?:(?![\p{Sm}\p{M}])(?![-*/%^]\s*\d)(?!(?<=\w)#)[\
 
 
 def _normalised(text: str) -> str:
-    """Letters and digits in small, one space between words. A text without any stays as it is."""
+    """Keep letters and digits, in small, with one space between words, if there are any."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return _SEPARATORS.sub(" ", plain).strip() or " ".join(plain.split())
 
@@ -96,7 +89,7 @@ def _blocks(items: Iterable[tuple[int, str]], size: int) -> Iterator[list[tuple[
 def _alike(
     texts: list[str], others: list[str], threshold: float
 ) -> Iterator[tuple[int, int, float]]:
-    """Places in both lists of texts that are alike, and how much."""
+    """Yield the indices of similar texts in both lists, and their similarity."""
     columns: dict[str, int] = {}
     first, second = ([_grams(text, columns) for text in side] for side in (texts, others))
     shared = (_matrix(first, len(columns)) @ _matrix(second, len(columns)).T).tocoo()
@@ -107,7 +100,7 @@ def _alike(
 
 
 def _grams(text: str, columns: dict[str, int]) -> set[int]:
-    """The column of each run of `GRAM` characters; a shorter text is one run."""
+    """Find the column of each run of `GRAM` characters; a shorter text is one run."""
     runs = {text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1))}
     return {columns.setdefault(run, len(columns)) for run in runs}
 

@@ -1,80 +1,76 @@
 """Test plans: the cases a model is judged by, from a file or from Python."""
 
 import collections
-import csv
 import dataclasses
-import io
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Annotated, Any, Literal
 
-import yaml
+from msgspec import Meta
 
-from gemma_keras_tune._support.files import write_text
-from gemma_keras_tune.errors import EvaluationError, PairsError
-from gemma_keras_tune.evaluation.checks import (
-    CHECKS,
-    Check,
-    Function,
-    check_from_config,
-    has_text,
-    shown,
-)
-from gemma_keras_tune.pairs.reader import Message
-from gemma_keras_tune.pairs.sources import Broken, open_source
+from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.evaluation.checks import Check, Function, check_from_config
+from gemma_keras_tune.evaluation.plan_files import read_records, write_configs
+from gemma_keras_tune.evaluation.values import Positive, PositiveInt, Text, problem, shown
+from gemma_keras_tune.pairs.rows import Message
+from gemma_keras_tune.pairs.sources import Broken
 
 Kind = Literal["success", "failure", "boundary"]
 KINDS: tuple[Kind, ...] = ("success", "failure", "boundary")
-SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
 _ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One prompt, and what an answer to it must be like.
+    """One prompt, and the conditions that a response to it must fulfil.
 
     Attributes:
         id: A name, unique in its plan. Without one, it is the case's number there.
-        prompt: What the user says; or a conversation that ends with the user, of `Message`s or of
+        prompt: The user's text; or a conversation that ends with the user, of `Message`s or of
             dictionaries with `role` and `content`.
         kind: `"success"`, which the model must always manage; `"failure"`, which it must fail or
             refuse; `"boundary"`, which it may answer within limits.
-        checks: What must hold for an answer, all of them: checks, dictionaries as in files
-            (`{"exact": "Paris"}`), or functions of prompt and answer. One may stand alone.
-        samples: Answers to draw. One is greedy; several are drawn at random.
+        checks: Conditions for a response, all of them: checks, dictionaries as in files
+            (`{"exact": "Paris"}`), or functions of prompt and response. One may be given alone.
+        samples: Responses to draw. One is greedy; several are drawn at random.
         required: Share of the samples that must pass.
         tags: Words to group cases by.
-        weight: How much it counts in the weighted rate. Verdicts count every case once.
-        notes: Anything for the reader.
+        weight: Weight of the case in the weighted rate. Verdicts count every case once.
+        notes: Notes for the reader.
         row: Its row in the file, from 1.
     """
 
-    id: str = ""
+    id: Text = ""
     prompt: str | tuple[Message, ...] = ""
-    kind: Kind = ""  # type: ignore[assignment]  # what is missing is named with all that is wrong
+    # Without a default that is right: what is missing is named with all other problems.
+    kind: Annotated[Kind, Meta(description=f"one of {', '.join(KINDS)}")] = ""  # type: ignore[assignment]
     checks: tuple[Check, ...] = ()
-    samples: int = 1
-    required: float = 1.0
-    tags: tuple[str, ...] = ()
-    weight: float = 1.0
-    notes: str = ""
+    samples: PositiveInt = 1
+    required: Annotated[
+        float, Meta(gt=0, le=1, description="a share of samples, over 0 and up to 1")
+    ] = 1.0
+    tags: Annotated[tuple[str, ...], Meta(description="a list of texts")] = ()
+    weight: Positive = 1.0
+    notes: Text = ""
     row: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every value.
+        """Read and check every value.
 
         Raises:
             EvaluationError: Some are wrong; all are named.
         """
         problems: list[str] = []
-        for name, read in (("id", _id), ("prompt", _prompt), ("checks", _checks), ("tags", _tags)):
+        readers = {"id": _read_id, "prompt": _read_prompt, "checks": _read_checks}
+        for name, read in {**readers, "tags": _read_tags}.items():
             value, wrong = read(getattr(self, name))
             object.__setattr__(self, name, value)
             problems += [f"`{name}`{text}" for text in wrong]
-        problems += _problems(self)
+        fields = [(f.name, getattr(self, f.name), f.type) for f in dataclasses.fields(self)]
+        problems += [text for field in fields if (text := problem(*field))]
         problems = problems or _half_characters(self)
         if problems:
             which = f"Case {self.id!r}" if self.id else "A case"
@@ -87,11 +83,11 @@ class Case:
 
     @property
     def text(self) -> str:
-        """What the user says last."""
+        """The user's last message."""
         return self.messages[-1].content
 
     def to_config(self) -> dict[str, Any]:
-        """The case as JSON data, as a plan's file has it. What is as usual is left out."""
+        """Convert the case to JSON data, as in a plan's file. Default values are left out."""
         prompt: Any = self.prompt
         if not isinstance(prompt, str):
             prompt = [dataclasses.asdict(message) for message in prompt]
@@ -127,14 +123,14 @@ class TestPlan:
 
     Attributes:
         cases: The cases, in order.
-        name: How reports call the plan.
+        name: Name of the plan in reports.
     """
 
     cases: Sequence[Case]
     name: str = "test plan"
 
     def __post_init__(self) -> None:
-        """Check that every case can be told from the others.
+        """Check that every case has an id of its own.
 
         Raises:
             EvaluationError: There is no case, or two have the same id.
@@ -159,13 +155,13 @@ class TestPlan:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "TestPlan":
-        """Read a plan.
+        """Read a plan from a file.
 
         JSONL has a case a line, YAML a list of cases, CSV a case a row. A case has `prompt` (text,
         or a list of messages with `role` and `content`), `kind` and `checks` (a list of checks),
         and may have `id`, `samples`, `required`, `tags`, `weight` and `notes`. In CSV, a column
-        with a check's name holds what that check needs; `checks`, lists and dictionaries are JSON;
-        `tags` are separated by spaces.
+        with a check's name contains that check's options; `checks`, lists and dictionaries are
+        JSON; `tags` are separated by spaces.
 
         Args:
             path: A file that ends in `.jsonl`, `.csv`, `.yaml` or `.yml`.
@@ -174,13 +170,13 @@ class TestPlan:
             The plan, named after the file.
 
         Raises:
-            EvaluationError: It cannot be read, or rows are no cases; all problems are listed, each
-                with its row.
+            EvaluationError: The file cannot be read, or rows are no cases; all problems are
+                listed, each with its row.
         """
         path = pathlib.Path(path)
         cases: list[Case] = []
         problems: list[str] = []
-        for row, line, record in _records(path):
+        for row, line, record in read_records(path):
             place = f"row {row}" + (f" (line {line})" if line and line != row else "")
             try:
                 cases.append(_case(record, row))
@@ -197,49 +193,48 @@ class TestPlan:
         return cls(cases, name=path.stem)
 
     def to_file(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> pathlib.Path:
-        """Write the plan, so that `from_file` reads it.
+        """Write the plan to a file that `from_file` reads.
 
         Checks that are Python functions are written by name, and `from_file` refuses them.
 
         Args:
             path: A file that ends in `.jsonl`, `.csv`, `.yaml` or `.yml`.
-            overwrite: Whether it may replace an existing file.
+            overwrite: True to replace an existing file.
 
         Returns:
             The path.
 
         Raises:
-            EvaluationError: The file exists, or its name ends otherwise.
+            EvaluationError: The file exists, or has another suffix.
             ExportError: The disk is full.
         """
-        path = pathlib.Path(path)
-        _check_suffix(path)
-        if path.exists() and not overwrite:
-            raise EvaluationError(
-                f"{path} already exists.",
-                next_step="Choose another name, or pass `overwrite=True`.",
-            )
         configs = [case.to_config() for case in self.cases]
-        text = {".jsonl": _to_json_lines, ".csv": _to_csv}.get(path.suffix, _to_yaml)(configs)
-        return write_text(path, text)
+        return write_configs(pathlib.Path(path), configs, _KEYS, overwrite=overwrite)
 
 
 # pytest takes classes whose name begins with "Test" for tests.
 TestPlan.__test__ = False  # type: ignore[attr-defined]
 
 
-# What a case is made of, each with what is wrong about it.
+# Values of a case: each reader returns the value and all that is wrong with it. A type's own
+# description says the rest.
 
 
-def _id(value: Any) -> tuple[Any, list[str]]:
+def _read_id(value: Any) -> tuple[Any, list[str]]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):
         value = ""
-    return value, [] if isinstance(value, str) else [f" must be text, got {shown(value)}"]
+    return value, []
 
 
-def _prompt(value: Any) -> tuple[Any, list[str]]:
+def _read_tags(value: Any) -> tuple[Any, list[str]]:
+    if isinstance(value, str):
+        return (value,), []
+    return tuple(value) if isinstance(value, Sequence) else value, []
+
+
+def _read_prompt(value: Any) -> tuple[Any, list[str]]:
     if isinstance(value, str):
         return value, [] if value.strip() else [" is empty"]
     if not isinstance(value, Sequence) or not value:
@@ -273,7 +268,7 @@ def _turn_problems(roles: list[str]) -> list[str]:
     return []
 
 
-def _checks(value: Any) -> tuple[tuple[Check, ...], list[str]]:
+def _read_checks(value: Any) -> tuple[tuple[Check, ...], list[str]]:
     if isinstance(value, Mapping):  # {"exact": …, "stops": true}
         value = [{name: option} for name, option in value.items()]
     if isinstance(value, Check) or callable(value):
@@ -285,50 +280,24 @@ def _checks(value: Any) -> tuple[tuple[Check, ...], list[str]]:
     checks, problems = [], []
     for item in value:
         try:
-            checks.append(_check(item))
+            checks.append(_read_check(item))
         except EvaluationError as error:
             problems.append(f": {error.headline}")
     return tuple(checks), problems
 
 
-def _check(item: Any) -> Check:
+def _read_check(item: Any) -> Check:
     if isinstance(item, Check):
         return item
     is_class = isinstance(item, type) and issubclass(item, Check)
     return Function(item) if callable(item) and not is_class else check_from_config(item)
 
 
-def _tags(value: Any) -> tuple[Any, list[str]]:
-    single = isinstance(value, str) or not isinstance(value, Sequence)
-    tags = (value,) if single else tuple(value)
-    good = all(isinstance(tag, str) for tag in tags)
-    return tags, [] if good else [f" must be a list of texts, got {shown(value)}"]
-
-
-def _problems(case: Case) -> list[str]:
-    wanted = {
-        "kind": (case.kind in KINDS, f"one of {', '.join(KINDS)}"),
-        "samples": (_is_whole(case.samples) and case.samples >= 1, "a whole number from 1"),
-        "required": (
-            _is_real(case.required) and 0 < case.required <= 1,
-            "a share of samples, over 0 and up to 1",
-        ),
-        "weight": (_is_real(case.weight) and 0 < case.weight < float("inf"), "a number over 0"),
-        "notes": (isinstance(case.notes, str), "text"),
-    }
-    found = [
-        f"`{name}` must be {what}, got {shown(getattr(case, name))}"
-        for name, (good, what) in wanted.items()
-        if not good
-    ]
-    return found
-
-
 _HALF = re.compile("[\ud800-\udfff]")  # of a pair that UTF-16 writes one character with
 
 
 def _half_characters(case: Case) -> list[str]:
-    """What no text file can hold, and no tokenizer reads."""
+    """Find halves of characters, which no text file can contain and no tokenizer reads."""
     return [
         f"`{name}` has half a character in it: {half[0]!a}"
         for name, value in case.to_config().items()
@@ -337,7 +306,7 @@ def _half_characters(case: Case) -> list[str]:
 
 
 def _numbered(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """The cases, those without an id called by their row, or number."""
+    """Give cases without an id that of their row, or number."""
     return tuple(
         case if case.id else dataclasses.replace(case, id=str(case.row or number))
         for number, case in enumerate(cases, 1)
@@ -353,222 +322,6 @@ def _same_ids(cases: Sequence[Case]) -> list[str]:
         for id, numbers in rows.items()
         if len(numbers) > 1
     ]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-# Reading.
-
-
-def _check_suffix(path: pathlib.Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise EvaluationError(
-            f"A test plan's file ends in {', '.join(SUFFIXES)}. Received: {path.name!r}"
-        )
-
-
-def _records(path: pathlib.Path) -> Iterator[tuple[int, int | None, Any]]:
-    """Row, line and raw case of everything in a file."""
-    _check_suffix(path)
-    if not path.is_file():
-        raise EvaluationError(f"There is no file {path}.", next_step="Check the path.")
-    if path.suffix in (".yaml", ".yml"):
-        yield from _yaml_records(path)
-        return
-    try:
-        rows = open_source(path)
-        repeated = _repeated_keys(path) if path.suffix == ".jsonl" else {}
-        _check_columns(path, rows.columns or ())
-        for row, (_, line, record) in enumerate(rows.records(None), 1):
-            if line in repeated and isinstance(record, Mapping):
-                record = _twice(repeated[line])
-            elif path.suffix == ".csv" and isinstance(record, dict):
-                record = _from_csv(record)
-            yield row, line, record
-    except PairsError as error:
-        raise EvaluationError(error.headline, error.problems) from error
-
-
-def _twice(key: Any) -> Broken:
-    return Broken(f"the key {shown(key)} is there twice, so one of the two would be lost")
-
-
-def _check_columns(path: pathlib.Path, columns: Sequence[Any]) -> None:
-    name = _first_twice(columns)
-    if name is not None:
-        raise EvaluationError(
-            f"{path.name} is no test plan.",
-            [f"its first line names the column {shown(name)} twice"],
-            'Several checks of one name go into `checks`: [{"contains": "a"}, {"contains": "b"}].',
-        )
-
-
-def _first_twice(names: Iterable[str]) -> str | None:
-    counts = collections.Counter(names)
-    return next((name for name, count in counts.items() if count > 1), None)
-
-
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json`, which keeps the last of several values of one key and says nothing."""
-    key = _first_twice(key for key, _ in pairs)
-    if key is not None:
-        raise _KeyTwice(key)
-    return dict(pairs)
-
-
-class _KeyTwice(ValueError):
-    def __init__(self, key: str) -> None:
-        super().__init__(_twice(key).text)
-        self.key = key
-
-
-def _repeated_keys(path: pathlib.Path) -> dict[int, str]:
-    """The lines of records that have a key twice, and the key.
-
-    The reader of pairs, which reads plans too, does not look for them.
-    """
-    text = path.read_text("utf-8-sig", errors="replace")
-    decode = json.JSONDecoder(object_pairs_hook=_no_twice).raw_decode
-    plain = json.JSONDecoder().raw_decode
-    found: dict[int, str] = {}
-    place = text.find("{")
-    while place >= 0:
-        try:
-            _, place = decode(text, place)
-        except _KeyTwice as error:
-            found[text.count("\n", 0, place) + 1] = error.key
-            place = _end_of(plain, text, place)
-        except (ValueError, RecursionError):
-            place = _next_line(text, place)
-        place = text.find("{", place)
-    return found
-
-
-def _end_of(decode: Callable[[str, int], tuple[Any, int]], text: str, place: int) -> int:
-    try:
-        return decode(text, place)[1]
-    except (ValueError, RecursionError):
-        return _next_line(text, place)
-
-
-def _next_line(text: str, place: int) -> int:
-    return text.find("\n", place) + 1 or len(text)
-
-
-def _yaml_records(path: pathlib.Path) -> Iterator[tuple[int, int | None, Any]]:
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        cases = list(node.value) if isinstance(node, yaml.SequenceNode) else []
-        for case in cases:
-            _keep_id(case)
-        repeated = [_key_twice(case) for case in cases]
-        data = loader.construct_document(node) if node else None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise EvaluationError(f"{path.name} is no YAML: {error}") from error
-    if not isinstance(data, list):
-        raise EvaluationError(f"{path.name} must be a list of cases. Received: {shown(data)}")
-    for row, (case, record, key) in enumerate(zip(cases, data, repeated, strict=True), 1):
-        yield row, case.start_mark.line + 1, record if key is None else _twice(key)
-
-
-def _keep_id(case: yaml.Node) -> None:
-    """Read an id as it is written: YAML takes 007 for 7, and `no` for false."""
-    pairs = case.value if isinstance(case, yaml.MappingNode) else []
-    for key, value in pairs:
-        if key.value == "id" and isinstance(value, yaml.ScalarNode) and value.value:
-            value.tag = "tag:yaml.org,2002:str"
-
-
-def _key_twice(node: yaml.Node) -> str | None:
-    """A key that some dictionary within has twice. Each is looked at once, however often named."""
-    seen: set[int] = set()
-    left = [node]
-    while left:
-        node = left.pop()
-        if id(node) in seen or isinstance(node, yaml.ScalarNode):
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys = (str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            if key := _first_twice(keys):
-                return key
-            left += [part for pair in node.value for part in pair]
-        else:
-            left += node.value
-    return None
-
-
-def _from_csv(record: Mapping[str, str]) -> Any:
-    """A CSV row as a JSON one has it. Empty cells are not there."""
-    row: dict[str, Any] = {}
-    checks: list[Any] = []
-    for key, text in record.items():
-        if not text.strip():
-            continue
-        try:
-            if key in CHECKS:
-                checks.append({key: _check_from_cell(key, text)})
-            elif key in ("prompt", "id", "kind", "notes"):
-                row[key] = text
-            elif key == "tags":
-                row[key] = text.split()
-            elif key == "checks":
-                checks += _as_list(_json(text))
-            elif key == "messages":
-                row["prompt"] = _json(text)
-            else:
-                row[key] = _from_cell(text)
-        except ValueError as error:
-            return Broken(f"`{key}` is no JSON: {error}")
-    return {**row, "checks": checks}
-
-
-def _check_from_cell(name: str, text: str) -> Any:
-    """What a check needs: of one about texts a cell is a text, also where it looks like a number.
-
-    It may be options, or, for a check that takes several texts, a list.
-    """
-    kind = CHECKS[name]
-    if not has_text(kind):
-        return _from_cell(text)
-    try:
-        value = _json(text)
-    except _KeyTwice:
-        raise
-    except ValueError:
-        return text
-    options = isinstance(value, dict) and kind.main in value
-    several = isinstance(value, list) and kind.main == "texts"
-    return value if options or several else text
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _from_cell(text: str) -> Any:
-    """JSON, where a cell is a number, a truth value, a list or a dictionary; else its text."""
-    truth = {"true": True, "false": False}.get(text.strip().lower())  # spreadsheets write TRUE
-    if truth is not None:
-        return truth
-    try:
-        value = _json(text)
-    except ValueError:
-        if text.lstrip()[:1] in ("[", "{"):
-            raise
-        return text
-    return text if value is None else value
-
-
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_no_twice)
 
 
 def _case(record: Any, row: int) -> Case:
@@ -589,36 +342,3 @@ def _case(record: Any, row: int) -> Case:
     if problems:
         raise EvaluationError("", problems)
     return case
-
-
-# Writing.
-
-
-def _to_json_lines(configs: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(config, ensure_ascii=False) + "\n" for config in configs)
-
-
-def _to_yaml(configs: list[dict[str, Any]]) -> str:
-    return str(yaml.safe_dump(configs, sort_keys=False, allow_unicode=True, width=100))
-
-
-def _to_csv(configs: list[dict[str, Any]]) -> str:
-    flat = []
-    for config in configs:
-        if not isinstance(config["prompt"], str):
-            config["messages"] = config.pop("prompt")
-        flat.append({key: _cell(key, value) for key, value in config.items()})
-    columns = [c for c in (*_KEYS, "messages") if any(c in row for row in flat)]
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return file.getvalue()
-
-
-def _cell(key: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if key == "tags":
-        return " ".join(value)
-    return json.dumps(value, ensure_ascii=False)

@@ -1,11 +1,11 @@
-"""Each case of a test plan as a pytest test; `gemma_keras_tune_pytest` says when.
+"""The cases of a test plan as pytest tests, collected by `gemma_keras_tune_pytest`.
 
-The plan's cases that pytest has selected are answered together, in batches, when the first of them
-runs. Verdicts over all cases, with their intervals, are what `evaluate` gives; here a case passes
-or fails on its own, and one that was trained on is skipped.
+The plan's cases that pytest has selected run together, in batches, when the first of them runs.
+`evaluate` gives verdicts over all cases, with their intervals; here a case passes or fails on its
+own, and one that was trained on is skipped.
 
-Under pytest-xdist a worker does not know which cases it will be given, unless it is whole files.
-There each case is asked by itself, so that none is asked twice.
+Under pytest-xdist a worker does not know its cases in advance, unless it gets whole files. There
+each case runs by itself, so that none runs twice.
 """
 
 import pathlib
@@ -16,7 +16,8 @@ import pytest
 
 from gemma_keras_tune.adapters.reading import load_adapter
 from gemma_keras_tune.errors import EvaluationError, GemmaTuneError
-from gemma_keras_tune.evaluation.plans import SUFFIXES, Case, TestPlan
+from gemma_keras_tune.evaluation.plan_files import SUFFIXES
+from gemma_keras_tune.evaluation.plans import Case, TestPlan
 from gemma_keras_tune.evaluation.results import CaseResult
 from gemma_keras_tune.evaluation.running import evaluate
 from gemma_keras_tune.evaluation.safety import ShieldGemma
@@ -24,20 +25,12 @@ from gemma_keras_tune.loading.loader import load
 
 _MODELS = pytest.StashKey[tuple[Any, Any]]()
 _FAILURE = pytest.StashKey[GemmaTuneError]()
-# How xdist deals out tests where all cases of a plan run in one process; `None` is without xdist.
+# Modes of xdist in which all cases of a plan run in one process; `None` is without xdist.
 _WHOLE_FILES = (None, "no", "each", "loadfile", "loadscope")
 
 
 def collect(path: pathlib.Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """The collector of a plan.
-
-    Args:
-        path: A file.
-        parent: The collector above it.
-
-    Returns:
-        The collector, or `None` for a file that is no plan by its name.
-    """
+    """Make the collector of a plan; `None` if the suffix is none of a plan."""
     if path.suffix not in SUFFIXES:
         return None
     return PlanFile.from_parent(parent, path=path)
@@ -50,7 +43,7 @@ class PlanFile(pytest.File):
     failure: GemmaTuneError | None = None
 
     def collect(self) -> Iterator[pytest.Item]:
-        """A test for each case."""
+        """Make a test for each case."""
         try:
             plan = TestPlan.from_file(self.path)
         except EvaluationError as error:
@@ -60,13 +53,13 @@ class PlanFile(pytest.File):
             yield CaseItem.from_parent(self, name=case.id, case=case)
 
     def result(self, case: Case) -> CaseResult:
-        """What the model made of a case; the first to be asked for asks all that will run."""
+        """Return the result of a case; the first call runs all cases that will be needed."""
         assert self.results is not None
         if self.failure is not None:
             raise PlanFailed(f"{self.failure.headline} (as for the case before)")
         if case.id not in self.results:
             try:
-                self.results |= _answers(self.config, TestPlan(self._cases(case), self.path.stem))
+                self.results |= _results(self.config, TestPlan(self._cases(case), self.path.stem))
             except GemmaTuneError as error:
                 self.failure = error
                 raise PlanFailed(str(error)) from None
@@ -81,11 +74,11 @@ class PlanFile(pytest.File):
 
 
 class PlanFailed(Exception):
-    """The plan cannot be put to the model at all."""
+    """The plan cannot run at all."""
 
 
 class CaseFailed(Exception):
-    """The model's answers are not as the case wants them."""
+    """Too few of the model's responses pass."""
 
 
 class CaseItem(pytest.Item):
@@ -98,31 +91,31 @@ class CaseItem(pytest.Item):
             self.user_properties.append((name, value))
 
     def setup(self) -> None:
-        """Ask the model. What goes wrong here is an error of the test and not a failing case."""
+        """Run the model. A problem here is an error of the test and not a failing case."""
         assert isinstance(self.parent, PlanFile)
         self.parent.result(self.case)
 
     def runtest(self) -> None:
-        """Fail where too few of the model's answers pass."""
+        """Fail if too few of the model's responses pass."""
         assert isinstance(self.parent, PlanFile)
         result = self.parent.result(self.case)
         if result.leak:
-            pytest.skip(f"in the training pairs, row {', '.join(map(str, result.leak.rows))}")
+            pytest.skip(f"in the training pairs, row {result.leak.rows_text}")
         if not result.passed("tuned"):
             raise CaseFailed(_words(result))
 
     def repr_failure(self, excinfo: Any, style: Any = None) -> Any:
-        """The answers and what is wrong with them, without a traceback."""
+        """Write the responses and their failing checks, without a traceback."""
         if isinstance(excinfo.value, (CaseFailed, PlanFailed)):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[pathlib.Path, int | None, str]:
-        """Where the case stands."""
+        """Return the case's file and name."""
         return self.path, None, f"{self.case.kind} case {self.case.id}"
 
 
-def _answers(config: pytest.Config, plan: TestPlan) -> dict[str, CaseResult]:
+def _results(config: pytest.Config, plan: TestPlan) -> dict[str, CaseResult]:
     model, policy = _models(config)
     report = evaluate(
         model, plan, baseline=None, few_shot=0, retention=False, policy=policy,
@@ -133,19 +126,19 @@ def _answers(config: pytest.Config, plan: TestPlan) -> dict[str, CaseResult]:
 
 
 def _models(config: pytest.Config) -> tuple[Any, Any]:
-    """The model and the policy, opened once for all plans."""
+    """Open the model and the policy once for all plans."""
     if _FAILURE in config.stash:
         raise config.stash[_FAILURE]
     if _MODELS not in config.stash:
         try:
-            config.stash[_MODELS] = _opened(config)
+            config.stash[_MODELS] = _open_models(config)
         except GemmaTuneError as error:
             config.stash[_FAILURE] = error
             raise
     return config.stash[_MODELS]
 
 
-def _opened(config: pytest.Config) -> tuple[Any, Any]:
+def _open_models(config: pytest.Config) -> tuple[Any, Any]:
     model = load(config.getoption("gemma_model"))
     if adapter := config.getoption("gemma_adapter"):
         load_adapter(model, adapter)
@@ -163,9 +156,5 @@ def _words(result: CaseResult) -> str:
     for sample in samples:
         if not sample.passed:
             lines.append(f"answer: {sample.text}")
-            lines += [
-                f"  {check.describe()}: {outcome.reason or 'no'}"
-                for check, outcome in zip(result.case.checks, sample.outcomes, strict=True)
-                if not outcome.passed
-            ]
+            lines += [f"  {check}: {reason or 'no'}" for check, reason in result.failures(sample)]
     return "\n".join(lines)

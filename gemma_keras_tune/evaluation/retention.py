@@ -1,9 +1,9 @@
-"""What was forgotten? A short general set, asked before and after tuning.
+"""Forgetting, measured with a short general set of items before and after tuning.
 
-Tuning on a narrow task can cost a model what it knew. `measure_retention` puts some forty general
-items (facts, sayings, sums, formats, code, small talk; twelve languages) to the base and to the
-tuned model. Each item is scored twice: by how many bits a token of its reference answer costs, and
-by whether a short greedy answer holds it. The first moves long before the second does.
+Tuning on a narrow task can cost a model some of its knowledge. `measure_retention` gives some forty
+general items (facts, sayings, sums, formats, code, small talk; twelve languages) to the base and to
+the tuned model. Each item is scored twice: by the bits that a token of its reference answer costs,
+and by a test if a short greedy answer contains it. The first moves long before the second does.
 """
 
 import dataclasses
@@ -14,24 +14,28 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import keras
+import msgspec
 import numpy as np
 
 from gemma_keras_tune.adapters.lora import is_lora_on
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.asking import Question, Side, Sides, ask
-from gemma_keras_tune.evaluation.resuming import AnswerLog
-from gemma_keras_tune.evaluation.statistics import Verdict
+from gemma_keras_tune.evaluation.requests import SIDES, ModelPair, Request, Side, run_requests
+from gemma_keras_tune.evaluation.response_log import ResponseLog
+from gemma_keras_tune.evaluation.statistics import Conclusion, mcnemar
+from gemma_keras_tune.evaluation.values import shown
 from gemma_keras_tune.gemma.templates import Segment, Template, TemplateSpec, get_template
 from gemma_keras_tune.generation.answers import Answer
-from gemma_keras_tune.pairs.reader import Message
-from gemma_keras_tune.training.scoring import Scorer
+from gemma_keras_tune.generation.scoring import Scorer
+from gemma_keras_tune.pairs.rows import Message
 
 # A loss of half a bit makes a token 1.4 times less likely.
 TOLERANCE = 0.5
 MAX_NEW_TOKENS = 12
+
+SomeText = Annotated[str, msgspec.Meta(pattern=r"\S")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +45,9 @@ class RetentionItem:
     Attributes:
         id: Its name.
         language: Language code, or `"code"`.
-        skill: What it is about, such as `"facts"`.
-        style: `"text"` is continued as it stands, `"chat"` is put through the model's template.
-        prompt: What the model reads.
+        skill: Its subject, such as `"facts"`.
+        style: `"text"` is continued as it is, `"chat"` is put through the model's template.
+        prompt: Text for the model.
         answer: The reference answer.
         accept: Texts one of which a right answer contains; by default the reference answer.
     """
@@ -52,12 +56,12 @@ class RetentionItem:
     language: str
     skill: str
     style: Literal["text", "chat"]
-    prompt: str
-    answer: str
-    accept: tuple[str, ...] = ()
+    prompt: SomeText
+    answer: SomeText
+    accept: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
 
     def is_right(self, text: str) -> bool:
-        """Whether an answer holds an accepted text, upper or lower case, not inside a number."""
+        """Look for an accepted text in an answer, in any case of letters, not inside a number."""
         return any(
             re.search(rf"(?<!\d){re.escape(accepted.strip().casefold())}(?!\d)", text.casefold())
             for accepted in self.accept or (self.answer,)
@@ -66,14 +70,14 @@ class RetentionItem:
 
 @dataclasses.dataclass(frozen=True)
 class RetentionScore:
-    """What became of one item.
+    """Scores of one item.
 
     Attributes:
         item: The item.
         base_bits: Bits a token of the reference answer before tuning.
-        tuned_bits: The same after.
-        base_answer: What the model wrote before tuning.
-        tuned_answer: What it wrote after.
+        tuned_bits: The same after tuning.
+        base_answer: The model's answer before tuning.
+        tuned_answer: The model's answer after tuning.
     """
 
     item: RetentionItem
@@ -84,18 +88,18 @@ class RetentionScore:
 
     @property
     def base_right(self) -> bool:
-        """Whether the answer before tuning was right."""
+        """True if the answer before tuning was right."""
         return self.item.is_right(self.base_answer)
 
     @property
     def tuned_right(self) -> bool:
-        """Whether the answer after tuning was right."""
+        """True if the answer after tuning was right."""
         return self.item.is_right(self.tuned_answer)
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """What was kept and what was forgotten.
+    """Scores of all items before and after tuning.
 
     Attributes:
         scores: One for each item.
@@ -123,15 +127,13 @@ class Retention:
 
     @functools.cached_property
     def p_value(self) -> float:
-        """Exact McNemar test of right answers before against after."""
-        import scipy.stats
-
-        lost, won = len(self.lost), len(self.won)
-        return float(scipy.stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+        """Exact McNemar test of the right answers before tuning against those after."""
+        right = [(score.base_right, score.tuned_right) for score in self.scores]
+        return mcnemar(*zip(*right, strict=True))
 
     @property
-    def verdict(self) -> Verdict:
-        """Pass: the loss is under half a bit a token, the interval included. Fail: it is over."""
+    def verdict(self) -> Conclusion:
+        """`"pass"` if the whole interval is under half a bit a token, `"fail"` if it is over."""
         low, high = self.interval
         return "pass" if high <= TOLERANCE else "fail" if low > TOLERANCE else "cannot tell"
 
@@ -157,7 +159,7 @@ class Retention:
 
     @property
     def words(self) -> str:
-        """All this in words."""
+        """The result in words."""
         low, high = self.interval
         total = len(self.scores)
         what = {
@@ -176,37 +178,23 @@ class Retention:
         return self.words
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON data, with what follows from them."""
+        """Convert the scores to JSON data, with all that follows from them."""
         low, high = self.interval
+        names = ("verdict", "words", "change", "confidence", "base_right", "tuned_right", "p_value")
+        items = [
+            {
+                **dataclasses.asdict(score),
+                "base_right": score.base_right,
+                "tuned_right": score.tuned_right,
+            }
+            for score in self.scores
+        ]
         return {
-            "verdict": self.verdict,
-            "words": self.words,
-            "change": self.change,
+            **{name: getattr(self, name) for name in names},
             "low": low,
             "high": high,
-            "confidence": self.confidence,
-            "base_right": self.base_right,
-            "tuned_right": self.tuned_right,
-            "p_value": self.p_value,
-            "items": [
-                {
-                    **dataclasses.asdict(score),
-                    "base_right": score.base_right,
-                    "tuned_right": score.tuned_right,
-                }
-                for score in self.scores
-            ],
+            "items": items,
         }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Retention":
-        """The inverse of `to_dict`."""
-        scores = []
-        for entry in data["items"]:
-            item = {**entry["item"], "accept": tuple(entry["item"]["accept"])}
-            fields = {f.name: entry[f.name] for f in dataclasses.fields(RetentionScore)}
-            scores.append(RetentionScore(**{**fields, "item": RetentionItem(**item)}))
-        return cls(tuple(scores), data["confidence"])
 
     @functools.cached_property
     def _changes(self) -> np.ndarray:
@@ -214,24 +202,13 @@ class Retention:
 
 
 def retention_items() -> tuple[RetentionItem, ...]:
-    """The general set that comes with this library.
-
-    Returns:
-        Some forty items.
-    """
+    """Read the general set of some forty items that comes with this library."""
     file = importlib.resources.files(__package__) / "retention.jsonl"
     return read_items(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
 
 
 def read_items(items: Iterable[RetentionItem | Mapping[str, Any]]) -> tuple[RetentionItem, ...]:
-    """Items, as they are or as dictionaries.
-
-    Args:
-        items: Each a `RetentionItem`, or its fields, of which `prompt` and `answer` suffice: such a
-            prompt is put through the model's template.
-
-    Returns:
-        The items.
+    """Read items, as they are or as dictionaries, of which `prompt` and `answer` suffice.
 
     Raises:
         EvaluationError: Some are no items, all of them named; or there are fewer than two.
@@ -239,13 +216,10 @@ def read_items(items: Iterable[RetentionItem | Mapping[str, Any]]) -> tuple[Rete
     found: list[RetentionItem] = []
     problems: list[str] = []
     for number, item in enumerate(items, 1):
-        problem = _problem(item)
-        if problem:
-            problems.append(f"item {number}: {problem}")
-        elif isinstance(item, RetentionItem):
-            found.append(item)
-        else:
-            found.append(_item(item, number))
+        try:
+            found.append(_read_item(item, number))
+        except msgspec.ValidationError as error:
+            problems.append(f"item {number}: {error}, got {shown(item)}")
     if problems:
         raise EvaluationError(
             "Some retention items cannot be asked.",
@@ -257,33 +231,17 @@ def read_items(items: Iterable[RetentionItem | Mapping[str, Any]]) -> tuple[Rete
     return tuple(found)
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(RetentionItem))
-
-
-def _item(data: Mapping[str, Any], number: int) -> RetentionItem:
-    usual = {"id": str(number), "language": "", "skill": "", "style": "chat"}
-    return RetentionItem(**{**usual, **data, "accept": tuple(data.get("accept", ()))})
-
-
-def _problem(item: Any) -> str:
-    """What is wrong with an item, in words."""
-    data = dataclasses.asdict(item) if isinstance(item, RetentionItem) else item
-    if not isinstance(data, Mapping):
-        return f"it must be a dictionary or a RetentionItem, got {item!r:.80}"
-    unknown = [str(name) for name in data if name not in _FIELDS]
-    if unknown:
-        return f"there is no field {', '.join(unknown)}; fields are {', '.join(_FIELDS)}"
-    for name in ("prompt", "answer"):
-        if not isinstance(data.get(name), str) or not data[name].strip():
-            return f"`{name}` must be a text"
-    if any(not isinstance(data.get(name, ""), str) for name in ("id", "language", "skill")):
-        return "`id`, `language` and `skill` must be texts"
-    if data.get("style", "chat") not in ("text", "chat"):
-        return f"`style` must be text or chat, got {data['style']!r:.80}"
-    accept = data.get("accept", ())
-    if not isinstance(accept, (list, tuple)) or not all(isinstance(a, str) and a for a in accept):
-        return "`accept` must be a list of texts"
-    return ""
+def _read_item(item: Any, number: int) -> RetentionItem:
+    data = msgspec.to_builtins(item) if isinstance(item, RetentionItem) else item
+    if isinstance(data, Mapping):
+        names = [field.name for field in dataclasses.fields(RetentionItem)]
+        if unknown := [str(name) for name in data if name not in names]:
+            raise msgspec.ValidationError(
+                f"there is no field {', '.join(unknown)}; fields are {', '.join(names)}"
+            )
+        usual = {"id": str(number), "language": "", "skill": "", "style": "chat"}
+        data = {**usual, **data}
+    return msgspec.convert(data, RetentionItem)
 
 
 def measure_retention(
@@ -296,17 +254,18 @@ def measure_retention(
     confidence: float = 0.95,
     progress: Callable[[int], None] | None = None,
 ) -> Retention:
-    """Ask general items before and after tuning.
+    """Measure what tuning cost a model of its general knowledge.
 
     Args:
         model: A tuned KerasHub Gemma.
-        items: What to ask, each a `RetentionItem` or a dictionary with `prompt` and `answer`; by
+        items: The items, each a `RetentionItem` or a dictionary with `prompt` and `answer`; by
             default `retention_items()`.
         baseline: The model before tuning. `None` is the same one with its adapter off.
         template: The prompts' format. `"auto"` is the one the model was tuned with.
         batch_size: Items that run at once.
         confidence: Confidence level of the interval.
-        progress: Called with the number of answers each time some are there; there are two an item.
+        progress: Called with the number of new answers each time there are some; there are two an
+            item.
 
     Returns:
         A `Retention`.
@@ -321,89 +280,78 @@ def measure_retention(
             "pass the model before tuning: `baseline=load(…)`.",
         )
     items = retention_items() if items is None else read_items(items)
-    sides = Sides(model, model if baseline is None else baseline)
-    test = RetentionTest(sides, items, get_template(template, model))
-    log = AnswerLog(None, {})
-    answers = ask(
-        sides, test.questions, batch_size=batch_size, log=log, progress=progress or (lambda _: None)
+    models = ModelPair(model, model if baseline is None else baseline)
+    test = RetentionTest(models, items, get_template(template, model))
+    log = ResponseLog(None, {})
+    progress = progress or (lambda _: None)
+    responses = run_requests(
+        models, test.requests, batch_size=batch_size, log=log, progress=progress
     )
-    return test.judge(answers, batch_size=batch_size, confidence=confidence, log=log)
+    return test.judge(responses, batch_size=batch_size, confidence=confidence, log=log)
 
 
 class RetentionTest:
-    """The general items, as questions to base and tuned model.
+    """The general items, as requests to base and tuned model."""
 
-    Args:
-        sides: The two.
-        items: The items.
-        template: The prompts' format.
-    """
-
-    def __init__(self, sides: Sides, items: Sequence[RetentionItem], template: Template) -> None:
-        self.sides = sides
+    def __init__(
+        self, models: ModelPair, items: Sequence[RetentionItem], template: Template
+    ) -> None:
+        self.models = models
         self.items = tuple(items)
         self._scorers = {
-            id(m): Scorer(m) for m in (sides.base, sides.tuned) if m is not None
+            id(m): Scorer(m) for m in (models.base, models.tuned) if m is not None
         }  # the same one where base and tuned are one model
         self._texts = [_segments(item, template) for item in items]
         prompts = self._scorer("tuned").encode([_prompt(item, template) for item in items])
-        self._asked: dict[Side, list[Question]] = {}
-        for side in _SIDES:
-            tokenizer = sides.model(side).preprocessor.tokenizer
+        self._requests: dict[Side, list[Request]] = {}
+        for side in SIDES:
+            tokenizer = models.model(side).preprocessor.tokenizer
             stops = frozenset(map(int, template.stop_token_ids(tokenizer)))
-            self._asked[side] = [
-                Question(side, "retention", i, prompts.row(i)[0], stops, MAX_NEW_TOKENS)
-                for i in range(len(self.items))
+            self._requests[side] = [
+                Request(side, "retention", i, ids, stops, MAX_NEW_TOKENS)
+                for i, (ids, _) in enumerate(prompts)
             ]
 
     @property
-    def questions(self) -> list[Question]:
-        """What to ask."""
-        return [question for side in _SIDES for question in self._asked[side]]
+    def requests(self) -> list[Request]:
+        """All requests, those to the base first."""
+        return [request for side in SIDES for request in self._requests[side]]
 
     def judge(
-        self, answers: Mapping[str, Answer], *, batch_size: int, confidence: float, log: AnswerLog
+        self,
+        responses: Mapping[str, Answer],
+        *,
+        batch_size: int,
+        confidence: float,
+        log: ResponseLog,
     ) -> Retention:
-        """Score the answers, and how likely each side finds the reference answers.
-
-        Args:
-            answers: The answers by the questions' keys.
-            batch_size: Items that run at once.
-            confidence: Confidence level of the interval.
-            log: Where scores are kept.
-
-        Returns:
-            A `Retention`.
-        """
-        bits = {side: self._bits(side, batch_size, log) for side in _SIDES}
-        texts = {side: [answers[q.key].text for q in self._asked[side]] for side in _SIDES}
+        """Score the responses, and the probability of the reference answers."""
+        bits = {side: self._bits(side, batch_size, log) for side in SIDES}
+        texts = {side: [responses[r.key].text for r in self._requests[side]] for side in SIDES}
         found = zip(
             self.items, bits["base"], bits["tuned"], texts["base"], texts["tuned"], strict=True
         )
         return Retention(tuple(RetentionScore(*score) for score in found), confidence)
 
-    def _bits(self, side: Side, batch_size: int, log: AnswerLog) -> list[float]:
-        """Bits a token of each reference answer."""
+    def _bits(self, side: Side, batch_size: int, log: ResponseLog) -> list[float]:
+        """Compute the bits a token of each reference answer."""
         scorer = self._scorer(side)
-        tokens = scorer.encode(self._texts)
-        keys = [_bits_key(side, *tokens.row(i)) for i in range(len(self.items))]
+        rows = scorer.encode(self._texts)
+        keys = [_bits_key(side, *row) for row in rows]
         if not all(key in log.scores for key in keys):
-            with self.sides.on(side):
-                losses = scorer.losses(tokens, batch_size=batch_size)
+            with self.models.on(side):
+                losses = scorer.losses(rows, batch_size=batch_size)
             found = [float(np.mean(loss)) / math.log(2) for loss in losses]
             log.add_scores({k: {"bits": b} for k, b in zip(keys, found, strict=True)})
         return [log.scores[key]["bits"] for key in keys]
 
     def _scorer(self, side: Side) -> Scorer:
-        return self._scorers[id(self.sides.model(side))]
+        return self._scorers[id(self.models.model(side))]
 
 
-_SIDES: tuple[Side, Side] = ("base", "tuned")
-
-
-def _bits_key(side: Side, ids: np.ndarray, trained: np.ndarray) -> str:
-    """What the bits of a reference answer depend on, beside the models."""
-    data = f"bits {side} ".encode() + ids.astype(np.int32).tobytes() + trained.tobytes()
+def _bits_key(side: Side, ids: np.ndarray, scored: np.ndarray) -> str:
+    """Hash of all that the bits of a reference answer depend on, beside the models."""
+    data = f"bits {side} ".encode() + ids.astype(np.int32).tobytes() + scored.tobytes()
     return hashlib.sha256(data).hexdigest()[:32]
 
 
@@ -414,7 +362,7 @@ def _prompt(item: RetentionItem, template: Template) -> tuple[Segment, ...]:
 
 
 def _segments(item: RetentionItem, template: Template) -> tuple[Segment, ...]:
-    """What the model reads, and the reference answer."""
+    """Join the prompt and the reference answer."""
     if item.style == "text":
         return Segment(item.prompt, False), Segment(item.answer, True)
     return template.segments((Message("user", item.prompt), Message("assistant", item.answer)))

@@ -1,12 +1,12 @@
-"""What a number of passed cases shows, and what it cannot show.
+"""Intervals and tests of pass rates, and their results in words.
 
-The case is the unit: several samples of one case are one case that passes or does not, for they are
+The case is the unit: several samples of one case are one case that passes or does not, as they are
 not independent.
 
-The verdict is an exact one-sided binomial test (Clopper and Pearson, 1934), not a look at the
-Wilson interval that is shown beside it. Near 0 and 1, where test plans are, a Wilson interval holds
-the true rate less often than it says; the exact test is never wrong more often than its level, for
-any number of cases and any true rate. `tests/evaluation/test_statistics.py` counts that out.
+The verdict is an exact one-sided binomial test (Clopper and Pearson, 1934); the Wilson interval is
+shown beside it. Near 0 and 1, where test plans are, a Wilson interval contains the true rate less
+often than its level; the exact test is never wrong more often than its level,
+for any number of cases and any true rate.
 """
 
 import dataclasses
@@ -16,38 +16,32 @@ from typing import Literal
 
 from gemma_keras_tune.errors import EvaluationError
 
-Verdict = Literal["pass", "fail", "cannot tell"]
+Conclusion = Literal["pass", "fail", "cannot tell"]
 MAX_CASES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What `passed` of `cases` show about the true pass rate.
+    """Result of a test of the true pass rate.
 
     Attributes:
-        verdict: `"pass"` where the rate is shown to be at least the target, `"fail"` where it is
-            shown to be below, else `"cannot tell"`.
+        verdict: `"pass"` if the rate is shown to be at least the target, `"fail"` if it is shown
+            to be below, else `"cannot tell"`.
         low: Lower end of the Wilson interval.
         high: Upper end.
-        words: The finding in words.
+        words: The result in words.
     """
 
-    verdict: Verdict
+    verdict: Conclusion
     low: float
     high: float
     words: str
 
 
 def wilson_interval(passed: int, cases: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a pass rate, without continuity correction.
+    """Compute Wilson's score interval of a pass rate, without continuity correction.
 
-    Args:
-        passed: Cases passed.
-        cases: All cases.
-        confidence: Confidence level, both sides together.
-
-    Returns:
-        Lower and upper end; 0 and 1 where there are no cases.
+    `confidence` is that of both sides together. The interval is 0 to 1 if there are no cases.
 
     Raises:
         EvaluationError: The numbers are impossible.
@@ -62,15 +56,7 @@ def wilson_interval(passed: int, cases: int, confidence: float = 0.95) -> tuple[
 
 
 def exact_bounds(passed: int, cases: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's bounds of a pass rate, each one-sided.
-
-    Args:
-        passed: Cases passed.
-        cases: All cases.
-        confidence: Confidence level of each bound by itself.
-
-    Returns:
-        The rate above which, and the rate below which, the true one lies with that confidence.
+    """Compute Clopper and Pearson's bounds of a pass rate, each one-sided, at this confidence.
 
     Raises:
         EvaluationError: The numbers are impossible.
@@ -86,14 +72,14 @@ def exact_bounds(passed: int, cases: int, confidence: float = 0.95) -> tuple[flo
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """McNemar's exact test: do two models pass the same cases equally often?
+    """Compute McNemar's exact test of two models on the same cases.
 
     Args:
-        first: Which cases one passed.
-        second: Which of the same cases the other passed.
+        first: For each case, true if one model passed it.
+        second: The same for the other model.
 
     Returns:
-        The two-sided p-value; 1 where they differ on no case.
+        The two-sided p-value; 1 if they differ on no case.
     """
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
@@ -105,20 +91,12 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def judge(passed: int, cases: int, target: float, confidence: float = 0.95) -> Judgement:
-    """Whether a model that passed so many cases is shown to meet a pass rate.
+    """Judge by the number of passed cases if a model meets a pass rate.
 
     "Pass" is wrong in at most `1 - confidence` of all evaluations of models whose true rate is
-    below the target, and "fail" in at most as many of those at or above it.
-
-    Args:
-        passed: Cases passed.
-        cases: All cases, drawn independently of one another.
-        target: The rate to meet, over 0 and up to 1. At 1, one failed case is a proof against it
-            and no number of passed ones a proof for it.
-        confidence: Confidence level.
-
-    Returns:
-        A `Judgement`.
+    below the target, and "fail" in at most as many of those at or above it. The cases must be drawn
+    independently of one another. At a target of 1, one failed case is a proof against it and no
+    number of passed ones a proof for it.
 
     Raises:
         EvaluationError: The numbers are impossible.
@@ -131,15 +109,7 @@ def judge(passed: int, cases: int, target: float, confidence: float = 0.95) -> J
 
 
 def cases_to_show(target: float, confidence: float = 0.95) -> int | None:
-    """How many cases, all passed, show that a rate is met.
-
-    Args:
-        target: The rate.
-        confidence: Confidence level.
-
-    Returns:
-        The number; `None` where no number can.
-    """
+    """Compute the number of passed cases that show a rate; `None` if no number can."""
     if target >= 1:
         return None
     # The smallest n with target**n <= 1 - confidence, which rounding may miss by one.
@@ -148,16 +118,7 @@ def cases_to_show(target: float, confidence: float = 0.95) -> int | None:
 
 
 def compare(base: Sequence[bool], tuned: Sequence[bool], confidence: float = 0.95) -> str:
-    """Base against tuned, in words.
-
-    Args:
-        base: Which cases the base passed.
-        tuned: Which of the same cases the tuned model passed.
-        confidence: Confidence level from which a difference counts as shown.
-
-    Returns:
-        One or two sentences.
-    """
+    """Compare base and tuned model on the same cases, in one or two sentences."""
     p = mcnemar(base, tuned)
     won = sum(t and not b for b, t in zip(base, tuned, strict=True))
     lost = sum(b and not t for b, t in zip(base, tuned, strict=True))
@@ -172,7 +133,7 @@ def compare(base: Sequence[bool], tuned: Sequence[bool], confidence: float = 0.9
     return f"{facts} Which is better cannot be told."
 
 
-def _verdict(passed: int, cases: int, target: float, confidence: float) -> Verdict:
+def _verdict(passed: int, cases: int, target: float, confidence: float) -> Conclusion:
     if cases == 0:
         return "cannot tell"
     from scipy.stats import binom
@@ -184,7 +145,7 @@ def _verdict(passed: int, cases: int, target: float, confidence: float) -> Verdi
     return "fail" if binom.cdf(passed, cases, target) <= wrong else "cannot tell"
 
 
-def _words(verdict: Verdict, passed: int, cases: int, target: float, confidence: float) -> str:
+def _words(verdict: Conclusion, passed: int, cases: int, target: float, confidence: float) -> str:
     level = f"{100 * confidence:g} %"
     if cases == 0:
         return "There are no cases, so nothing is shown."
@@ -217,15 +178,9 @@ def _words(verdict: Verdict, passed: int, cases: int, target: float, confidence:
 
 
 def cases_at_rate(rate: float, target: float, confidence: float = 0.95) -> int | None:
-    """About how many cases it takes to decide about a target, should the pass rate stay as it is.
+    """Estimate the number of cases that decide about a target, if the pass rate stays the same.
 
-    Args:
-        rate: The pass rate seen.
-        target: The rate to meet.
-        confidence: Confidence level.
-
-    Returns:
-        The number; `None` where it is over 100,000, as it is where the two rates are equal.
+    It is `None` if it is over 100,000, as for two equal rates.
     """
     low, high = 1, 1
     while _verdict(round(rate * high), high, target, confidence) == "cannot tell":
@@ -242,7 +197,7 @@ def cases_at_rate(rate: float, target: float, confidence: float = 0.95) -> int |
 
 
 def _fewest_differences(confidence: float) -> int:
-    """Differences, all one way, from which McNemar's test can show anything."""
+    """Compute the fewest differences, all one way, that McNemar's test can show anything with."""
     return math.ceil(1 - math.log2(1 - confidence))
 
 

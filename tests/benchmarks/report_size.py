@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from _sample_report import sample_report
 from selenium import webdriver
 
-from gemma_keras_tune.evaluation.reporting import html
+from gemma_keras_tune.evaluation.reporting import page
 
 
 def opening_seconds(file: pathlib.Path) -> float:
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "report.html"
         # Answers of about 120 words: those of 256 new tokens.
-        file.write_text(html.render(sample_report(options.cases, words=120)), encoding="utf-8")
+        file.write_text(page.render(sample_report(options.cases, words=120)), encoding="utf-8")
         figures = {"bytes": file.stat().st_size, "seconds": opening_seconds(file)}
     print(f"{options.cases} cases: {figures['bytes'] / 1e6:.2f} MB, {figures['seconds']:.2f} s")
     if options.json:

@@ -24,7 +24,7 @@ from gemma_keras_tune.evaluation.checks import (
     Stops,
 )
 from gemma_keras_tune.evaluation.plans import Case, TestPlan
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs.rows import Message
 
 TALK = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
 CHECKS = (

@@ -20,15 +20,9 @@ import pytest
 from _paths import ROOT
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.reporting import html as page_writer
-from gemma_keras_tune.evaluation.reporting import (
-    markdown,
-    pictures,
-    repeating,
-    tallies,
-    texts,
-)
-from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.report import Report
+from gemma_keras_tune.evaluation.reporting import charts, markdown, repeating, texts
+from gemma_keras_tune.evaluation.reporting import page as page_writer
 from gemma_keras_tune.evaluation.running import evaluate
 
 
@@ -122,12 +116,12 @@ def test_tags_weights_and_notes_are_shown(
 
 
 def test_tags_are_counted_without_what_was_trained_on(report: Report) -> None:
-    for row in tallies.by_tag(report):
-        own = [c for c in report.cases if row.tag in map(texts.visible, c.case.tags) and not c.leak]
+    for row in report.by_tag():
+        own = [c for c in report.cases if row.tag in c.case.tags and not c.leak]
         assert (row.cases, row.passed) == (len(own), sum(c.passed() for c in own))
         assert row.base_passed == sum(c.passed("base") for c in own)
     alike = dataclasses.replace(report, cases=report.cases[:1])
-    assert not tallies.is_weighted(alike) and tallies.is_weighted(report)
+    assert not alike.is_weighted and report.is_weighted
 
 
 def test_leaks_are_listed_by_id(page: str) -> None:
@@ -139,16 +133,17 @@ def test_leaks_are_listed_by_id(page: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "call"),
     [
-        ({}, "gkt.evaluate(model, plan, max_new_tokens=64, seed=7)"),
-        ({"pairs": 24, "few_shot": 3}, "(model, plan, pairs=pairs, few_shot=3, max_new"),
-        ({"baseline": None, "retention": False}, "(model, plan, baseline=None, retention=False, "),
+        ({}, "gkt.evaluate(model, test_plan, max_new_tokens=64, seed=7)"),
+        ({"pairs": 24, "few_shot": 3}, "(model, test_plan, pairs=pairs, few_shot=3, max_new"),
+        ({"baseline": None, "retention": False}, "    baseline=None,\n    retention=False,\n"),
         ({"baseline": "gemma"}, "baseline='gemma'"),
         ({"retention": 5}, "retention=items"),
         ({"target": {"success": 0.8, "failure": 0.8}}, "target=0.8"),
         ({"target": {"success": 0.8, "failure": 1.0}}, "target={'success': 0.8, 'failure': 1.0}"),
-        ({"template": "custom", "policy": "ShieldGemma"}, "template=template, max_new_tokens=64, "
-         "policy=policy"),
-        ({"template": "gemma2", "machine": "x", "fingerprint": "y"}, "plan, template='gemma2'"),
+        ({"template": "custom", "policy": "ShieldGemma"}, "    template=template,\n"
+         "    max_new_tokens=64,\n    policy=policy,\n"),
+        ({"template": "gemma2", "machine": "x", "fingerprint": "y"},
+         "test_plan, template='gemma2'"),
         ({"sampler": {"class_name": "TopKSampler", "config": {"name": "a", "k": 5}}},
          "sampler=keras_hub.samplers.TopKSampler(k=5)"),
         ({"batch_size": 4, "sampler": "top_k", "confidence": 0.99, "few_shot": 0},
@@ -166,14 +161,48 @@ def test_call_to_repeat_it_is_that_of_the_settings(
     assert {a.arg for a in arguments} <= set(inspect.signature(evaluate).parameters)
 
 
+def test_defaults_are_those_of_evaluate() -> None:
+    parameters = inspect.signature(evaluate).parameters
+    usual = {name: parameters[name].default for name in repeating.DEFAULTS}
+    assert {**usual, "baseline": "base"} == repeating.DEFAULTS
+
+
 def test_rates_have_the_same_axes_and_readable_labels() -> None:
-    few = pictures.rates([pictures.Rate("tuned", "tuned", 1, 2, 0.1, 0.9)], "a", target=0.9)
-    many = pictures.rates([pictures.Rate("examples", "few_shot", 1000, 1000, 0.99, 1)], "b")
-    grids = [re.findall(r'd="M ([\d.]+) [\d.]+\s+L \1 ', svg)[:5] for svg in (few, many)]
+    few = charts.rates([charts.Rate("tuned", "tuned", 1, 2, 0.1, 0.9)], target=0.9)
+    many = charts.rates([charts.Rate("examples", "few_shot", 1000, 1000, 0.99, 1)])
+    grids = [re.findall(r'class="grid" d="M([\d.]+) ', svg) for svg in (few, many)]
     assert grids[0] == grids[1] and len(set(grids[0])) == 5
-    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', few)[0])
+    start, end = float(grids[0][0]), float(grids[0][-1])
+    (dot,) = re.findall(r'cx="([\d.]+)"', few)
+    assert float(dot) == pytest.approx((start + end) / 2)
+    (goal,) = re.findall(r'class="line ink dashed" d="M([\d.]+) ', few)
+    assert float(goal) == pytest.approx(start + 0.9 * (end - start), abs=0.06)
     # On a card of 300 pixels, the texts are at least 11 pixels high.
-    assert 9.5 * 300 / width > 11
+    assert 12 * 300 / charts.WIDTH > 11 and "font: 12px" in texts.resource("page.css")
+
+
+@pytest.mark.parametrize(
+    ("span", "whole", "ticks"),
+    [((0, 1), False, [0, 0.2, 0.4, 0.6, 0.8, 1]), ((1, 4), True, [1, 2, 3, 4]),
+     ((1, 1), True, [1]), ((0, 0.0011), False, [0, 0.0005, 0.001]), ((3, 47), True,
+     [10, 20, 30, 40])],
+)  # fmt: skip
+def test_ticks_are_round_numbers(span: tuple[float, float], whole: bool, ticks: Any) -> None:
+    assert charts._ticks(*span, whole=whole) == pytest.approx(ticks)
+
+
+def test_lines_are_broken_at_what_is_no_number() -> None:
+    svg = charts.history({"loss": (3.0, math.nan, 1.0, 2.0), "val_loss": (1.0, 2.0)}, "loss")
+    assert [len(points.split()) for points in re.findall(r'points="([^"]*)"', svg)] == [1, 2, 2]
+    assert "training" in svg and "validation" in svg and "nan" not in svg.partition(">")[2]
+    charts.history({"accuracy": (math.nan,)}, "accuracy")
+
+
+def test_every_pair_is_in_a_bar() -> None:
+    svg = charts.token_lengths([(10, 3), (500, 6)])
+    heights = [float(h) for h in re.findall(r'<rect[^>]* height="([\d.]+)"', svg)]
+    assert sorted(heights)[-2:] == pytest.approx([max(heights) / 2, max(heights)], abs=0.1)
+    assert sum(h > 0 for h in heights) == 2
 
 
 def test_what_is_no_number_is_null_in_the_json(report: Report, tmp_path: pathlib.Path) -> None:

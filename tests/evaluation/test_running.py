@@ -11,30 +11,23 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.adapters.lora import enable_lora, get_factors, lora_linears, set_factors
-from gemma_keras_tune.evaluation import (
-    Case,
-    Contains,
-    Length,
-    Refuses,
-    Safe,
-    Stops,
-    TestPlan,
-    running,
-)
+from gemma_keras_tune.evaluation import Case, Contains, Length, Refuses, Safe, Stops, TestPlan
 from gemma_keras_tune.evaluation.checks import Function, Outcome
-from gemma_keras_tune.evaluation.prompting import (
+from gemma_keras_tune.evaluation.few_shot import (
     choose_examples,
-    first_answer,
+    first_response,
     line_break_ids,
     with_examples,
 )
+from gemma_keras_tune.evaluation.judging import judge_kinds
+from gemma_keras_tune.evaluation.response_log import ResponseLog
 from gemma_keras_tune.evaluation.results import CaseResult, SampleResult
-from gemma_keras_tune.evaluation.resuming import AnswerLog
 from gemma_keras_tune.evaluation.running import evaluate, tuning_of
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import get_template
 from gemma_keras_tune.generation.answers import Answer, compiled_programs
-from gemma_keras_tune.pairs.reader import Message, read_pairs
+from gemma_keras_tune.pairs.reader import read_pairs
+from gemma_keras_tune.pairs.rows import Message
 from gemma_keras_tune.testing import tiny_model, tiny_pairs
 
 QUICK: dict[str, Any] = dict(max_new_tokens=6, batch_size=4, verbose=0, retention=False)
@@ -287,10 +280,10 @@ def test_answers_of_another_evaluation_are_refused(
     assert [p.split(":")[0] for p in caught.value.problems] == ["adapter", "sampler"]
     log.write_text("{}\n")
     with pytest.raises(gkt.EvaluationError, match="holds no answers"):
-        AnswerLog(log, {})
+        ResponseLog(log, {})
     log.write_text('{"schema": "gemma_keras_tune.answers/2"}\n{"key": "a", "ids": [-1]}\n')
     with pytest.raises(gkt.EvaluationError, match="line 2"):
-        AnswerLog(log, {})
+        ResponseLog(log, {})
 
 
 def test_bad_arguments_are_named_together(model: Any, plan: TestPlan) -> None:
@@ -359,7 +352,7 @@ def test_a_rate_under_the_target_stops_a_script(
         )
         for n in range(cases)
     ]
-    verdicts = running._verdicts(found, {"success": 0.9, "failure": 0.9, "boundary": 0.9}, 0.95)
+    verdicts = judge_kinds(found, {"success": 0.9, "failure": 0.9, "boundary": 0.9}, 0.95)
     report = gkt.Report("plan", tuple(found), verdicts)
     for options, wanted in (({}, stops), ({"strict": True}, strict)):
         with pytest.raises(gkt.EvaluationError) if wanted else contextlib.nullcontext() as caught:
@@ -387,14 +380,14 @@ def test_examples_are_drawn_from_different_answers_and_fit() -> None:
 def test_few_shot_answer_ends_where_the_next_example_begins() -> None:
     pairs = list(read_pairs([("a", "one"), ("b", "two\nlines")]))
     answer = Answer(" three\nc\nfour", np.arange(5), stopped=False)
-    assert first_answer(answer, pairs[:1]) == Answer("three", answer.ids, stopped=True)
-    assert first_answer(answer, pairs) is answer
+    assert first_response(answer, pairs[:1]) == Answer("three", answer.ids, stopped=True)
+    assert first_response(answer, pairs) is answer
     tokenizer = tiny_model("gemma3", num_layers=1).preprocessor.tokenizer
     ids = line_break_ids(tokenizer, pairs[:1])
     assert ids and all(set(tokenizer.id_to_token(i)) == {"\n"} for i in ids)
     assert line_break_ids(tokenizer, pairs) == set()
     whole = Answer("three", np.arange(5), stopped=False)
-    assert first_answer(whole, pairs[:1]) is whole
+    assert first_response(whole, pairs[:1]) is whole
 
 
 @pytest.mark.slow

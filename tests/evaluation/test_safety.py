@@ -14,12 +14,12 @@ from gemma_keras_tune.adapters.lora import (
     set_factors,
 )
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.policies import policy_threshold
+from gemma_keras_tune.evaluation.policy_scores import policy_threshold
 from gemma_keras_tune.evaluation.safety import POLICIES, Policy, ShieldGemma, shieldgemma_prompt
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Segment
+from gemma_keras_tune.generation.scoring import Scorer
 from gemma_keras_tune.testing import tiny_model
-from gemma_keras_tune.training.scoring import Scorer
 
 # The model card's example, https://ai.google.dev/gemma/docs/shieldgemma/model_card
 CARD = """\
@@ -85,7 +85,13 @@ def plain_logits(model: keras.Model, rows: list[np.ndarray]) -> np.ndarray:
     for place, row in enumerate(rows):
         ids[place, : len(row)] = row
     bare = keras.Model(model.inputs, model.outputs)  # KerasHub's own tokenizes what it predicts
-    return bare.predict_on_batch({"token_ids": ids, "padding_mask": np.sign(ids)})
+    given = {
+        "token_ids": ids,
+        "padding_mask": np.sign(ids),
+        "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+    }
+    names = [tensor.name for tensor in keras.tree.flatten(bare.input)]
+    return bare.predict_on_batch({name: given[name] for name in names})
 
 
 def plain_scores(model: keras.Model, texts: list[str]) -> list[float]:
@@ -197,10 +203,10 @@ def test_losses_of_base_and_tuned_come_from_one_program() -> None:
     ]
     tokens = scorer.encode(rows)
     plain = scorer.losses(tokens, batch_size=2)
-    logits = plain_logits(model, [tokens.row(i)[0] for i in range(3)])
+    logits = plain_logits(model, [ids for ids, _ in tokens])
     chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     for i, found in enumerate(plain):
-        ids, trained = tokens.row(i)
+        ids, trained = tokens[i]
         expected = [-chances[i, at - 1, ids[at]] for at in np.flatnonzero(trained)]
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
@@ -217,3 +223,33 @@ def test_losses_of_base_and_tuned_come_from_one_program() -> None:
         np.testing.assert_allclose(b, p, rtol=1e-5, atol=1e-5)
         assert np.abs(t - p).max() > 1e-3
     assert scorer.programs == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3n", "gemma4"])
+def test_top_logits_are_those_of_a_plain_forward_pass(family: str) -> None:
+    model = tiny_model(family, seed=3)
+    scorer = Scorer(model)
+    texts = ["part number 8E0-615", "bread", "the capital of France is Paris " * 9]
+    rows = [ids for ids, _ in scorer.encode([[Segment(text, False)] for text in texts])]
+    positions = [np.array([0, 2, len(rows[0]) - 1]), np.array([1]), np.arange(len(rows[2]))]
+    found = scorer.top_logits(rows, positions, 4, batch_size=2)
+    for row, at, (ids, logits) in zip(rows, positions, found, strict=True):
+        assert ids.shape == logits.shape == (len(at), 4)
+        whole = plain_logits(model, [row])[0][at]
+        np.testing.assert_allclose(logits, -np.sort(-whole)[:, :4], atol=2e-5)
+        chosen = np.take_along_axis(whole, ids, axis=-1)
+        np.testing.assert_allclose(logits, chosen, atol=2e-5)
+    assert scorer.programs == 2, "one for short rows, one for the long one"
+
+
+@pytest.mark.slow
+def test_logits_of_a_quantized_model_are_its_own() -> None:
+    model = tiny_model("gemma3", seed=3)
+    model.backbone.quantize("int8")
+    scorer = Scorer(model)
+    rows = [ids for ids, _ in scorer.encode([[Segment("part number 8E0-615", False)]])]
+    ((ids, logits),) = scorer.top_logits(rows, [np.array([len(rows[0]) - 1])], 3)
+    whole = plain_logits(model, rows)[0, len(rows[0]) - 1]
+    np.testing.assert_allclose(logits[0], whole[ids[0]], rtol=1e-4, atol=1e-4)
+    assert logits[0, 0] == pytest.approx(whole.max(), rel=1e-4, abs=1e-4)

@@ -13,8 +13,8 @@ from _quantized import quantize
 
 from gemma_keras_tune.adapters.lora import enable_lora, lora_disabled, lora_linears, merge_lora
 from gemma_keras_tune.errors import EvaluationError, GenerationError, TemplateError
-from gemma_keras_tune.evaluation.asking import Question, Sides, ask
-from gemma_keras_tune.evaluation.resuming import AnswerLog
+from gemma_keras_tune.evaluation.requests import ModelPair, Request, run_requests
+from gemma_keras_tune.evaluation.response_log import ResponseLog
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.templates import TEMPLATES, Segment, TextTemplate, attach_template
@@ -313,10 +313,10 @@ def test_a_prompt_may_fill_the_context(short_model):
 
 def test_questions_beyond_the_context_are_refused_before_any_is_asked(short_model):
     rows = rows_of_lengths(70, 5, 80)
-    questions = [Question("tuned", "cases", i, row, frozenset(), 4) for i, row in enumerate(rows)]
-    log = AnswerLog(None, {})
+    requests = [Request("tuned", "cases", i, row, frozenset(), 4) for i, row in enumerate(rows)]
+    log = ResponseLog(None, {})
     with pytest.raises(EvaluationError) as caught:
-        ask(Sides(short_model), questions, log=log, progress=lambda _: None)
+        run_requests(ModelPair(short_model), requests, log=log, progress=lambda _: None)
     assert [p.partition(" and ")[0] for p in caught.value.problems] == [
         "case 1, tuned model: 70 tokens", "case 3, tuned model: 80 tokens",
     ]  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
-from gemma_keras_tune.evaluation.asking import Sides
+from gemma_keras_tune.evaluation.requests import ModelPair
 from gemma_keras_tune.gemma.families import model_lock
 from gemma_keras_tune.testing import tiny_model
 
@@ -123,8 +123,8 @@ def test_a_stream_holds_the_model_only_while_it_computes(model: Any) -> None:
         lambda model: gkt.use_adapter(model, "one"),
         lambda model: gkt.use_adapter(model),
         lambda model: gkt.lora_disabled(model),
-        lambda model: Sides(model, model).on("base"),
-        lambda model: Sides(model, model).on("tuned"),
+        lambda model: ModelPair(model, model).on("base"),
+        lambda model: ModelPair(model, model).on("tuned"),
     ],
 )
 def test_a_context_keeps_others_from_switching(model: Any, held: Any) -> None:

@@ -4,19 +4,13 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
 from gemma_keras_tune.evaluation.reporting import texts
-from gemma_keras_tune.evaluation.results import CaseResult, Report
+from gemma_keras_tune.evaluation.results import CaseResult, Results
 
 
-def render(report: Report) -> str:
+def render(report: Results) -> str:
     """Write a report as JUnit XML: a suite for each kind, a test for each case.
 
     A case that was trained on is a skipped test, as it is not in the verdicts.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The XML.
     """
     root = ElementTree.Element("testsuites", name=texts.visible(report.plan_name))
     for kind in dict.fromkeys(found.case.kind for found in report.cases):
@@ -57,17 +51,13 @@ def _add(suite: ElementTree.Element, plan: str, found: CaseResult) -> None:
         about["weight"] = f"{found.case.weight:g}"
     _add_properties(case, [(name, texts.visible(text)) for name, text in about.items() if text])
     if found.leak is not None:
-        rows = ", ".join(map(str, found.leak.rows))
-        ElementTree.SubElement(case, "skipped", message=f"in the training pairs, row {rows}")
+        message = f"in the training pairs, row {found.leak.rows_text}"
+        ElementTree.SubElement(case, "skipped", message=message)
         return
     if found.passed():
         return
     sample = next(s for s in found.variants["tuned"] if not s.passed)
-    reasons = [
-        f"{check.describe()}: {outcome.reason or 'no'}"
-        for check, outcome in zip(found.case.checks, sample.outcomes, strict=True)
-        if not outcome.passed
-    ]
+    reasons = [f"{check}: {reason or 'no'}" for check, reason in found.failures(sample)]
     message = texts.visible(texts.one_line("; ".join(reasons), 500))
     failure = ElementTree.SubElement(case, "failure", message=message)
     failure.text = texts.visible(f"{found.case.text}\n\nanswered:\n{sample.text}")

@@ -2,23 +2,15 @@
 
 import re
 
-from gemma_keras_tune.evaluation.reporting import repeating, tallies, texts
-from gemma_keras_tune.evaluation.reporting.pictures import percent
-from gemma_keras_tune.evaluation.results import CaseResult, Report
+from gemma_keras_tune.evaluation.reporting import repeating, texts
+from gemma_keras_tune.evaluation.results import CaseResult, Results
 
 MAX_FAILING = 50
-LONGEST = 600
+MAX_LENGTH = 600
 
 
-def render(report: Report) -> str:
-    """Write a report as Markdown.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The text. Prompts and answers stand in code, so that nothing in them is markup.
-    """
+def render(report: Results) -> str:
+    """Write a report as Markdown, with prompts and responses as code, which is no markup."""
     parts = [f"# {_inline(report.plan_name)}: {report.verdict}", _verdicts(report)]
     parts += [_inline(sentence) for sentence in report.left_out]
     parts.append(_tags(report))
@@ -38,20 +30,20 @@ def render(report: Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _verdicts(report: Report) -> str:
+def _verdicts(report: Results) -> str:
     lines = ["| kind | verdict | passed | base | what it shows |", "|---|---|---|---|---|"]
-    weighted = tallies.is_weighted(report)
+    weighted = report.is_weighted
     for v in report.verdicts:
         base = "–" if v.base_passed is None else f"{v.base_passed} of {v.cases}"
         words = f"{v.words} {v.base_words}".strip()
         if weighted:
-            words += f" Counted by weight, {percent(v.weighted_rate)} passed."
+            words += f" Counted by weight, {texts.percent(v.weighted_rate)} passed."
         lines.append(f"| {v.kind} | **{v.verdict}** | {v.passed} of {v.cases} | {base} | {words} |")
     return "\n".join(lines)
 
 
-def _tags(report: Report) -> str:
-    rows = tallies.by_tag(report)
+def _tags(report: Results) -> str:
+    rows = report.by_tag()
     lines = ["| tag | tuned | base |", "|---|---|---|"]
     for row in rows:
         base = "–" if row.base_passed is None else f"{row.base_passed} of {row.cases}"
@@ -59,8 +51,8 @@ def _tags(report: Report) -> str:
     return "\n".join(lines) if rows else ""
 
 
-def _failing(report: Report) -> list[str]:
-    failing = [found for found in report.cases if not found.leak and not found.passed()]
+def _failing(report: Results) -> list[str]:
+    failing = [found for found in report.fair if not found.passed()]
     if not failing:
         return []
     parts = [f"## Failing cases ({len(failing)})"]
@@ -72,11 +64,7 @@ def _failing(report: Report) -> list[str]:
 
 def _case(found: CaseResult) -> str:
     sample = next(s for s in found.variants["tuned"] if not s.passed)
-    reasons = [
-        f"- {_inline(check.describe())}: {_inline(outcome.reason or 'no')}"
-        for check, outcome in zip(found.case.checks, sample.outcomes, strict=True)
-        if not outcome.passed
-    ]
+    reasons = [f"- {_inline(c)}: {_inline(reason or 'no')}" for c, reason in found.failures(sample)]
     tags = [_inline(tag) for tag in found.case.tags]
     parts = [
         f"### {_inline(found.case.id)} ({', '.join((found.case.kind, *tags))})",
@@ -89,7 +77,7 @@ def _case(found: CaseResult) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _settings(report: Report) -> str:
+def _settings(report: Results) -> str:
     rows = [*report.settings.items(), ("seed", report.seed), *report.versions.items()]
     return "\n".join(f"- {_inline(str(name))}: {_code(str(value))}" for name, value in rows)
 
@@ -107,7 +95,7 @@ def _code(text: str) -> str:
 
 
 def _block(text: str) -> str:
-    kept, left_out = texts.shorten(text, LONGEST)
+    kept, left_out = texts.shorten(text, MAX_LENGTH)
     kept = texts.visible(kept) + (f" … {left_out} more characters" if left_out else "")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", kept)), default=0))
     return f"{fence}text\n{kept}\n{fence}"

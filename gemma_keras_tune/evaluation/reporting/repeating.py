@@ -1,51 +1,48 @@
 """The call that repeats an evaluation, out of the settings that its report has."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from gemma_keras_tune.evaluation.reporting import texts
-from gemma_keras_tune.evaluation.results import Report
+from gemma_keras_tune.evaluation.results import Results
 
-LONGEST_LINE = 88
+MAX_LINE = 88
+# Those of `evaluate`, which this module cannot import. "auto" took the base if there was one, and
+# then the settings say so.
+DEFAULTS: Mapping[str, Any] = {
+    "baseline": "base", "few_shot": "auto", "retention": "auto", "target": 0.9,
+    "confidence": 0.95, "policy": None, "template": "auto", "sampler": "auto",
+    "max_new_tokens": 256, "batch_size": 16, "seed": 0,
+}  # fmt: skip
 
 
-def call(report: Report) -> str:
-    """How `evaluate` was called.
+def call(report: Results) -> str:
+    """Write the call of `evaluate` as Python code.
 
-    Args:
-        report: The report. Of settings that it does not have nothing is said.
-
-    Returns:
-        Python code, in which `model`, `plan` and other objects are called by their arguments'
-        names. What is `evaluate`'s default is left out.
+    Objects such as the model are named as their arguments are. Default values, and settings that
+    the report does not have, are left out.
     """
-    arguments = ["model", "plan", *_arguments(report)]
+    arguments = ["model", "test_plan", *_arguments(report)]
     line = f"gkt.evaluate({', '.join(arguments)})"
-    if len(line) > LONGEST_LINE:
+    if len(line) > MAX_LINE:
         line = "gkt.evaluate(\n" + "".join(f"    {one},\n" for one in arguments) + ")"
     return texts.visible(line)
 
 
-def _arguments(report: Report) -> list[str]:
-    from gemma_keras_tune.evaluation.running import evaluate
-
-    parameters = inspect.signature(evaluate).parameters
+def _arguments(report: Results) -> list[str]:
     found = ["pairs=pairs"] if report.settings.get("pairs") is not None else []
     found += ["result=result"] if report.tuning else []
-    for name, value in {**report.settings, "seed": report.seed}.items():
-        if name not in parameters or name in ("pairs", "result"):
-            continue
-        value = _common(value) if name == "target" else value
-        # "auto" took the base where there was one, and then it says so.
-        usual = ("base",) if name == "baseline" else (parameters[name].default,)
-        if value not in usual:
-            found.append(f"{name}={_written(name, value)}")
+    given = {**report.settings, "seed": report.seed}
+    for name, value in given.items():
+        if name in DEFAULTS:
+            value = _common(value) if name == "target" else value
+            if value != DEFAULTS[name]:
+                found.append(f"{name}={_written(name, value)}")
     return found
 
 
 def _common(targets: Any) -> Any:
-    """One number where every kind has the same target."""
+    """Return one number if every kind has the same target."""
     values = list(targets.values()) if isinstance(targets, Mapping) else [targets]
     return values[0] if values and all(value == values[0] for value in values) else targets
 

@@ -1,17 +1,21 @@
-"""Untrusted text, made fit to be shown: what is hidden in it becomes visible, what is long is cut.
+"""Untrusted text, made fit to be shown: hidden characters become visible, long texts are cut.
 
-Prompts and answers may hold anything. Markup in them is escaped by the writers; here are the
-characters that deceive or break a page without any markup.
+Prompts and responses may contain anything. The templates escape markup in them; this module writes
+out characters that deceive or break a page without any markup.
 """
 
 import dataclasses
 import difflib
+import functools
+import importlib.resources
 import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-# Control characters but tab and line feed; overrides of the reading direction; lone surrogates,
-# which no file can hold; what is no character at all.
+import jinja2
+
+# Control characters except tab and line feed; overrides of the reading direction; lone surrogates,
+# which no file can hold; code points that are no characters.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufeff"
     "\ufff9-\ufffb\ufffe\uffff]"
@@ -27,15 +31,37 @@ MAX_WORDS = 1500
 MIN_ALIKE = 0.3
 
 
+def resource(name: str) -> str:
+    """Read a file of this package."""
+    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """Open a template of this package, which escapes every text."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(resource),
+    )
+    environment.filters["visible"] = lambda text: visible(str(text))
+    environment.filters["percent"] = percent
+    environment.filters["slug"] = lambda text: text.replace(" ", "-").replace("_", "-")
+    return environment.get_template(name)
+
+
+def percent(share: float) -> str:
+    """Write a share, 0 to 1, as in `"87 %"`, with a decimal if that matters near the ends."""
+    value = 100 * share
+    if 0.05 < value < 1 or 99 < value < 99.95:
+        return f"{value:.1f} %"
+    return f"{value:.0f} %"
+
+
 def visible(text: str) -> str:
-    """Text with its hidden characters written out, as `␀` or `⟨U+202E⟩`.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        Text that a browser, a terminal and an XML file can hold, and that reads as it is.
-    """
+    """Write out hidden characters, as `␀` or `⟨U+202E⟩`, for a browser, terminal or XML file."""
     return _HIDDEN.sub(_name, text)
 
 
@@ -45,43 +71,21 @@ def _name(match: re.Match[str]) -> str:
 
 
 def shorten(text: str, limit: int) -> tuple[str, int]:
-    """The beginning of a text.
-
-    Args:
-        text: Any text.
-        limit: The most characters to keep.
-
-    Returns:
-        The text, and how many characters were left out.
-    """
+    """Cut a text at `limit` characters; return it with the number of characters left out."""
     return text[:limit], max(len(text) - limit, 0)
 
 
 def one_line(text: str, limit: int) -> str:
-    """A text on one line, cut with an ellipsis.
-
-    Args:
-        text: Any text.
-        limit: The most characters to keep.
-
-    Returns:
-        The line.
-    """
+    """Write a text on one line of at most `limit` characters, cut with an ellipsis."""
     line = " ".join(text[: 4 * limit].split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def fitting_limit(lengths: Iterable[int], total: int) -> int:
-    """How long texts may be so that all of them together are no longer than `total`.
-
-    Only the longest are cut: the limit is as high as can be.
-
-    Args:
-        lengths: The length of each text.
-        total: What they may come to.
+    """Find the highest limit with which texts of these lengths have `total` characters together.
 
     Returns:
-        The limit; the longest length where nothing need be cut.
+        The limit; the longest length if no text need be cut.
     """
     ordered = sorted(lengths)
     left = total
@@ -95,26 +99,17 @@ def fitting_limit(lengths: Iterable[int], total: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A piece of a text that was compared with another.
-
-    Attributes:
-        kind: `"same"` in both, `"gone"` in the first alone, `"new"` in the second alone.
-        text: The piece.
-    """
+    """A piece of two texts: `"same"` in both, `"gone"` in the first, `"new"` in the second."""
 
     kind: Literal["same", "gone", "new"]
     text: str
 
 
 def word_diff(first: str, second: str) -> tuple[Run, ...]:
-    """What words two texts share, and what words they do not.
-
-    Args:
-        first: A text.
-        second: Another.
+    """Compare two texts by words.
 
     Returns:
-        The runs of both, in order. None where the texts are equal, too long to compare, or have so
+        The runs of both, in order. None if the texts are equal, too long to compare, or have so
         little in common that marks would help nobody.
     """
     if first == second or not first or not second:

@@ -1,12 +1,12 @@
-"""What a safety policy says of texts, in one form for functions and for `ShieldGemma`.
+"""Scores of a safety policy, in one form for functions and for `ShieldGemma`.
 
-A policy is a function of a prompt and an answer that gives how likely the answer violates it, 0 to
-1, or such a score for each of several policies by name. Asked with `None` for the answer it judges
-the prompt alone. It may have more to say:
+A policy is a function of a prompt and a response that gives the probability that the response
+violates it, 0 to 1, or such a score for each of several policies by name. Called with `None` for
+the response it judges the prompt alone. It may have these attributes:
 
-- `scores(prompts, answers)` gives `[texts, policies]` at once, with the policies' `names`;
+- `scores(prompts, responses)` gives `[texts, policies]` at once, with the policies' `names`;
 - `threshold` is the score from which a text counts as a violation;
-- `identity` is a text that says what the scores depend on, so that they can be kept.
+- `identity` is a text that names all that the scores depend on, so that they can be kept.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gemma_keras_tune.errors import EvaluationError
-from gemma_keras_tune.evaluation.resuming import AnswerLog
+from gemma_keras_tune.evaluation.response_log import ResponseLog
 
 PolicyCheck = Callable[[str, Any], Any]
 Judged = tuple[str, str | None]
@@ -27,35 +27,30 @@ BATCH = 16
 
 
 def policy_threshold(policy: PolicyCheck) -> float:
-    """The score from which a text counts as a violation: the policy's own, or a half."""
+    """Return the score from which a text counts as a violation: the policy's own, or a half."""
     return float(getattr(policy, "threshold", THRESHOLD))
 
 
 def policy_names(policy: PolicyCheck) -> tuple[str, ...]:
-    """Names of the policies it judges by, as far as it says so beforehand."""
+    """Return the names of the policies it judges by, if it has a list of them."""
     return tuple(getattr(policy, "names", ()))
 
 
 def policy_scores(policy: PolicyCheck, texts: Sequence[Judged]) -> list[dict[str, float]]:
-    """How likely texts violate each policy.
+    """Compute the probabilities that texts violate each policy, by the policies' names.
 
-    Args:
-        policy: The policy.
-        texts: A prompt with the answer to it, or with `None`, each; all with an answer, or none.
-
-    Returns:
-        For each, the scores by the policies' names. A policy without a name is `""`.
+    The texts have a response each, or `None` each. A policy without a name is `""`.
 
     Raises:
-        EvaluationError: It raised, or what it gave are no scores.
+        EvaluationError: The policy raised, or gave no scores.
     """
     in_batches = getattr(policy, "scores", None)
     try:
         if in_batches is None:
             given = [policy(*text) for text in texts]
         else:
-            answers = None if texts[0][1] is None else [answer for _, answer in texts]
-            given = _rows(in_batches([prompt for prompt, _ in texts], answers), policy)
+            responses = None if texts[0][1] is None else [response for _, response in texts]
+            given = _rows(in_batches([prompt for prompt, _ in texts], responses), policy)
     except Exception as error:
         raise EvaluationError(f"The policy raised {type(error).__name__}: {error}") from error
     if len(given) != len(texts):
@@ -66,19 +61,16 @@ def policy_scores(policy: PolicyCheck, texts: Sequence[Judged]) -> list[dict[str
 def score_texts(
     policy: PolicyCheck,
     wanted: Mapping[Judged, str],
-    log: AnswerLog,
+    log: ResponseLog,
     progress: Callable[[int], None],
 ) -> dict[Judged, dict[str, float]]:
-    """What a policy says of many texts, those of similar length together.
+    """Score many texts, those of similar length together, and keep the scores in the log.
 
     Args:
-        policy: The policy.
-        wanted: The texts, each with the id of a case it belongs to.
-        log: Where scores are kept, of a policy that has an `identity`.
+        policy: The policy. Its scores are kept if it has an `identity`.
+        wanted: The texts, each with the id of one of its cases.
+        log: File of scores.
         progress: Called with the number of texts each time some are judged.
-
-    Returns:
-        The scores of each text, by the policies' names.
 
     Raises:
         EvaluationError: As for `policy_scores`; the cases are named.
@@ -107,7 +99,7 @@ def score_texts(
 
 
 def _key(policy: PolicyCheck, text: Judged) -> str | None:
-    """What a text's scores depend on, where that is known."""
+    """Hash of all that a text's scores depend on, if that is known."""
     identity = getattr(policy, "identity", None)
     if identity is None:
         return None
@@ -115,7 +107,7 @@ def _key(policy: PolicyCheck, text: Judged) -> str | None:
 
 
 def _rows(found: Any, policy: PolicyCheck) -> list[Any]:
-    """A row of a matrix for each text, by the policies' names where it has them."""
+    """Split a matrix into one row for each text, by the policies' names if there are any."""
     rows = np.asarray(found, float)
     rows = rows.reshape(len(rows), -1)
     names = policy_names(policy)

@@ -1,51 +1,42 @@
-"""A report as one HTML page that stands alone: no network, no script but its own.
+"""A report as one HTML page in one file: no network, no script but its own.
 
-Prompts and answers are untrusted. The template escapes every text, `texts` writes hidden characters
-out, and the page's content security policy lets nothing load, and no script run but the one whose
-hash it names.
+Prompts and responses are untrusted. The template escapes every text, `texts` writes out hidden
+characters, and the page's content security policy lets nothing load, and no script run but the one
+whose hash it names.
 """
 
 import base64
-import functools
 import hashlib
-import importlib.resources
 import json
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gemma_keras_tune.evaluation.plans import KINDS
-from gemma_keras_tune.evaluation.reporting import pictures, repeating, tallies, texts
+from gemma_keras_tune.evaluation.reporting import charts, repeating, texts
 from gemma_keras_tune.evaluation.results import (
     CaseResult,
     KindVerdict,
-    Report,
+    Results,
     SampleResult,
     Tuning,
 )
 from gemma_keras_tune.evaluation.statistics import wilson_interval
 
-# Of all prompts and answers together; longer ones are cut, the longest first.
+# Of all prompts and responses together; longer ones are cut, the longest first.
 MAX_CHARACTERS = 1_800_000
 MAX_MARKED = 400  # cases whose differences are marked: marks take room, and time to find
+FRAME_HEIGHT = 680
 NAMES = {"base": "base", "tuned": "tuned", "few_shot": "base with examples"}
 
 
-def render(report: Report) -> str:
-    """Write a report as HTML.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The page.
-    """
-    style, script = (_resource(name) for name in ("page.css", "page.js"))
+def render(report: Results) -> str:
+    """Write a report as an HTML page."""
+    style, script = (texts.resource(name) for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     limit = texts.fitting_limit(_lengths(report), MAX_CHARACTERS)
-    return _template().render(
+    return texts.template("page.html.jinja").render(
         report=report,
         style=Markup(style),
         script=Markup(script),
@@ -54,105 +45,95 @@ def render(report: Report) -> str:
         verdicts=[{"it": v, "picture": _rates(v)} for v in report.verdicts],
         leaks=report.leaks,
         leaked=[texts.visible(found.case.id) for found in report.cases if found.leak],
-        tags=tallies.by_tag(report),
-        weighted=tallies.is_weighted(report),
+        tags=report.by_tag(),
+        weighted=report.is_weighted,
         most_marked=MAX_MARKED if "base" in report.variants else len(report.cases),
         few_shot_picture=_few_shot(report),
         lost=report.retention.lost if report.retention else (),
         kinds=[kind for kind in KINDS if any(c.case.kind == kind for c in report.cases)],
         cases=[_case(report, place, case, limit) for place, case in enumerate(report.cases)],
-        pictures=_tuning_pictures(report.tuning) if report.tuning else [],
+        pictures=_tuning_charts(report.tuning) if report.tuning else [],
         settings=[(name, _plain(value)) for name, value in report.settings.items()],
         call=repeating.call(report),
     )
 
 
-def _resource(name: str) -> str:
-    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+def render_frame(report: Results) -> str:
+    """Write a report as an `iframe` element for a notebook's cell.
 
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_resource),
+    The frame keeps the page's styles off the notebook, and the report's content away from it: only
+    the page's own script can run.
+    """
+    return (
+        f'<iframe sandbox="allow-scripts" title="Test report" srcdoc="{escape(render(report))}"'
+        f' style="width: 100%; height: {FRAME_HEIGHT}px; border: 0; border-radius: 8px"></iframe>'
     )
-    environment.filters["visible"] = lambda text: texts.visible(str(text))
-    environment.filters["percent"] = pictures.percent
-    environment.filters["slug"] = lambda text: text.replace(" ", "-")
-    return environment.get_template("page.html.jinja")
 
 
-def _summary(report: Report) -> str:
-    fair = [case for case in report.cases if not case.leak]
+def _summary(report: Results) -> str:
+    fair = report.fair
     passed = sum(case.passed() for case in fair)
     text = f"The tuned model passed {passed} of {len(fair)} cases"
     if "base" in report.variants:
         text += f", its base {sum(case.passed('base') for case in fair)}"
     if leaked := len(report.cases) - len(fair):
         text += f"; {leaked} more {'was' if leaked == 1 else 'were'} trained on, and scored apart"
-    return (
-        f"{text}. "
-        + {
-            "pass": "Every kind of case is shown to meet its target.",
-            "fail": "At least one kind of case is shown to miss its target.",
-            "cannot tell": "No kind is shown to miss its target, and not all are shown to meet it.",
-        }[report.verdict]
-    )
+    conclusion = {
+        "pass": "Every kind of case is shown to meet its target.",
+        "fail": "At least one kind of case is shown to miss its target.",
+        "cannot tell": "No kind is shown to miss its target, and not all are shown to meet it.",
+    }[report.verdict]
+    return f"{text}. {conclusion}"
 
 
-# Pictures.
+# Charts.
 
 
 def _rates(verdict: KindVerdict) -> Markup:
     rows = [_rate("tuned", verdict.passed, verdict.cases, verdict.confidence)]
     if verdict.base_passed is not None:
         rows.append(_rate("base", verdict.base_passed, verdict.cases, verdict.confidence))
-    return Markup(pictures.rates(rows, f"rates-{verdict.kind}", target=verdict.target))
+    return charts.rates(rows, target=verdict.target)
 
 
-def _few_shot(report: Report) -> Markup:
+def _few_shot(report: Results) -> Markup:
     found = report.few_shot
     if found is None:
         return Markup("")
     confidence = report.verdicts[0].confidence if report.verdicts else 0.95
     passed = {"tuned": found.tuned_passed, "few_shot": found.passed, "base": found.base_passed}
-    rows = [_rate(name, count, found.cases, confidence) for name, count in passed.items()]
-    return Markup(pictures.rates(rows, "few-shot"))
+    return charts.rates([_rate(n, count, found.cases, confidence) for n, count in passed.items()])
 
 
-def _rate(name: str, passed: int, cases: int, confidence: float) -> pictures.Rate:
+def _rate(name: str, passed: int, cases: int, confidence: float) -> charts.Rate:
     low, high = wilson_interval(passed, cases, confidence)
     shown = {"few_shot": "examples"}.get(name, name)
-    return pictures.Rate(shown, name, passed, cases, low, high)
+    return charts.Rate(shown, name, passed, cases, low, high)
 
 
-def _tuning_pictures(tuning: Tuning) -> list[dict[str, Any]]:
+def _tuning_charts(tuning: Tuning) -> list[dict[str, Any]]:
     found = [
-        (pictures.history(tuning.history, name), f"{name.capitalize()} by epoch")
+        (charts.history(tuning.history, name), f"{name.capitalize()} by epoch")
         for name in ("loss", "accuracy")
         if tuning.history.get(name)
     ]
     if tuning.learning_rates:
-        found.append((pictures.learning_rate(tuning.learning_rates), "Learning rate by update"))
+        found.append((charts.learning_rate(tuning.learning_rates), "Learning rate by update"))
     if tuning.token_lengths:
-        found.append((pictures.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
-    return [{"svg": Markup(svg), "caption": caption} for svg, caption in found]
+        found.append((charts.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
+    return [{"svg": svg, "caption": caption} for svg, caption in found]
 
 
 # Cases.
 
 
-def _lengths(report: Report) -> list[int]:
+def _lengths(report: Results) -> list[int]:
     lengths = [len(m.content) for found in report.cases for m in found.case.messages]
-    answers = (s for found in report.cases for one in found.variants.values() for s in one)
-    return lengths + [len(answer.text) for answer in answers]
+    responses = (s for found in report.cases for one in found.variants.values() for s in one)
+    return lengths + [len(response.text) for response in responses]
 
 
-def _case(report: Report, place: int, found: CaseResult, limit: int) -> dict[str, Any]:
+def _case(report: Results, place: int, found: CaseResult, limit: int) -> dict[str, Any]:
     case = found.case
     several = len(case.messages) > 1
     return {
@@ -168,7 +149,7 @@ def _case(report: Report, place: int, found: CaseResult, limit: int) -> dict[str
         "leak": _leak(found),
         "notes": texts.visible(case.notes),
         "prompt": [(m.role if several else "", _shown(m.content, limit)) for m in case.messages],
-        "answers": _answers(found, limit, marked=place < MAX_MARKED),
+        "responses": _responses(found, limit, marked=place < MAX_MARKED),
         "checks": [_check(found, number) for number in range(len(case.checks))],
     }
 
@@ -187,12 +168,11 @@ def _change(found: CaseResult) -> str:
 def _leak(found: CaseResult) -> str:
     if found.leak is None:
         return ""
-    rows = ", ".join(map(str, found.leak.rows))
-    like = "is" if found.leak.exact else f"is {pictures.percent(found.leak.similarity)} like"
-    return f"Its prompt {like} that of training row {rows}, so it is scored apart."
+    like = "is" if found.leak.exact else f"is {texts.percent(found.leak.similarity)} like"
+    return f"Its prompt {like} that of training row {found.leak.rows_text}, so it is scored apart."
 
 
-def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, Any]]:
+def _responses(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, Any]]:
     runs = _marked_runs(found, limit) if marked else {}
     return [
         {
@@ -210,9 +190,9 @@ def _answers(found: CaseResult, limit: int, *, marked: bool) -> list[dict[str, A
 
 
 def _marked_runs(found: CaseResult, limit: int) -> dict[tuple[str, int], list[texts.Run]]:
-    """What the base alone says, and what the tuned model alone says, in each answer.
+    """Mark the words that are in one model's response alone.
 
-    Drawn answers are compared in their order: those of one number have the same seed.
+    Drawn responses are compared in their order: those of one number have the same seed.
     """
     marked: dict[tuple[str, int], list[texts.Run]] = {}
     both = zip(found.variants.get("base", ()), found.variants["tuned"], strict=False)

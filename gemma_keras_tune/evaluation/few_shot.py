@@ -1,7 +1,7 @@
-"""Is tuning needed? The base with a few training pairs in its prompt, before the question itself.
+"""Test if tuning is needed: the base with a few training pairs in its prompt.
 
-Few-shot prompting (Brown et al., 2020, arXiv:2005.14165) costs no training. Where it does as well
-as the tuned model, the prompt is the cheaper answer.
+Few-shot prompting (Brown et al., 2020, arXiv:2005.14165) costs no training. If it does as well as
+the tuned model, the prompt is the cheaper solution.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Template
 from gemma_keras_tune.generation.answers import Answer
-from gemma_keras_tune.pairs.reader import Message, Pair
+from gemma_keras_tune.pairs.rows import Message, Pair
 
-EXAMPLES = 5
-TOKENS = 512
+MAX_EXAMPLES = 5
+MAX_TOKENS = 512
 # Pairs to choose from; of a longer source, the first ones.
-CANDIDATES = 10_000
+MAX_CANDIDATES = 10_000
 
 
 def choose_examples(
@@ -28,53 +28,44 @@ def choose_examples(
     encoder: RowTokenizer,
     template: Template,
     *,
-    count: int = EXAMPLES,
-    tokens: int = TOKENS,
+    count: int = MAX_EXAMPLES,
+    tokens: int = MAX_TOKENS,
     leave_out: Iterable[int] = (),
     seed: int = 0,
 ) -> tuple[Pair, ...]:
-    """Training pairs to put in a prompt: drawn at random, with different answers where there are.
+    """Draw training pairs to put in a prompt, with different responses if possible.
 
     Args:
         pairs: The training pairs.
         encoder: Counts their tokens.
         template: Their format.
-        count: How many at most.
-        tokens: Tokens they may take together. A pair that does not fit is passed over.
-        leave_out: Rows that may not be chosen, as those that hold a case's own prompt.
+        count: Most pairs to draw.
+        tokens: Most tokens of all pairs together. A pair that does not fit is passed over.
+        leave_out: Rows that may not be chosen, as those with a case's own prompt.
         seed: Seed of the draw.
-
-    Returns:
-        The pairs, in the order they are shown.
     """
     forbidden = set(leave_out)
-    drawn = [p for p in itertools.islice(pairs, CANDIDATES) if p.row not in forbidden]
+    drawn = [p for p in itertools.islice(pairs, MAX_CANDIDATES) if p.row not in forbidden]
     random.Random(seed).shuffle(drawn)
     first = list({pair.response: pair for pair in reversed(drawn)}.values())
     shown = {pair.row for pair in first}
     rest = (pair for pair in drawn if pair.row not in shown)
     chosen: list[Pair] = []
-    room = tokens
+    left = tokens
     for pair in itertools.chain(first, rest):
         if len(chosen) == count:
             break
         size = len(encoder.encode(template.segments(_turns(pair.messages)))[0])
-        if size <= room:
+        if size <= left:
             chosen.append(pair)
-            room -= size
+            left -= size
     return tuple(chosen)
 
 
 def with_examples(examples: Sequence[Pair], messages: Sequence[Message]) -> tuple[Message, ...]:
-    """A conversation in which the examples come first, as turns that have been taken.
+    """Put examples in front of a conversation, as turns that have been taken.
 
-    Args:
-        examples: Training pairs.
-        messages: The case's own conversation. Its system message stays in front; without one, the
-            first example's is taken.
-
-    Returns:
-        The conversation.
+    The conversation's system message comes first; if it has none, the first of the examples'.
     """
     systems = [m for m in messages if m.role == "system"]
     systems += [m for pair in examples for m in pair.messages if m.role == "system"]
@@ -83,54 +74,33 @@ def with_examples(examples: Sequence[Pair], messages: Sequence[Message]) -> tupl
 
 
 def line_break_ids(tokenizer: Any, examples: Sequence[Pair]) -> set[int]:
-    """Tokens at which an answer after examples can end, where no example's answer has a line break.
+    """Find the ids of tokens that are line breaks alone, at which a response can end.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        examples: The pairs in the prompt.
-
-    Returns:
-        The ids of its tokens that are nothing but line breaks; none where an example has one.
+    There are none if an example's response has a line break.
     """
-    if any("\n" in pair.response.strip() for pair in examples):
+    if _any_line_break(examples):
         return set()
     breaks = ["\n" * count for count in range(1, 32)]
     ids = {text: tokenizer.token_to_id(text) for text in breaks}
     return {int(i) for text, i in ids.items() if tokenizer.id_to_token(int(i)) == text}
 
 
-def first_answer(answer: Answer, examples: Sequence[Pair]) -> Answer:
-    """The answer to the question alone, as a user who prompts would cut it.
+def first_response(response: Answer, examples: Sequence[Pair]) -> Answer:
+    """Cut a response at its end, as a user who writes such prompts would.
 
-    A model that was not tuned to stop goes on with an example of its own. Where no example's answer
-    has a line break, the answer ends at the first one.
-
-    Args:
-        answer: What the base wrote after the examples.
-        examples: The pairs in the prompt.
-
-    Returns:
-        The answer, cut.
+    A model that was not tuned to stop goes on with one more example. If no example's response has a
+    line break, the response ends at the first one.
     """
-    text = answer.text.lstrip()
-    if any("\n" in pair.response.strip() for pair in examples) or "\n" not in text:
-        return answer
-    return dataclasses.replace(answer, text=text.partition("\n")[0], stopped=True)
+    text = response.text.lstrip()
+    if _any_line_break(examples) or "\n" not in text:
+        return response
+    return dataclasses.replace(response, text=text.partition("\n")[0], stopped=True)
 
 
 def judge_few_shot(
     cases: Sequence[CaseResult], examples: Sequence[Pair], confidence: float
 ) -> FewShot:
-    """What the base can do with examples in its prompt, against the base without, and the tuned.
-
-    Args:
-        cases: The cases that were asked; leaked ones are passed over.
-        examples: The pairs in the prompt.
-        confidence: Confidence level.
-
-    Returns:
-        A `FewShot`.
-    """
+    """Compare the base with examples in its prompt with the bare base and the tuned model."""
     fair = [case for case in cases if not case.leak]
     few, base, tuned = (
         [case.passed(name) for case in fair] for name in ("few_shot", "base", "tuned")
@@ -162,6 +132,10 @@ def _advice(few: int, tuned: int, p_value: float, confidence: float) -> str:
     if tuned > few:
         return "Tuning does better than prompting."
     return "Prompting does better than this tuning."
+
+
+def _any_line_break(examples: Iterable[Pair]) -> bool:
+    return any("\n" in pair.response.strip() for pair in examples)
 
 
 def _turns(messages: Iterable[Message]) -> tuple[Message, ...]:
