@@ -38,7 +38,7 @@ FORMATS: dict[str, str] = {
     "gguf_adapter": "gguf.adapter",
     "ollama": "gguf.ollama",
     "gemma_jax": "gemma_jax.writer",
-    "litert": "litert.writer",
+    "litert": "litert",
 }
 # Arguments that only some formats take.
 _TAKEN_BY = {"quantization": ("gguf", "ollama"), "shard_size": ("keras", "safetensors")}
