@@ -32,7 +32,6 @@ from gemma_keras_tune.formats.gguf.reader import (
     GgufFile,
     TensorInfo,
     backbone_config,
-    norm_rests,
     parts_of_tensors,
     tensor_shape,
 )
@@ -133,8 +132,7 @@ def write(
     path = folder / file_name
     writer = gguf.GGUFWriter(path, family.name)
     try:
-        rests = _rests(weights) if kind == "F32" else {}
-        for key, value in (_metadata(model, family, kind) | rests).items():
+        for key, value in _metadata(model, family, kind).items():
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
         extra = _rope_factors(model) if family.name == "gemma4" else {}
@@ -489,13 +487,6 @@ def _end_of_turn(model: Any, template: Template) -> dict[str, Any]:
     if template.stop_token == END_OF_TEXT:
         return {}
     return {"tokenizer.ggml.eot_token_id": template.stop_token_ids(model.preprocessor.tokenizer)[0]}
-
-
-def _rests(weights: Iterable[Weight]) -> dict[str, Any]:
-    norms = [weight for weight in weights if weight.gguf_offset]
-    values = [np.asarray(norm.variable, np.float32) for norm in norms]
-    stored = [value + norm.gguf_offset for value, norm in zip(values, norms, strict=True)]
-    return norm_rests(values, stored)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

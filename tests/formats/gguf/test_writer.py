@@ -20,7 +20,7 @@ from gemma_keras_tune.formats.gguf import adapter as gguf_adapter
 from gemma_keras_tune.formats.gguf import k_quants, ollama
 from gemma_keras_tune.formats.gguf import writer as gguf_writer
 from gemma_keras_tune.formats.gguf._quantizing import PACKAGES
-from gemma_keras_tune.formats.gguf.reader import RESTS_KEY, TEMPLATE_KEY, read_header
+from gemma_keras_tune.formats.gguf.reader import TEMPLATE_KEY, read_header
 from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of, is_instruct
 from gemma_keras_tune.gemma.templates import TEMPLATES, attach_template, get_template, template_of
@@ -77,7 +77,7 @@ def scatter_norms(model):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
-def test_float32_loads_back_exactly(family, tmp_path):
+def test_float32_loads_back(family, tmp_path):
     # The heads together are twice as wide as the model: no axis can stand for another.
     original = tiny_model(family)
     backbone = original.backbone
@@ -86,8 +86,13 @@ def test_float32_loads_back_exactly(family, tmp_path):
     calls = []
     path = export(original, tmp_path, dtype="float32", progress=lambda *call: calls.append(call))
     loaded = load(path)
-    for a, b in zip(loaded.backbone.weights, original.backbone.weights, strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=a.path)
+    pairs = zip(*(family_of(m).weights(m) for m in (loaded, original)), strict=True)
+    for a, b in pairs:
+        found, expected = np.asarray(a.variable, "float64"), np.asarray(b.variable, "float64")
+        if b.gguf_offset:  # float32 holds 1 + norm with an error of 6e-8 of it
+            np.testing.assert_allclose(1 + found, 1 + expected, rtol=1e-7, err_msg=a.path)
+        else:
+            np.testing.assert_array_equal(found, expected, err_msg=a.path)
     for text in TEXTS:
         np.testing.assert_array_equal(
             np.asarray(loaded.preprocessor.tokenizer(text)),
@@ -95,34 +100,6 @@ def test_float32_loads_back_exactly(family, tmp_path):
         )
     names = [weight.gguf for weight in family_of(original).weights(original)]
     assert calls == [(name, n, len(names)) for n, name in enumerate(names, 1)]
-
-
-def test_norms_that_were_changed_get_no_rest(tmp_path):
-    original = tiny_model("gemma3", num_layers=1)
-    scatter_norms(original)
-    path = export(original, tmp_path, dtype="float32")
-    file = read_header(path)
-    assert len(file.metadata[RESTS_KEY]) == sum(
-        len(file.read(weight.gguf)) for weight in family_of(original).weights(original)
-        if weight.gguf_offset
-    )  # fmt: skip
-    data = bytearray(path.read_bytes())
-    offset = file.tensors["output_norm.weight"].offset
-    data[offset : offset + 4] = np.float32(1.5).tobytes()
-    path.write_bytes(data)
-    for weight in family_of(original).weights(load(path)):
-        if weight.gguf_offset:
-            expected = read_header(path).read(weight.gguf) - np.float32(1)
-            np.testing.assert_array_equal(np.asarray(weight.variable), expected)
-
-
-def test_norms_that_lose_nothing_have_no_rests(tmp_path):
-    model = tiny_model("gemma3", num_layers=1)
-    for weight in family_of(model).weights(model):
-        if weight.gguf_offset:
-            weight.variable.assign(np.full(weight.variable.shape, 0.25))
-    path = export(model, tmp_path, dtype="float32")
-    assert RESTS_KEY not in read_header(path).metadata
 
 
 @pytest.mark.slow
