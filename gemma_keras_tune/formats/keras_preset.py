@@ -17,9 +17,6 @@ from gemma_keras_tune.gemma.families import (
     quantizations,
 )
 
-FORMAT = "keras"
-RUNTIME = "keras-hub"
-
 
 def write(
     model: keras.Model,

@@ -50,7 +50,6 @@ from gemma_keras_tune.gemma.families import (
 )
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 
-FORMAT = "gguf"
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
@@ -114,13 +113,13 @@ def write(
         progress: Called with the tensor's name, how many are written, and how many there are.
         quantization: `"Q8_0"` or `"Q4_0"`, instead of `dtype`. Matrices whose rows are no multiple
             of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`. Or
-            one of `k_quants.K_QUANTS`, which llama.cpp's own quantizer makes of a whole file in
+            one of `k_quants.K_QUANTS`, which the program `llama-quantize` makes of a whole file in
             the weights' own dtype.
         file_name: Name of the file.
 
     Raises:
         ExportError: GGUF cannot carry this model, a weight is too large for the dtype, or
-            llama.cpp's quantizer is asked for and not installed.
+            `llama-quantize` is needed and not on the PATH.
     """
     if str(quantization).upper() in k_quants.K_QUANTS:
         _write_k_quant(model, folder / file_name, str(quantization).upper(), progress)
@@ -160,12 +159,12 @@ def write(
 def _write_k_quant(
     model: keras.Model, path: pathlib.Path, quantization: str, progress: Progress
 ) -> None:
-    command = k_quants.quantizer()
+    program = k_quants.find_quantizer()
     held = str(family_of(model).head(model).embedding.dtype)
     with tempfile.TemporaryDirectory(dir=path.parent) as space:
         dtype = "bfloat16" if held == "bfloat16" else "float32"
         write(model, pathlib.Path(space), dtype=dtype, progress=progress)
-        k_quants.quantize(command, pathlib.Path(space, FILE_NAME), path, quantization)
+        k_quants.quantize(program, pathlib.Path(space, FILE_NAME), path, quantization)
 
 
 # What goes into the header.
