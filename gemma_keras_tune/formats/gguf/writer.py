@@ -16,8 +16,7 @@ import pathlib
 import re
 import statistics
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
@@ -36,7 +35,7 @@ from gemma_keras_tune.formats.gguf.reader import (
     tensor_shape,
 )
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
-from gemma_keras_tune.formats.weights import merged_weights, rounded
+from gemma_keras_tune.formats.weights import Progress, merged_weights, rounded, warn_of_media
 from gemma_keras_tune.gemma.building import backbone_class
 from gemma_keras_tune.gemma.families import (
     Family,
@@ -54,8 +53,6 @@ from gemma_keras_tune.gemma.vocabularies import BYTE, CONTROL, NORMAL, SPACE, UN
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
-
-Progress = Callable[[str, int, int], None]
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS = {_Kind.F32: "float32", _Kind.F16: "float16", _Kind.BF16: "bfloat16"}
@@ -102,7 +99,7 @@ def write(
     """Write a model as one GGUF file, tokenizer and chat template included.
 
     Weights are merged, converted and written one at a time, so that little more than the largest
-    lies in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
+    is in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
 
     Args:
         model: A KerasHub `CausalLM`. Of a model that sees, the text tower.
@@ -126,7 +123,12 @@ def write(
     family = family_of(model)
     kind = _file_kind(model, dtype, quantization)
     weights = family.weights(model)
-    _warn_of_vision(model)
+    warn_of_media(
+        model,
+        "GGUF file",
+        "llama.cpp takes the vision tower as a second file (mmproj), which this library does not "
+        "write.",
+    )
     path = folder / file_name
     writer = gguf.GGUFWriter(path, family.name)
     try:
@@ -187,16 +189,6 @@ def _file_kind(model: keras.Model, dtype: str, quantization: str | None) -> str:
             next_step=f"For smaller files pass `quantization`, one of {QUANTIZATIONS}.",
         )
     return DTYPES[dtype]
-
-
-def _warn_of_vision(model: Any) -> None:
-    if getattr(model.backbone, "vision_encoder", None) is not None:
-        warnings.warn(
-            "The GGUF file holds the text tower alone: it will not see images. llama.cpp takes the "
-            "vision tower as a second file (mmproj), which this library does not write.",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
@@ -382,7 +374,7 @@ def _gemma4_sizes(model: Any) -> dict[str, Any]:
 
 
 def _rope_factors(model: Any) -> dict[str, np.ndarray]:
-    """Gemma 4 turns a part of each global head; the rest is slowed down to a standstill."""
+    """RoPE factors of Gemma 4: a part of each global head rotates, the rest does not (1e30)."""
     config = backbone_settings(model)
     half = (config["global_head_dim"] or config["head_dim"]) // 2
     turned = int(half * config["global_rope_partial_rotary_factor"])
