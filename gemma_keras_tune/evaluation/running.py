@@ -1,9 +1,7 @@
 """`evaluate`: run a test plan on the base and on the tuned model, and judge the responses."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -17,6 +15,7 @@ import keras_hub
 import numpy as np
 from msgspec import Meta
 
+from gemma_keras_tune._support.packages import installed_versions
 from gemma_keras_tune.adapters.lora import get_factors, is_lora_on, lora_linears
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.few_shot import (
@@ -170,7 +169,7 @@ def evaluate(
         leaks=judge_kinds([c for c in cases if c.leak], targets, confidence),
         tuning=None if result is None else tuning_of(result),
         settings={**settings, **_ran_on(model)},
-        versions=_versions(),
+        versions={"python": platform.python_version()} | installed_versions(PACKAGES),
         seed=seed,
         seconds=time.perf_counter() - begin,
     )
@@ -476,14 +475,6 @@ def _adapter_hash(model: Any) -> str | None:
         for part in (linear.path.encode(), a.tobytes(), b.tobytes(), repr(scale).encode()):
             digest.update(part)
     return digest.hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _ran_on(model: Any) -> dict[str, Any]:

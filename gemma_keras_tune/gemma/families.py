@@ -593,6 +593,29 @@ class Family:
             rows += [self._weight(block, entry, *names) for entry in self.block]
         return tuple(row for row in rows if row is not None)
 
+    def idle_names(self, model: keras.Model) -> frozenset[str]:
+        """Foreign names of keys and values that are stored for layers that take another's.
+
+        Some checkpoints of Gemma 3n and 4 hold them; no model reads them.
+
+        Args:
+            model: A KerasHub Gemma `CausalLM` or backbone of this family.
+
+        Returns:
+            Their Hugging Face names, as in a text model, and their GGUF names.
+        """
+        keyed = {linear.block for linear in self.linears(model) if linear.target == "k_proj"}
+        return frozenset(
+            name
+            for index in range(len(_blocks(model)))
+            for entry in self.block
+            if index not in keyed and entry.hugging_face in _KEYS_AND_VALUES
+            for name in (
+                f"model.layers.{index}.{entry.hugging_face}{entry.suffixes[0]}",
+                f"blk.{index}.{entry.gguf}{entry.suffixes[1]}",
+            )
+        )
+
     def _weight(
         self, owner: Any, entry: Entry, hugging_face: str, gguf: str, jax: str, place: str
     ) -> Weight | None:

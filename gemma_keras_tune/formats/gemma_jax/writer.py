@@ -10,16 +10,15 @@ The names and layouts come from `families`.
 """
 
 import collections
-import importlib
 import itertools
 import pathlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.packages import import_extra
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gemma_jax.reader import (
     BACKBONE_KEY,
@@ -29,7 +28,14 @@ from gemma_keras_tune.formats.gemma_jax.reader import (
     backbone_record,
     unread_weights,
 )
-from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
+from gemma_keras_tune.formats.weights import (
+    DTYPES,
+    Progress,
+    merged_weights,
+    rounded,
+    stored_dtype,
+    warn_of_media,
+)
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
     Family,
@@ -40,10 +46,6 @@ from gemma_keras_tune.gemma.families import (
     join,
 )
 from gemma_keras_tune.gemma.templates import write_sidecar
-
-FORMAT = "gemma_jax"
-RUNTIME = "gemma"
-Progress = Callable[[str, int, int], None]
 
 
 def write(
@@ -56,7 +58,7 @@ def write(
     """Write `params`, an Orbax checkpoint, `tokenizer.model`, and what `load` needs to know.
 
     LoRA is merged in float32 and rounded once. Weights are written one after another: the largest,
-    and some 64 MB of smaller ones, lie in memory beside the model.
+    and some 64 MB of smaller ones, are in memory beside the model.
 
     Args:
         model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4. Of a model that sees or hears, the
@@ -69,37 +71,15 @@ def write(
         ExportError: The library cannot compute this model, a weight is beyond the dtype, or
             `orbax-checkpoint` is not installed.
     """
-    orbax_tree = _orbax_tree()
+    module = "gemma_keras_tune.formats.gemma_jax.orbax_tree"
+    orbax_tree = import_extra(module, "gemma-jax", "Orbax checkpoints", ExportError)
     names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
     tensors = _tensors(model, stored_dtype(model, dtype), progress)
-    _warn_of_vision(model)
+    warn_of_media(model, "checkpoint", "Open it with a model made with `text_only=True`.")
     orbax_tree.save(folder / PARAMETERS, _nested({name: name for name in names}), tensors)
     tokenizer: Any = model.preprocessor.tokenizer
     (folder / TOKENIZER).write_bytes(tokenizer.proto)
     write_sidecar(folder, {BACKBONE_KEY: backbone_record(model)})
-
-
-def parameter_tree(
-    model: keras.Model,
-    *,
-    dtype: str = "auto",
-    progress: Progress = lambda name, done, total: None,
-) -> dict[str, Any]:
-    """The parameters as the library's own model holds them.
-
-    Args:
-        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
-        dtype: As in `write`.
-        progress: As in `write`.
-
-    Returns:
-        A tree of dictionaries with NumPy arrays as leaves.
-
-    Raises:
-        ExportError: The library cannot compute this model, or a weight is beyond the dtype.
-    """
-    _supported(model)
-    return _nested(dict(_tensors(model, stored_dtype(model, dtype), progress)))
 
 
 def _tensors(
@@ -123,7 +103,7 @@ def _tensors(
 
 
 def _counts(weights: Sequence[Weight]) -> collections.Counter[str]:
-    """How many weights each tensor of the tree is made of."""
+    """Number of weights that each tensor of the tree is made of."""
     for weight in weights:
         if weight.jax is None:
             raise ExportError(f"{weight.path} has no name in the Gemma library for JAX.")
@@ -171,7 +151,7 @@ def _supported(model: Any) -> Family:
 
 
 def _fixed(family: Family) -> dict[str, Any]:
-    """What the library's models of this family compute with, whatever their size."""
+    """Settings that the library's models of this family share, whatever their size."""
     if family.name == "gemma3n":
         return {
             "altup_num_inputs": 4,
@@ -210,7 +190,7 @@ def _fixed(family: Family) -> dict[str, Any]:
 
 
 def _unlike_gemma3n(given: Mapping[str, Any]) -> Iterator[str]:
-    """What a Gemma 3n has that no size or setting of the library's model stands for."""
+    """Name what no size or setting of the library's Gemma 3n can express."""
     if len(set(given["intermediate_size"])) > 1:
         yield f"the layers differ in width: intermediate_size is {given['intermediate_size']}"
     tokens = given["text_vocab_size"]
@@ -220,7 +200,7 @@ def _unlike_gemma3n(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unlike_sharing(given: Mapping[str, Any]) -> Iterator[str]:
-    """Layers that take keys and values of others than the library's would."""
+    """Name layers that take keys and values of other layers than in the library."""
     kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
     own = kinds[: len(kinds) - shared]
     # The library takes the keys and values of the last two layers that have some.
@@ -249,23 +229,3 @@ def _nested(found: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(place, {})
         node[name] = value
     return tree
-
-
-def _warn_of_vision(model: Any) -> None:
-    if getattr(model.backbone, "vision_encoder", None) is not None:
-        warnings.warn(
-            "The checkpoint holds the text tower alone: it will not see images. Open it with a "
-            "model made with `text_only=True`.",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def _orbax_tree() -> Any:
-    try:
-        return importlib.import_module("gemma_keras_tune.formats.gemma_jax.orbax_tree")
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            "The Gemma library for JAX reads Orbax checkpoints, and Orbax is not installed.",
-            next_step="pip install orbax-checkpoint",
-        ) from error

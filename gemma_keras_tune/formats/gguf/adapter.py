@@ -16,17 +16,13 @@ from gemma_keras_tune.adapters.switching import adapter_factors, adapter_strengt
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gguf.writer import (
     DTYPES,
-    Progress,
     encode,
     put,
 )
-from gemma_keras_tune.formats.weights import refuse_broken
+from gemma_keras_tune.formats.weights import Progress, refuse_broken
 from gemma_keras_tune.gemma.families import family_of
 
-FORMAT = "gguf_adapter"
 FILE_NAME = "adapter.gguf"
-
-__all__ = ["FILE_NAME", "FORMAT", "write"]
 
 
 def write(

@@ -18,7 +18,6 @@ import pathlib
 import re
 import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -31,6 +30,7 @@ import scipy.special
 
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.hugging_face.settings import EPSILON
+from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
 from gemma_keras_tune.gemma.templates import Template, attach_template
@@ -49,8 +49,6 @@ MAGIC = b"GGUF"
 # What this library adds to a file it writes: the template as JSON, and whether it is instruct.
 TEMPLATE_KEY = "gemma_keras_tune.template"
 INSTRUCT_KEY = "gemma_keras_tune.instruct"
-# And what adding 1 to the norms cost them, where that is anything: see `norm_rests`.
-RESTS_KEY, CHECKSUM_KEY = "gemma_keras_tune.norm_rests", "gemma_keras_tune.norm_checksum"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
@@ -58,10 +56,12 @@ _MAX_NESTING = 4
 _MAX_SIZE = 1 << 24
 # The fewest bytes that a metadata entry and a tensor's entry take.
 _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-# Values dequantized at a time: what lies beside the result stays under some 20 MB.
+# Values dequantized at a time: memory beside the result stays under some 20 MB.
 _CHUNK_VALUES = 1 << 20
 # Values handed over at a time of a larger embedding: XLA goes over all of it for each.
 _BLOCK_VALUES = 1 << 24
+# The frequencies of the rotary embedding are computed, not learnt.
+_COMPUTED = ("rope_freqs.weight",)
 _SPLIT_COUNT = "split.count"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _BROKEN = "Download or convert it again: the file is damaged or was cut off."
@@ -72,7 +72,7 @@ _STANDSTILL = 1e20
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in a file.
+    """The place of a tensor in a file.
 
     Attributes:
         name: Its name.
@@ -117,7 +117,7 @@ class GgufFile:
             stop: The first to leave out; `None` reads to the end.
 
         Returns:
-            The values, dequantized in pieces so that little lies in memory beside them.
+            The values, dequantized in pieces so that little memory is needed beside them.
         """
         info = self.tensors[name]
         values = np.empty((len(range(info.shape[0])[start:stop]), *info.shape[1:]), dtype)
@@ -174,12 +174,12 @@ def read_header(path: str | os.PathLike[str]) -> GgufFile:
 
 
 def is_later_part(path: pathlib.Path) -> bool:
-    """Whether a file is a part of a split model, and not the first."""
+    """Tell if a file is a later part of a split model."""
     return _parts(path)[0] != path
 
 
 def is_model(path: pathlib.Path) -> bool:
-    """Whether a file may hold a model: it is no adapter, and not the part of one that sees."""
+    """Tell if a file may hold a model: it is neither an adapter nor a vision tower."""
     try:
         metadata = _read_header(path).metadata
     except LoadError:
@@ -239,20 +239,20 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
             [f"{type(error).__name__}: {error}"],
             next_step=_BROKEN,
         ) from error
-    _assign(file, family.weights(backbone))
+    _assign(file, family.weights(backbone), family.idle_names(backbone))
     mark_origin(model, str(path), instruct=is_instruct(file))
     _attach_template(file, model)
     return model
 
 
 def _without_vocabulary(file: GgufFile) -> GgufFile:
-    """The header without what the tokenizer was made of: a quarter of a million strings."""
+    """Drop the tokenizer's strings from the header: a quarter of a million."""
     kept = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
     return dataclasses.replace(file, metadata=kept)
 
 
 def is_instruct(file: GgufFile) -> bool:
-    """Whether the metadata tell of an instruction-tuned model.
+    """Tell from the metadata if the model is instruction-tuned.
 
     Args:
         file: The header.
@@ -351,7 +351,7 @@ class _Parser:
         return -(-self.file.tell() // alignment) * alignment
 
     def _check_places(self, tensors: Iterable[TensorInfo]) -> None:
-        """No tensor may end behind the file or lie on another, so all fit into memory together."""
+        """Refuse tensors that end behind the file or overlap: the rest fits into memory."""
         end, before = 0, "the header"
         for info in sorted(tensors, key=lambda info: info.offset):
             if info.offset + info.size > self.size:
@@ -360,7 +360,7 @@ class _Parser:
                     f"{self.size:,}; it is cut off"
                 )
             if info.offset < end:
-                raise ValueError(f"the tensor {info.name!r} lies on {before!r}")
+                raise ValueError(f"the tensor {info.name!r} overlaps {before!r}")
             end, before = info.offset + info.size, info.name
 
     def _require(self, count: int) -> None:
@@ -393,7 +393,7 @@ class _Parser:
     def _array(self, code: int, count: int, depth: int) -> Any:
         kind = gguf.GGUFValueType(code)
         if depth > _MAX_NESTING:
-            raise ValueError(f"arrays lie in arrays more than {_MAX_NESTING} deep")
+            raise ValueError(f"arrays are nested more than {_MAX_NESTING} deep")
         if kind == gguf.GGUFValueType.STRING:
             self._require(count * 8)
             return [self._string() for _ in range(count)]
@@ -483,7 +483,7 @@ def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
 
 
 class _Metadata:
-    """Values under the architecture's prefix; what is wrong is collected in `problems`."""
+    """Values under the architecture's prefix; problems are collected in `problems`."""
 
     def __init__(self, file: GgufFile, prefix: str) -> None:
         self.file = file
@@ -537,7 +537,7 @@ class _Metadata:
 
 
 def _layers(values: _Metadata) -> int:
-    """As many layers as there are tensors for: nothing is laid out after a number alone."""
+    """Number of layers, counted from the tensors: nothing is laid out after a number alone."""
     told = values.count("block_count")
     blocks = {name.split(".")[1] for name in values.file.tensors if name.startswith("blk.")}
     if len(blocks) != told:
@@ -629,7 +629,7 @@ def _gemma3n(values: _Metadata, config: dict[str, Any]) -> None:
 
 
 def _sparse_parts(values: _Metadata, layers: int) -> list[float]:
-    """How much of each layer's feed-forward is cut: the file has the normal quantiles of it."""
+    """Fraction of each layer's feed-forward that is cut; the file holds its normal quantiles."""
     name = "gemma3n.activation_sparsity_scale"
     found: Any = values.metadata.get(name)
     numeric = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.floating)
@@ -685,7 +685,7 @@ def _gemma4(values: _Metadata, config: dict[str, Any]) -> None:
 def _heads_without_values(
     values: _Metadata, local: Sequence[bool], heads: Sequence[int]
 ) -> int | None:
-    """Key heads of the layers that see everything, where they take their keys for values."""
+    """Number of key heads in global layers whose keys serve as values; else `None`."""
     names = values.file.tensors
     for block, (is_local, count) in enumerate(zip(local, heads, strict=True)):
         keys = f"blk.{block}.attn_k.weight" in names
@@ -695,7 +695,7 @@ def _heads_without_values(
 
 
 def _turned_part(file: GgufFile) -> float:
-    """How much of each global head the rotary embedding turns; the rest stands still."""
+    """Fraction of each global-attention head that RoPE rotates."""
     info = file.tensors.get("rope_freqs.weight")
     if info is None or info.kind != gguf.GGMLQuantizationType.F32:
         return 1.0
@@ -712,10 +712,9 @@ _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
 }
 
 
-def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
+def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> None:
     parts = parts_of_tensors(weights)
-    _check_tensors(file, parts)
-    rests = _read_rests(file, [weight for weight in weights if weight.gguf_offset])
+    _check_tensors(file, parts, idle)
     broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
@@ -731,8 +730,7 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
         if piece is not None:
             matrix = split(matrix, piece, len(parts[weight.gguf]))
         if weight.gguf_offset:
-            exact = matrix.astype(np.float64) - weight.gguf_offset + rests.get(weight.gguf, 0.0)
-            matrix = exact.astype(np.float32)
+            matrix = matrix - np.float32(weight.gguf_offset)
         value = weight.from_matrix(matrix)
         weight.variable.assign(value.astype(dtype, copy=False))
     if broken:
@@ -741,49 +739,8 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
         )
 
 
-def norm_rests(values: Sequence[np.ndarray], stored: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What the norms of a float32 file lack, because 1 was added to them.
-
-    A norm `w` is stored as `w + 1`, rounded: a small `w` loses its last bits. The rest is a float32
-    itself, so `stored - 1 + rest` is `w` again. llama.cpp passes over both keys.
-
-    Args:
-        values: The float32 norms, in the order of `Family.weights`.
-        stored: The same as the file holds them.
-
-    Returns:
-        Metadata: `gemma_keras_tune.norm_rests`, the rests of all norms behind each other in
-        float32, and `gemma_keras_tune.norm_checksum`, a CRC-32 of the stored norms and the rests.
-        Empty where nothing was lost.
-    """
-    if not stored:
-        return {}
-    before, after = np.concatenate(values), np.concatenate(stored)
-    rests = (before - (after.astype(np.float64) - 1)).astype(np.float32)
-    if not rests.any():
-        return {}
-    return {RESTS_KEY: rests.tolist(), CHECKSUM_KEY: _checksum(after, rests)}
-
-
-def _read_rests(file: GgufFile, norms: Sequence[Weight]) -> dict[str, np.ndarray]:
-    """The rests by tensor; none where another program changed the norms."""
-    rests: Any = file.metadata.get(RESTS_KEY)
-    sizes = [math.prod(norm.variable.shape) for norm in norms]
-    if not norms or not isinstance(rests, np.ndarray) or len(rests) != sum(sizes):
-        return {}
-    stored = np.concatenate([file.read(norm.gguf) for norm in norms])
-    if _checksum(stored, rests) != file.metadata.get(CHECKSUM_KEY):
-        return {}
-    pieces = np.split(rests, np.cumsum(sizes)[:-1])
-    return {norm.gguf: piece for norm, piece in zip(norms, pieces, strict=True)}
-
-
-def _checksum(stored: np.ndarray, rests: np.ndarray) -> int:
-    return zlib.crc32(rests.tobytes(), zlib.crc32(stored.tobytes()))
-
-
 def _assign_in_blocks(file: GgufFile, weight: Weight) -> bool:
-    """Assign rows as they are read: no second array as large lies beside the variable's.
+    """Assign rows as they are read: no second array as large is in memory beside the variable.
 
     Returns:
         Whether all values are finite.
@@ -847,16 +804,14 @@ def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_tensors(file: GgufFile, tensors: Mapping[str, Sequence[Weight]]) -> None:
-    problems = []
-    for name, parts in tensors.items():
-        info, expected = file.tensors.get(name), tensor_shape(parts)
-        if info is None:
-            problems.append(f"{name} is missing")
-        elif info.shape != expected:
-            problems.append(f"{name} has shape {info.shape}, expected {expected}")
-    unknown = [name for name in file.tensors if name not in tensors and not _idle(name, tensors)]
-    problems += [f"{name} is no weight of this model" for name in unknown]
+def _check_tensors(
+    file: GgufFile, tensors: Mapping[str, Sequence[Weight]], idle: Iterable[str]
+) -> None:
+    problems = shape_problems(
+        {name: tensor_shape(parts) for name, parts in tensors.items()},
+        {name: info.shape for name, info in file.tensors.items()},
+        {*idle, *_COMPUTED},
+    )
     kinds = {info.kind for info in file.tensors.values()}
     problems += [
         f"the quantization {kind.name} cannot be read"
@@ -869,19 +824,6 @@ def _check_tensors(file: GgufFile, tensors: Mapping[str, Sequence[Weight]]) -> N
             problems,
             next_step="Convert the model again, with a quantization such as Q8_0 or Q4_K_M.",
         )
-
-
-def _idle(name: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor is never computed with."""
-    # The frequencies of the rotary embedding are computed, not learnt.
-    if name.startswith("rope_freqs"):
-        return True
-    # Gemma 4's checkpoints hold keys and values for layers that take those of an earlier one.
-    block, _, rest = name.rpartition(".attn_")
-    shared = rest in ("k.weight", "v.weight", "k_norm.weight")
-    return (
-        shared and f"{block}.attn_q.weight" in tensors and f"{block}.attn_k.weight" not in tensors
-    )
 
 
 def _readable(kind: gguf.GGMLQuantizationType) -> bool:

@@ -16,8 +16,7 @@ import pathlib
 import re
 import statistics
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
@@ -32,12 +31,11 @@ from gemma_keras_tune.formats.gguf.reader import (
     GgufFile,
     TensorInfo,
     backbone_config,
-    norm_rests,
     parts_of_tensors,
     tensor_shape,
 )
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
-from gemma_keras_tune.formats.weights import merged_weights, rounded
+from gemma_keras_tune.formats.weights import Progress, merged_weights, rounded, warn_of_media
 from gemma_keras_tune.gemma.building import backbone_class
 from gemma_keras_tune.gemma.families import (
     Family,
@@ -51,14 +49,19 @@ from gemma_keras_tune.gemma.families import (
     origin_of,
 )
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
-from gemma_keras_tune.gemma.vocabularies import sentencepiece_messages
+from gemma_keras_tune.gemma.vocabularies import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNUSED,
+    USER_DEFINED,
+    sentencepiece_messages,
+)
 
-FORMAT = "gguf"
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
-
-Progress = Callable[[str, int, int], None]
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS = {_Kind.F32: "float32", _Kind.F16: "float16", _Kind.BF16: "bfloat16"}
@@ -72,8 +75,6 @@ _FILE_TYPES = {
 _TERMS = "https://ai.google.dev/gemma/terms"
 
 
-# SentencePiece's piece types, which llama.cpp's token types repeat.
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
 # llama.cpp prints no control token and ends no word in one; all others are text that users write.
 _CONTROL_TOKENS = re.compile(
     r"<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|\|.*|.*\|)>"
@@ -103,7 +104,7 @@ def write(
     """Write a model as one GGUF file, tokenizer and chat template included.
 
     Weights are merged, converted and written one at a time, so that little more than the largest
-    lies in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
+    is in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
 
     Args:
         model: A KerasHub `CausalLM`. Of a model that sees, the text tower.
@@ -113,13 +114,13 @@ def write(
         progress: Called with the tensor's name, how many are written, and how many there are.
         quantization: `"Q8_0"` or `"Q4_0"`, instead of `dtype`. Matrices whose rows are no multiple
             of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`. Or
-            one of `k_quants.K_QUANTS`, which llama.cpp's own quantizer makes of a whole file in
+            one of `k_quants.K_QUANTS`, which the program `llama-quantize` makes of a whole file in
             the weights' own dtype.
         file_name: Name of the file.
 
     Raises:
         ExportError: GGUF cannot carry this model, a weight is too large for the dtype, or
-            llama.cpp's quantizer is asked for and not installed.
+            `llama-quantize` is needed and not on the PATH.
     """
     if str(quantization).upper() in k_quants.K_QUANTS:
         _write_k_quant(model, folder / file_name, str(quantization).upper(), progress)
@@ -127,12 +128,16 @@ def write(
     family = family_of(model)
     kind = _file_kind(model, dtype, quantization)
     weights = family.weights(model)
-    _warn_of_vision(model)
+    warn_of_media(
+        model,
+        "GGUF file",
+        "llama.cpp takes the vision tower as a second file (mmproj), which this library does not "
+        "write.",
+    )
     path = folder / file_name
     writer = gguf.GGUFWriter(path, family.name)
     try:
-        rests = _rests(weights) if kind == "F32" else {}
-        for key, value in (_metadata(model, family, kind) | rests).items():
+        for key, value in _metadata(model, family, kind).items():
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
         extra = _rope_factors(model) if family.name == "gemma4" else {}
@@ -160,12 +165,12 @@ def write(
 def _write_k_quant(
     model: keras.Model, path: pathlib.Path, quantization: str, progress: Progress
 ) -> None:
-    command = k_quants.quantizer()
+    program = k_quants.find_quantizer()
     held = str(family_of(model).head(model).embedding.dtype)
     with tempfile.TemporaryDirectory(dir=path.parent) as space:
         dtype = "bfloat16" if held == "bfloat16" else "float32"
         write(model, pathlib.Path(space), dtype=dtype, progress=progress)
-        k_quants.quantize(command, pathlib.Path(space, FILE_NAME), path, quantization)
+        k_quants.quantize(program, pathlib.Path(space, FILE_NAME), path, quantization)
 
 
 # What goes into the header.
@@ -189,16 +194,6 @@ def _file_kind(model: keras.Model, dtype: str, quantization: str | None) -> str:
             next_step=f"For smaller files pass `quantization`, one of {QUANTIZATIONS}.",
         )
     return DTYPES[dtype]
-
-
-def _warn_of_vision(model: Any) -> None:
-    if getattr(model.backbone, "vision_encoder", None) is not None:
-        warnings.warn(
-            "The GGUF file holds the text tower alone: it will not see images. llama.cpp takes the "
-            "vision tower as a second file (mmproj), which this library does not write.",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
@@ -383,7 +378,7 @@ def _gemma4_sizes(model: Any) -> dict[str, Any]:
 
 
 def _rope_factors(model: Any) -> dict[str, np.ndarray]:
-    """Gemma 4 turns a part of each global head; the rest is slowed down to a standstill."""
+    """RoPE factors of Gemma 4: a part of each global head rotates, the rest does not (1e30)."""
     config = backbone_settings(model)
     half = (config["global_head_dim"] or config["head_dim"]) // 2
     turned = int(half * config["global_rope_partial_rotary_factor"])
@@ -435,19 +430,19 @@ def _tokenizer(model: Any) -> dict[str, Any]:
     tokens, scores, types = [], [], []
     for piece in proto.pieces:
         text, score, kind = piece.piece, piece.score, piece.type
-        if kind not in (_NORMAL, _BYTE):
-            kind, score = _USER_DEFINED, _NO_SCORE
+        if kind not in (NORMAL, BYTE):
+            kind, score = USER_DEFINED, _NO_SCORE
             # llama.cpp looks for these in text as it is, not as SentencePiece spells it.
-            text = text.replace("▁", " ")
-        if kind != _BYTE and _CONTROL_TOKENS.fullmatch(text) and text not in _VISIBLE_TOKENS:
-            kind, score = _CONTROL, _NO_SCORE
+            text = text.replace(SPACE, " ")
+        if kind != BYTE and _CONTROL_TOKENS.fullmatch(text) and text not in _VISIBLE_TOKENS:
+            kind, score = CONTROL, _NO_SCORE
         tokens.append(text)
         scores.append(score)
         types.append(kind)
     for number in range(len(tokens), rows):
         tokens.append(f"[PAD{number}]")
         scores.append(_NO_SCORE)
-        types.append(_UNUSED)
+        types.append(UNUSED)
     prefix = "tokenizer.ggml."
     kind_of_tokenizer: dict[str, Any] = {prefix + "model": "llama", prefix + "pre": "default"}
     if family_of(model).name == "gemma4":
@@ -484,13 +479,6 @@ def _end_of_turn(model: Any, template: Template) -> dict[str, Any]:
     if template.stop_token == END_OF_TEXT:
         return {}
     return {"tokenizer.ggml.eot_token_id": template.stop_token_ids(model.preprocessor.tokenizer)[0]}
-
-
-def _rests(weights: Iterable[Weight]) -> dict[str, Any]:
-    norms = [weight for weight in weights if weight.gguf_offset]
-    values = [np.asarray(norm.variable, np.float32) for norm in norms]
-    stored = [value + norm.gguf_offset for value, norm in zip(values, norms, strict=True)]
-    return norm_rests(values, stored)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

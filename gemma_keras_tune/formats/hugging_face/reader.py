@@ -20,12 +20,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.formats.hugging_face.settings import (
     backbone_arguments,
     check_reading,
     completed,
 )
+from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import FAMILIES, Piece, Weight, family_of, split
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
@@ -43,19 +45,17 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
 _HEAD = "lm_head.weight"
-# What lies beside the text model, what is computed and not learnt, and the keys and values that
-# Gemma 4's checkpoints hold for layers that take those of an earlier one.
+# Tensors beside the text model, and those computed and not learnt. The head is the embedding.
 _BESIDE = re.compile(
-    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\."
-    r"|.*rotary_emb\.inv_freq$"
+    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*"
+    r"|.*rotary_emb\.inv_freq|.*lm_head\.weight"
 )
-_SHARED = re.compile(r"(.*self_attn\.)(k_proj|v_proj|k_norm|v_norm)\.weight$")
 _ROWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a safetensors header says of a tensor.
+    """A tensor as a safetensors header describes it.
 
     Attributes:
         file: The file that holds it.
@@ -106,13 +106,10 @@ def _placed(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
     """The file of each tensor, where there is an index; and what is wrong with that."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return {}, []
-    try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        named = {str(name): str(file) for name, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(
-            f"{folder / INDEX} holds no map of weights.", [repr(error)], _AGAIN
-        ) from error
+    places = read_json_object(folder / INDEX, LoadError, _AGAIN).get("weight_map")
+    if not isinstance(places, dict):
+        raise LoadError(f"{folder / INDEX} holds no map of weights.", next_step=_AGAIN)
+    named = {name: str(file) for name, file in places.items()}
     files = sorted(set(named.values()))
     problems = [
         f"{INDEX} leads out of the folder: {file!r}" for file in files if not is_plain(file)
@@ -123,7 +120,7 @@ def _placed(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder."""
+    """Tell if a name is that of a file in the same folder."""
     return name not in ("", ".", "..") and not re.search(r"[\\/:\0]", name)
 
 
@@ -143,28 +140,30 @@ def _text_name(name: str) -> str:
 def _check_tensors(
     folder: pathlib.Path,
     config: Mapping[str, Any],
-    weights: Sequence[Weight],
+    model: keras.Model,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Compare what a folder holds with what the model is built of."""
+    family = family_of(model)
     groups = collections.defaultdict(list)
-    for weight in weights:
-        groups[_text_name(weight.hugging_face)].append(weight)
-    problems = []
-    for name, parts in groups.items():
-        tensor = tensors.get(name)
-        expected = _shape(parts)
-        if tensor is None:
+    for weight in family.weights(model):
+        groups[weight.text_name].append(weight)
+    known = {name: tensor.name for name, tensor in tensors.items()}
+    idle = family.idle_names(model)
+    problems = shape_problems(
+        {
+            known.get(name, name): _shape(parts)
+            for name, parts in groups.items()
             # Checkpoints may leave out what is never read.
-            problems += [f"{name} is missing"] if parts[0].used else []
-        elif tensor.shape != expected:
-            problems.append(f"{tensor.name} has shape {tensor.shape}, expected {expected}")
-        elif tensor.dtype not in _DTYPES:
-            problems.append(f"{tensor.name} is {tensor.dtype}: quantized weights cannot be read")
+            if name in known or parts[0].used
+        },
+        {tensor.name: tensor.shape for tensor in tensors.values()},
+        {known[name] for name in known if name in idle or _BESIDE.fullmatch(name)},
+    )
     problems += [
-        f"{tensor.name} is no weight of this model"
+        f"{tensor.name} is {tensor.dtype}: quantized weights cannot be read"
         for name, tensor in tensors.items()
-        if name not in groups and not _idle(name, groups)
+        if name in groups and tensor.dtype not in _DTYPES
     ]
     if not problems:
         problems = _head_problems(config, tensors)
@@ -174,18 +173,6 @@ def _check_tensors(
             dict.fromkeys(problems),
             _AGAIN,
         )
-
-
-def _idle(name: str, groups: Mapping[str, Any]) -> bool:
-    """Whether a tensor is never computed with, or not by the text model."""
-    if name.endswith(_HEAD) or _BESIDE.match(name):
-        return True
-    shared = _SHARED.match(name)
-    return (
-        shared is not None
-        and f"{shared[1]}q_proj.weight" in groups
-        and f"{shared[1]}k_proj.weight" not in groups
-    )
 
 
 def _head_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -200,7 +187,7 @@ def _head_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two matrices hold the same bits; a few rows at a time are compared."""
+    """Compare two matrices bit by bit, a few rows at a time."""
     from safetensors import safe_open
 
     if (one.shape, one.dtype) != (other.shape, other.dtype):
@@ -249,7 +236,7 @@ def load_hugging_face(
     with _with_config(folder, whole) as place:
         model: keras.Model = owner.from_preset(str(place), dtype=dtype)
     check_reading(folder, family, text, model.backbone.get_config())
-    _check_tensors(folder, config, family_of(model).weights(model), tensors)
+    _check_tensors(folder, config, model, tensors)
     return model
 
 
@@ -275,8 +262,8 @@ def _load_text_model(
 ) -> keras.Model:
     family = FAMILIES[TEXT_MODEL_TYPES[config["model_type"]]]
     backbone = empty_backbone(family, backbone_arguments(folder, family, config), dtype)
+    _check_tensors(folder, config, backbone, tensors)
     weights = family.weights(backbone)
-    _check_tensors(folder, config, weights, tensors)
     proto = folder_vocabulary(folder, weights[0].matrix_shape[0])
     model = causal_lm(family, backbone, proto)
     _assign(weights, tensors)

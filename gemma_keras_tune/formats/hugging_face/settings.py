@@ -109,7 +109,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROPE_KINDS = {_FULL: "rope_theta", _SLIDING: "rope_local_base_freq"}
 _THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
 _PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
-# Each so-manieth layer sees everything.
+# Every second or sixth layer uses full attention.
 _PERIODS = {"gemma2": 2, "gemma3": 6}
 # KerasHub's Gemma 1 to 3 take `layer_norm_epsilon` for the last norm alone.
 EPSILON = 1e-6
@@ -156,7 +156,7 @@ def settings(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def backbone_arguments(
     folder: pathlib.Path, family: Family, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a KerasHub backbone is built from.
+    """Arguments that a KerasHub backbone is built from.
 
     Args:
         folder: The folder, for the message.
@@ -209,11 +209,11 @@ def _filled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_types(layers: int, period: int) -> list[str]:
-    """What each layer attends to, where every so-manieth sees everything.
+    """Attention type of each layer: every `period`-th uses full attention, others a sliding window.
 
     Args:
         layers: Number of layers.
-        period: Of so many layers the last sees everything; with 1 all do.
+        period: Distance of layers with full attention; with 1 all have it.
 
     Returns:
         transformers' name for each layer.
@@ -245,7 +245,7 @@ def _rope(theta: float, *given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is set to something that KerasHub has no argument for."""
+    """Name settings that KerasHub has no argument for."""
     if config.get("quantization_config"):
         yield "quantization_config: quantized weights cannot be read"
     if config.get("attention_bias"):
