@@ -236,7 +236,7 @@ def _places(family: Family, model: keras.Model) -> tuple[dict[str, Linear], set[
     unused = {
         _place(weight.hugging_face).removesuffix(".weight")
         for weight in family.weights(model)
-        if weight.entry.kind == "linear" and not weight.used
+        if weight.spec.kind == "linear" and not weight.used
     }
     return linears, unused
 
@@ -660,7 +660,7 @@ def _add_jax(
         )
         return
     for weight in weights:
-        piece = weight.entry.jax_piece
+        piece = weight.spec.jax_part
         own = b if piece is None else b[:, piece.index]
         name = linears[id(weight.layer)].hugging_face
         reading.factors[name] = Factors(a.reshape(-1, rank).T, own.reshape(rank, -1).T)

@@ -322,7 +322,7 @@ def measure_retention(
         )
     items = retention_items() if items is None else read_items(items)
     sides = Sides(model, model if baseline is None else baseline)
-    test = RetentionTest(sides, items, get_template(template, model))
+    test = RetentionTest(sides, items, get_template(model, template))
     log = AnswerLog(None, {})
     answers = ask(
         sides, test.questions, batch_size=batch_size, log=log, progress=progress or (lambda _: None)

@@ -153,7 +153,7 @@ def evaluate(
     model = load(model)
     sides = Sides(model, _other(model, baseline))
     items = _items(retention, sides)
-    resolved = get_template(template, model)
+    resolved = get_template(model, template)
     source = None if pairs is None else _source(pairs)
     leaks, pair_count = ({}, None) if source is None else _leaks(plan, source)
     asked = _Asked(sides, resolved, plan, seed, max_new_tokens)

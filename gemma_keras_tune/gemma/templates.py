@@ -23,11 +23,13 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
+import jinja2
 import keras
 
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.gemma.families import family_of, is_instruct
+from gemma_keras_tune.gemma.families import FAMILIES, family_of, is_instruct
+from gemma_keras_tune.gemma.tables import Turn
 
 SIDECAR = "gemma_keras_tune.json"
 START_OF_TEXT = "<bos>"
@@ -243,17 +245,12 @@ class TurnTemplate(Template):
 
     def chat_template(self) -> str:
         """The format in Jinja, with the same result as the published template for text."""
-        return "".join(
-            [
-                "{{ bos_token }}",
-                "{%- set start = " + json.dumps(self.turn_start) + " -%}",
-                "{%- set end = " + json.dumps(self.turn_end) + " -%}",
-                _JINJA_SYSTEM[self.system],
-                _JINJA_TURNS,
-                "{%- if add_generation_prompt -%}",
-                '{{ start + "model\\n" + ' + json.dumps(self.answer_start) + " }}",
-                "{%- endif -%}",
-            ]
+        return _filled_in(
+            "turns.jinja",
+            system=self.system,
+            start=json.dumps(self.turn_start),
+            end=json.dumps(self.turn_end),
+            answer_start=json.dumps(self.answer_start),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -357,24 +354,12 @@ class TextTemplate(Template):
             "prompt": "message['content']" if own_place else "ns.system + message['content']",
             "system": "ns.system",
         }
-        prompt = " + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before)
-        blank = '""' if own_place else '"\\n\\n"'
-        answer = f"{json.dumps(spaces)} + message['content'] + {json.dumps(ending)}"
-        return "".join(
-            [
-                '{{ bos_token }}{%- set ns = namespace(system="") -%}',
-                "{%- for message in messages -%}",
-                "{%- if message['role'] == 'system' -%}",
-                "{%- set ns.system = message['content'] + " + blank + " -%}",
-                "{%- elif message['role'] == 'user' -%}{{ "
-                + prompt
-                + ' }}{%- set ns.system = "" -%}',
-                "{%- else -%}{{ " + answer + " }}",
-                "{%- if not loop.last -%}{{ "
-                + json.dumps(_newline(following))
-                + " }}{%- endif -%}",
-                "{%- endif -%}{%- endfor -%}",
-            ]
+        return _filled_in(
+            "text.jinja",
+            blank='""' if own_place else '"\\n\\n"',
+            prompt=" + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before),
+            answer=f"{json.dumps(spaces)} + message['content'] + {json.dumps(ending)}",
+            newline=json.dumps(_newline(following)),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -441,43 +426,38 @@ class FunctionTemplate(Template):
         return {"kind": self.kind, "function": self.name, "stop": self.stop}
 
 
-_JINJA_SYSTEM = {
-    "turn": (
-        "{%- set prefix = '' -%}{%- set turns = messages -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{{ start + 'system\\n' + (messages[0]['content'] | trim) + end + '\\n' }}"
-        "{%- set turns = messages[1:] -%}{%- endif -%}"
-    ),
-    "first_user": (
-        "{%- set prefix = '' -%}{%- set turns = messages -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{%- set prefix = messages[0]['content'] + '\\n\\n' -%}"
-        "{%- set turns = messages[1:] -%}{%- endif -%}"
-    ),
-}
-_JINJA_TURNS = (
-    "{%- for message in turns -%}"
-    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{%- endif -%}"
-    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
-    "{{ start + role + '\\n' + (prefix if loop.first else '')"
-    " + (message['content'] | trim) + end + '\\n' }}"
-    "{%- endfor -%}"
-)
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Jinja with other marks, which leaves alone the Jinja of the templates that it fills in."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        autoescape=False,  # no HTML
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def _filled_in(file: str, **values: str) -> str:
+    """Fill in a `.jinja` file of this package; line breaks and indents of the file are left out."""
+    text = _environment().get_template(file).render(values)
+    return "".join(line.strip() for line in text.splitlines())
+
 
 TemplateSpec = str | Callable[[Messages], str] | Template
 
 
-def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
-    """The template a user means, checked against the model's tokenizer.
+def get_template(model: keras.Model, spec: TemplateSpec = "auto") -> Template:
+    """Find the template a user means, and check it against the model's tokenizer.
 
     Args:
+        model: A KerasHub Gemma `CausalLM`.
         spec: `"auto"`; a name of `TEMPLATES`; a string with `{prompt}` and `{response}`; a function
             from messages to the text before the answer; or a `Template`. `"auto"` is the template
             attached to the model, when it was tuned here; else `"plain"` when it is known to be
             pretrained (`load` knows); else the turn format of its family.
-        model: A KerasHub Gemma `CausalLM`.
 
     Returns:
         The template.
@@ -549,24 +529,11 @@ def template_of(model: keras.Model) -> Template | None:
     return _attached.get(model)
 
 
-def write_template(folder: str | os.PathLike[str], template: Template) -> pathlib.Path:
-    """Record a template beside the weights of a preset or adapter.
-
-    Args:
-        folder: An existing folder.
-        template: The template.
-
-    Returns:
-        The file written.
-    """
-    return write_sidecar(folder, {"template": template.to_config()})
-
-
 def read_template(folder: str | os.PathLike[str]) -> Template | None:
     """The template recorded in a folder, or `None` when there is none.
 
     Args:
-        folder: A folder `write_template` wrote to, or any other.
+        folder: Folder of a preset, an adapter or an export, or any other.
 
     Returns:
         The template, if one is recorded.
@@ -649,10 +616,10 @@ def _auto(model: keras.Model) -> Template:
     # Where nothing says, an instruct model is the likelier: small sets are tuned on them.
     if is_instruct(model) is False:
         return PLAIN
-    family = family_of(model).name
-    if family == "gemma4" and not model.backbone.hidden_size_per_layer_input:
-        return TEMPLATES["gemma4_no_thought"]
-    return TEMPLATES[family]
+    family = family_of(model)
+    if family.turn.no_thought and not model.backbone.hidden_size_per_layer_input:
+        return TEMPLATES[family.name + _NO_THOUGHT]
+    return TEMPLATES[family.name]
 
 
 def _by_name(spec: str) -> Template:
@@ -771,18 +738,20 @@ def _newline(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
+def _turns(name: str, turn: Turn, answer_start: str = "") -> TurnTemplate:
+    system: Literal["turn", "first_user"] = "turn" if turn.system_role else "first_user"
+    return TurnTemplate(name, turn.start, turn.end, system, answer_start)
+
+
+_NO_THOUGHT = "_no_thought"
 PLAIN = TextTemplate("{prompt}\n{response}", label="plain")
 
 TEMPLATES: Mapping[str, Template] = {
     "plain": PLAIN,
-    "gemma": TurnTemplate("gemma", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma2": TurnTemplate("gemma2", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma3": TurnTemplate("gemma3", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma3n": TurnTemplate("gemma3n", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma4": TurnTemplate("gemma4", "<|turn>", "<turn|>", "turn"),
-    # The larger Gemma 4 always open a thought; the published template opens and closes it for them
-    # when thinking is off.
-    "gemma4_no_thought": TurnTemplate(
-        "gemma4_no_thought", "<|turn>", "<turn|>", "turn", "<|channel>thought\n<channel|>"
-    ),
+    **{f.name: _turns(f.name, f.turn) for f in FAMILIES.values()},
+    **{
+        f"{f.name}{_NO_THOUGHT}": _turns(f"{f.name}{_NO_THOUGHT}", f.turn, f.turn.no_thought)
+        for f in FAMILIES.values()
+        if f.turn.no_thought
+    },
 }

@@ -10,14 +10,14 @@ weights takes most of its time. Every row goes on at its own pace.
 """
 
 import functools
-import math
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from gemma_keras_tune.gemma.families import Head, family_of
+from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.packing import axes_of, unpack
 
 # Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
@@ -233,7 +233,7 @@ def _choose(
         return chosen[:, None], random_state
     head = family_of(model).head(model)
     if keras.backend.is_float_dtype(head.embedding.dtype):
-        flat = _largest(head, ops.reshape(hidden, (-1, hidden.shape[-1])))
+        flat = head.largest(ops.reshape(hidden, (-1, hidden.shape[-1])))
         return ops.reshape(flat, hidden.shape[:2]), random_state
     return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
 
@@ -258,25 +258,6 @@ def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
     return ops.cast(chosen, "int32"), kept
 
 
-def _largest(head: Head, hidden: Any) -> Any:
-    """The first token of the largest logit in each row, faster than through the logits on a CPU.
-
-    There this is the largest part of a step. The embedding times the hidden states, in this order,
-    takes two thirds of the time of the other; and finding the largest block of the vocabulary
-    before the place in it takes a tenth of XLA's own argmax over a long axis.
-    """
-    weights = ops.cast(head.embedding, hidden.dtype)
-    logits = ops.matmul(weights, ops.transpose(hidden))
-    if head.soft_cap is not None:
-        logits = ops.tanh(logits / head.soft_cap) * head.soft_cap
-    vocabulary, rows = logits.shape
-    width = math.gcd(vocabulary, 4096)
-    blocks = ops.reshape(logits, (vocabulary // width, width, rows))
-    block = ops.argmax(ops.max(blocks, axis=1), axis=0)
-    best = blocks[block, :, ops.arange(rows)]
-    return ops.cast(block * width + ops.argmax(best, axis=-1), "int32")
-
-
 def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
     """One forward pass over a key/value cache, and the empty cache.
 
@@ -285,30 +266,13 @@ def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, A
     `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
     them out.
     """
-    family = family_of(model).name
-    backbone = model.backbone
-    heads, width = backbone.num_key_value_heads, backbone.head_dim
-
-    def empty(*shape: int) -> Any:
-        return ops.zeros(shape, model.compute_dtype)
-
-    if family in ("gemma", "gemma2"):
-        layers = backbone.transformer_layers
-        return _gemma_step(backbone), tuple(empty(rows, 2, buffer, heads, width) for _ in layers)
-    cache: Any
-    if family == "gemma3":
-        one = (rows, buffer, heads, width)
-        cache = tuple((empty(*one), empty(*one)) for _ in backbone.transformer_layers)
-    elif family == "gemma3n":
-        cache = empty(rows, backbone.num_hidden_layers, 2, heads, buffer, width)
-    else:
-        width = max(width, backbone.global_head_dim or 0)
-        cache = empty(rows, backbone.num_layers, 2, buffer, heads, width)
+    cache = family_of(model).empty_cache(model, rows, buffer)
+    forward: Any = model.call_with_cache
+    if "padding_mask" not in inspect.signature(forward).parameters:
+        return _gemma_step(model.backbone), cache
 
     def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
-        return model.call_with_cache(
-            token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask
-        )
+        return forward(token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask)
 
     return step, cache
 

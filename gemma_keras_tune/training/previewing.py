@@ -114,7 +114,7 @@ def preview(
             "trained on.",
             next_step="Pass a list, or a function that returns a fresh iterator each time.",
         )
-    chosen = get_template(template, model)
+    chosen = get_template(model, template)
     tokenizer = model.preprocessor.tokenizer
     shown = []
     for pair in itertools.islice(source, rows):

@@ -52,14 +52,14 @@ def test_maps_are_inverse(weights: tuple[Weight, ...]) -> None:
 
 
 def test_weights_with_one_name_are_its_pieces(weights: tuple[Weight, ...]) -> None:
-    pieces = {"hugging_face": "piece", "gguf": "gguf_piece", "jax": "jax_piece"}
+    pieces = {"hugging_face": "part", "gguf": "gguf_part", "jax": "jax_part"}
     for name, piece in pieces.items():
         groups: dict[str, dict[Any, np.ndarray]] = collections.defaultdict(dict)
         for weight in weights:
             if getattr(weight, name) is None:
                 continue
             value = np.asarray(weight.variable)
-            found = getattr(weight.entry, piece)
+            found = getattr(weight.spec, piece)
             change = weight.to_jax if name == "jax" else weight.to_matrix
             parts = groups[getattr(weight, name)]
             assert found not in parts, (name, weight.path)
@@ -110,7 +110,7 @@ def test_names_and_shapes_are_those_of_transformers(
     for weight in weights:
         if weight.used:
             name = weight.hugging_face.replace("model.language_model.", "model.")
-            groups[name][weight.entry.piece] = weight.to_matrix(np.asarray(weight.variable))
+            groups[name][weight.spec.part] = weight.to_matrix(np.asarray(weight.variable))
     shapes = {
         name: (parts[None] if None in parts else join(parts)).shape
         for name, parts in groups.items()

@@ -22,7 +22,7 @@ from gemma_keras_tune.gemma.templates import (
     attach_template,
     get_template,
     template_of,
-    write_template,
+    write_sidecar,
 )
 from gemma_keras_tune.loading import loader
 from gemma_keras_tune.loading.loader import load
@@ -353,10 +353,12 @@ def test_local_preset(model, preset):
 
 def test_local_preset_brings_its_template(model, preset, tmp_path):
     folder = copy_of(preset, tmp_path / "tuned")
-    write_template(folder, get_template("Q: {prompt}\nA: {response}", model))
+    write_sidecar(
+        folder, {"template": get_template(model, "Q: {prompt}\nA: {response}").to_config()}
+    )
     assert template_of(load(folder)).stop_token == "<eos>"
     with pytest.warns(UserWarning, match="its template is left out"):
-        write_template(folder, get_template(lambda messages: "x", model))
+        write_sidecar(folder, {"template": get_template(model, lambda messages: "x").to_config()})
         assert template_of(load(str(folder))) is None
 
 
@@ -660,7 +662,7 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
 @pytest.mark.parametrize("scheme", ["hf", "kaggle"])
 def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, monkeypatch):
     tuned = load(preset)
-    attach_template(tuned, get_template("Q: {prompt}\nA: {response}", tuned))
+    attach_template(tuned, get_template(tuned, "Q: {prompt}\nA: {response}"))
     write_record(tuned, tmp_path)
     here = str(tmp_path)
     client = types.SimpleNamespace(

@@ -208,9 +208,9 @@ def _tree_shapes(weights: Sequence[Weight]) -> dict[str, tuple[int, ...]]:
 
 def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
     shape = weight.jax_shape
-    if weight.entry.kind == "embedding":
+    if weight.spec.kind == "embedding":
         shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])
-    piece = weight.entry.jax_piece
+    piece = weight.spec.jax_part
     # All that hold several stack them on an axis of their own.
     return shape if piece is None else (*shape[: piece.axis], count, *shape[piece.axis :])
 
@@ -222,8 +222,8 @@ def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
             weight.variable.assign(np.zeros(weight.variable.shape))
             continue
         value = np.asarray(tree[str(weight.jax)])
-        if weight.entry.jax_piece is not None:
-            value = split(value, weight.entry.jax_piece, counts[str(weight.jax)])
-        if weight.entry.kind == "embedding":
+        if weight.spec.jax_part is not None:
+            value = split(value, weight.spec.jax_part, counts[str(weight.jax)])
+        if weight.spec.kind == "embedding":
             value = value[: weight.variable.shape[0]]
         weight.variable.assign(weight.from_jax(value))

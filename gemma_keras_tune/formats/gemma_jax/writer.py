@@ -33,12 +33,12 @@ from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, st
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
     Family,
-    Piece,
     Weight,
     backbone_settings,
     family_of,
     join,
 )
+from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.templates import write_sidecar
 
 FORMAT = "gemma_jax"
@@ -108,12 +108,12 @@ def _tensors(
     """Each tensor of the tree and its path, as soon as all its pieces are there."""
     weights = family_of(model).weights(model)
     counts = _counts(weights)
-    found: dict[str, dict[Piece | None, np.ndarray]] = collections.defaultdict(dict)
+    found: dict[str, dict[FusedPart | None, np.ndarray]] = collections.defaultdict(dict)
     done = itertools.count(1)  # `enumerate` would hold on to the last value
     for weight, value in merged_weights(model):
         name = str(weight.jax)
         if weight.used:
-            found[name][weight.entry.jax_piece] = _stored(weight, value, dtype)
+            found[name][weight.spec.jax_part] = _stored(weight, value, dtype)
         del value
         progress(weight.path, next(done), len(weights))
         if name in found and len(found[name]) == counts[name]:
@@ -132,7 +132,7 @@ def _counts(weights: Sequence[Weight]) -> collections.Counter[str]:
 
 def _stored(weight: Weight, value: np.ndarray, dtype: str) -> np.ndarray:
     value = weight.to_jax(value)
-    if weight.entry.kind == "embedding":
+    if weight.spec.kind == "embedding":
         value = _with_its_rows(value)
     return rounded(weight.path, value, dtype)
 

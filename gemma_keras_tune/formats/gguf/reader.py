@@ -450,7 +450,7 @@ def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
         family: Its family.
 
     Returns:
-        Arguments of `backbone_class(family)`.
+        Arguments of `family.backbone_class`.
 
     Raises:
         LoadError: Something is missing or out of range; all of it is listed.
@@ -719,7 +719,7 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
     broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
-        if weight.entry.kind == "embedding" and math.prod(weight.variable.shape) > _BLOCK_VALUES:
+        if weight.spec.kind == "embedding" and math.prod(weight.variable.shape) > _BLOCK_VALUES:
             if not _assign_in_blocks(file, weight):
                 broken.append(weight.gguf)
             continue
@@ -727,7 +727,7 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
         matrix = file.read(weight.gguf, np.float32 if weight.gguf_offset else dtype)
         if not all_finite(matrix):
             broken.append(weight.gguf)
-        piece = weight.entry.gguf_piece
+        piece = weight.spec.gguf_part
         if piece is not None:
             matrix = split(matrix, piece, len(parts[weight.gguf]))
         if weight.gguf_offset:
@@ -837,7 +837,7 @@ def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
     Returns:
         Its shape as numpy has it.
     """
-    shape, piece = list(parts[0].matrix_shape), parts[0].entry.gguf_piece
+    shape, piece = list(parts[0].matrix_shape), parts[0].spec.gguf_part
     if piece is None:
         return tuple(shape)
     if piece.stacked:

@@ -38,10 +38,8 @@ from gemma_keras_tune.formats.gguf.reader import (
 )
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
 from gemma_keras_tune.formats.weights import merged_weights, rounded
-from gemma_keras_tune.gemma.building import backbone_class
 from gemma_keras_tune.gemma.families import (
     Family,
-    Piece,
     Weight,
     backbone_settings,
     family_of,
@@ -49,6 +47,7 @@ from gemma_keras_tune.gemma.families import (
     join,
     origin_of,
 )
+from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 
 FORMAT = "gguf"
@@ -141,7 +140,7 @@ def write(
         rows = _rows(model)
         shapes = {
             name: (rows, held[0].matrix_shape[1])
-            if held[0].entry.kind == "embedding"
+            if held[0].spec.kind == "embedding"
             else tensor_shape(held)
             for name, held in parts_of_tensors(weights).items()
         }
@@ -408,7 +407,7 @@ def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
         for weight in family.weights(model)
     }
     described = backbone_config(GgufFile(pathlib.Path(), sizes, tensors), family)
-    defaults = inspect.signature(backbone_class(family)).parameters
+    defaults = inspect.signature(family.backbone_class).parameters
     problems = []
     for name, value in backbone_settings(model).items():
         if name in _SILENT:
@@ -475,7 +474,7 @@ def _template(model: keras.Model) -> dict[str, Any]:
     instruct = is_instruct(model)
     if instruct is False and template_of(model) is None:
         return {INSTRUCT_KEY: False}
-    template = get_template("auto", model)
+    template = get_template(model)
     metadata: dict[str, Any] = {TEMPLATE_KEY: json.dumps(template.to_config())}
     if instruct is not None:
         metadata[INSTRUCT_KEY] = instruct
@@ -524,9 +523,9 @@ def _rows(model: Any) -> int:
 
 def _tensor_kind(weight: Weight, kind: str) -> gguf.GGMLQuantizationType:
     shape = weight.matrix_shape
-    if len(shape) < 2 or weight.entry.gguf in _PRECISE:
+    if len(shape) < 2 or weight.spec.gguf in _PRECISE:
         return _Kind.F32
-    if kind == "Q4_0" and weight.entry.kind == "embedding":
+    if kind == "Q4_0" and weight.spec.kind == "embedding":
         kind = "Q8_0"
     if kind in QUANTIZATIONS and shape[-1] % gguf.GGML_QUANT_SIZES[_Kind[kind]][0]:
         kind = "F16"
@@ -562,12 +561,12 @@ def _write_tensors(
 
 def _tensor(group: Iterable[tuple[Weight, np.ndarray]]) -> np.ndarray:
     """A tensor out of its pieces, or the one weight it holds."""
-    pieces: dict[Piece | None, np.ndarray] = {}
+    pieces: dict[FusedPart | None, np.ndarray] = {}
     for weight, value in group:
         matrix, offset = weight.to_matrix(value), weight.gguf_offset
         if offset:
             matrix = np.asarray(matrix, np.float32) + offset
-        pieces[weight.entry.gguf_piece] = matrix
+        pieces[weight.spec.gguf_part] = matrix
     return join(pieces)
 
 

@@ -27,7 +27,8 @@ from gemma_keras_tune.formats.hugging_face.settings import (
     completed,
 )
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import FAMILIES, Piece, Weight, family_of, split
+from gemma_keras_tune.gemma.families import FAMILIES, Weight, family_of, split
+from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"
@@ -214,7 +215,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:
     shape = list(parts[0].matrix_shape)
-    piece = parts[0].entry.piece
+    piece = parts[0].spec.part
     if piece is not None:
         shape[piece.axis] *= len(parts)
     return tuple(shape)
@@ -311,7 +312,7 @@ def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
         with safe_open(file, "np") as opened:
             for weight, name in held:
                 value = opened.get_tensor(name)
-                piece: Piece | None = weight.entry.piece
+                piece: FusedPart | None = weight.spec.part
                 if piece is not None:
                     value = split(value, piece, counts[weight.hugging_face])
                 weight.variable.assign(weight.from_matrix(value))

@@ -164,7 +164,7 @@ def backbone_arguments(
         config: The settings of the text model: `config.json`, or `text_config` in it.
 
     Returns:
-        Arguments of `backbone_class(family)`.
+        Arguments of `family.backbone_class`.
 
     Raises:
         LoadError: Settings are missing, or mean what KerasHub cannot compute. All are named.

@@ -113,7 +113,7 @@ def _template(model: keras.Model) -> Template | None:
     """The prompt format; `None` for a pretrained model that was not tuned."""
     if is_instruct(model) is False and template_of(model) is None:
         return None
-    return get_template("auto", model)
+    return get_template(model)
 
 
 def _config(model: Any, family: Family) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _tensors(model: keras.Model, dtype: str) -> Iterator[tuple[str, np.ndarray]]
     pairs = ((weight.text_name, weight, value) for weight, value in merged_weights(model))
     for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         pieces = (
-            (weight.entry.piece, rounded(name, weight.to_matrix(value), dtype))
+            (weight.spec.part, rounded(name, weight.to_matrix(value), dtype))
             for _, weight, value in group
         )
         yield name, join(dict(pieces))

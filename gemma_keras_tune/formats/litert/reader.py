@@ -51,7 +51,7 @@ def record_weights(
         for weight, value in values:
             matrix = np.ascontiguousarray(weight.to_matrix(value), "float32")
             # Most stand in the order of the layers.
-            place = -1 if weight.entry.kind == "norm" else _find(data, matrix, end)
+            place = -1 if weight.spec.kind == "norm" else _find(data, matrix, end)
             if place < 0:
                 aside[weight.text_name] = matrix
             else:
