@@ -38,7 +38,7 @@ FORMATS: dict[str, str] = {
     "gguf_adapter": "gguf.adapter",
     "ollama": "gguf.ollama",
     "gemma_jax": "gemma_jax.writer",
-    "litert": "litert.writer",
+    "litert": "litert",
 }
 # Arguments that only some formats take.
 _TAKEN_BY = {"quantization": ("gguf", "ollama"), "shard_size": ("keras", "safetensors")}
@@ -90,8 +90,8 @@ def export(
             for the base. Left out, what is on.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
-        quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's own quantizer is
-            installed, also its K-quants, such as `"Q4_K_M"`.
+        quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's program
+            `llama-quantize` is on the PATH, also its K-quants, such as `"Q4_K_M"`.
         shard_size: For `"keras"` and `"safetensors"`, bytes of weights in one file at most: a
             number, or such as `"5GB"`, which `None` stands for.
         overwrite: Whether to replace what is there.

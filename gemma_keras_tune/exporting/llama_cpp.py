@@ -61,19 +61,6 @@ class LlamaCpp:
         request = {"content": text, "add_special": True, "parse_special": True}
         return [int(i) for i in self._post("/tokenize", request)["tokens"]]
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """Log-probabilities after each token: the logits but for one constant in each row.
-
-        llama.cpp's server tells them at the end of a prompt alone, so each row is a prompt.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            `[len(ids), vocabulary]` float32.
-        """
-        return np.stack([self.next_logits(ids[: end + 1]) for end in range(len(ids))])
-
     def next_logits(self, ids: list[int]) -> np.ndarray:
         """Log-probabilities after the last token alone.
 

@@ -51,7 +51,7 @@ _TARGET_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "gguf_adapter": ("gguf", "xllamacpp"),
     "ollama": ("gguf", "xllamacpp"),
     "gemma_jax": ("orbax-checkpoint", "gemma"),
-    "litert": ("litert-torch", "litert-lm-api", "safetensors"),
+    "litert": ("litert-torch", "litert-lm-api"),
     "adapter": ("safetensors", "peft"),
 }
 # Files that begin with a name and the version of their format.

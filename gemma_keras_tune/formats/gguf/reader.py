@@ -18,7 +18,6 @@ import pathlib
 import re
 import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -49,8 +48,6 @@ MAGIC = b"GGUF"
 # What this library adds to a file it writes: the template as JSON, and whether it is instruct.
 TEMPLATE_KEY = "gemma_keras_tune.template"
 INSTRUCT_KEY = "gemma_keras_tune.instruct"
-# And what adding 1 to the norms cost them, where that is anything: see `norm_rests`.
-RESTS_KEY, CHECKSUM_KEY = "gemma_keras_tune.norm_rests", "gemma_keras_tune.norm_checksum"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
@@ -715,7 +712,6 @@ _FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
 def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
     parts = parts_of_tensors(weights)
     _check_tensors(file, parts)
-    rests = _read_rests(file, [weight for weight in weights if weight.gguf_offset])
     broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
@@ -731,55 +727,13 @@ def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
         if piece is not None:
             matrix = split(matrix, piece, len(parts[weight.gguf]))
         if weight.gguf_offset:
-            exact = matrix.astype(np.float64) - weight.gguf_offset + rests.get(weight.gguf, 0.0)
-            matrix = exact.astype(np.float32)
+            matrix = matrix - np.float32(weight.gguf_offset)
         value = weight.from_matrix(matrix)
         weight.variable.assign(value.astype(dtype, copy=False))
     if broken:
         raise LoadError(
             f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=_BROKEN
         )
-
-
-def norm_rests(values: Sequence[np.ndarray], stored: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What the norms of a float32 file lack, because 1 was added to them.
-
-    A norm `w` is stored as `w + 1`, rounded: a small `w` loses its last bits. The rest is a float32
-    itself, so `stored - 1 + rest` is `w` again. llama.cpp passes over both keys.
-
-    Args:
-        values: The float32 norms, in the order of `Family.weights`.
-        stored: The same as the file holds them.
-
-    Returns:
-        Metadata: `gemma_keras_tune.norm_rests`, the rests of all norms behind each other in
-        float32, and `gemma_keras_tune.norm_checksum`, a CRC-32 of the stored norms and the rests.
-        Empty where nothing was lost.
-    """
-    if not stored:
-        return {}
-    before, after = np.concatenate(values), np.concatenate(stored)
-    rests = (before - (after.astype(np.float64) - 1)).astype(np.float32)
-    if not rests.any():
-        return {}
-    return {RESTS_KEY: rests.tolist(), CHECKSUM_KEY: _checksum(after, rests)}
-
-
-def _read_rests(file: GgufFile, norms: Sequence[Weight]) -> dict[str, np.ndarray]:
-    """The rests by tensor; none where another program changed the norms."""
-    rests: Any = file.metadata.get(RESTS_KEY)
-    sizes = [math.prod(norm.variable.shape) for norm in norms]
-    if not norms or not isinstance(rests, np.ndarray) or len(rests) != sum(sizes):
-        return {}
-    stored = np.concatenate([file.read(norm.gguf) for norm in norms])
-    if _checksum(stored, rests) != file.metadata.get(CHECKSUM_KEY):
-        return {}
-    pieces = np.split(rests, np.cumsum(sizes)[:-1])
-    return {norm.gguf: piece for norm, piece in zip(norms, pieces, strict=True)}
-
-
-def _checksum(stored: np.ndarray, rests: np.ndarray) -> int:
-    return zlib.crc32(rests.tobytes(), zlib.crc32(stored.tobytes()))
 
 
 def _assign_in_blocks(file: GgufFile, weight: Weight) -> bool:

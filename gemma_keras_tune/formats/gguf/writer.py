@@ -32,7 +32,6 @@ from gemma_keras_tune.formats.gguf.reader import (
     GgufFile,
     TensorInfo,
     backbone_config,
-    norm_rests,
     parts_of_tensors,
     tensor_shape,
 )
@@ -50,7 +49,6 @@ from gemma_keras_tune.gemma.families import (
 from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 
-FORMAT = "gguf"
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
@@ -114,13 +112,13 @@ def write(
         progress: Called with the tensor's name, how many are written, and how many there are.
         quantization: `"Q8_0"` or `"Q4_0"`, instead of `dtype`. Matrices whose rows are no multiple
             of 32 values are written as float16; the embedding of a `"Q4_0"` file is `"Q8_0"`. Or
-            one of `k_quants.K_QUANTS`, which llama.cpp's own quantizer makes of a whole file in
+            one of `k_quants.K_QUANTS`, which the program `llama-quantize` makes of a whole file in
             the weights' own dtype.
         file_name: Name of the file.
 
     Raises:
         ExportError: GGUF cannot carry this model, a weight is too large for the dtype, or
-            llama.cpp's quantizer is asked for and not installed.
+            `llama-quantize` is needed and not on the PATH.
     """
     if str(quantization).upper() in k_quants.K_QUANTS:
         _write_k_quant(model, folder / file_name, str(quantization).upper(), progress)
@@ -132,8 +130,7 @@ def write(
     path = folder / file_name
     writer = gguf.GGUFWriter(path, family.name)
     try:
-        rests = _rests(weights) if kind == "F32" else {}
-        for key, value in (_metadata(model, family, kind) | rests).items():
+        for key, value in _metadata(model, family, kind).items():
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
         extra = _rope_factors(model) if family.name == "gemma4" else {}
@@ -161,12 +158,12 @@ def write(
 def _write_k_quant(
     model: keras.Model, path: pathlib.Path, quantization: str, progress: Progress
 ) -> None:
-    command = k_quants.quantizer()
+    program = k_quants.find_quantizer()
     held = str(family_of(model).head(model).embedding.dtype)
     with tempfile.TemporaryDirectory(dir=path.parent) as space:
         dtype = "bfloat16" if held == "bfloat16" else "float32"
         write(model, pathlib.Path(space), dtype=dtype, progress=progress)
-        k_quants.quantize(command, pathlib.Path(space, FILE_NAME), path, quantization)
+        k_quants.quantize(program, pathlib.Path(space, FILE_NAME), path, quantization)
 
 
 # What goes into the header.
@@ -488,13 +485,6 @@ def _end_of_turn(model: Any, template: Template) -> dict[str, Any]:
     if template.stop_token == END_OF_TEXT:
         return {}
     return {"tokenizer.ggml.eot_token_id": template.stop_token_ids(model.preprocessor.tokenizer)[0]}
-
-
-def _rests(weights: Iterable[Weight]) -> dict[str, Any]:
-    norms = [weight for weight in weights if weight.gguf_offset]
-    values = [np.asarray(norm.variable, np.float32) for norm in norms]
-    stored = [value + norm.gguf_offset for value, norm in zip(values, norms, strict=True)]
-    return norm_rests(values, stored)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -32,8 +32,6 @@ from gemma_keras_tune.gemma.families import (
 )
 from gemma_keras_tune.gemma.templates import Template, get_template, template_of
 
-FORMAT = "safetensors"
-RUNTIME = "transformers"
 _MODEL_TYPES = {
     "gemma": ("gemma", "GemmaForCausalLM"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),

@@ -53,8 +53,16 @@ def _tuned(model: Any) -> Any:
     return model
 
 
-def test_tree_has_the_layout_of_the_library(gemma3: Any) -> None:
-    tree = gemma_jax_writer.parameter_tree(gemma3)
+def written_tree(model: Any, folder: pathlib.Path, **options: Any) -> Any:
+    """The parameters as they are on the disk."""
+    orbax = pytest.importorskip("orbax.checkpoint")
+    folder.mkdir(exist_ok=True)
+    gemma_jax_writer.write(model, folder, **options)
+    return orbax.StandardCheckpointer().restore((folder / "params").absolute())
+
+
+def test_tree_has_the_layout_of_the_library(gemma3: Any, tmp_path: pathlib.Path) -> None:
+    tree = written_tree(gemma3, tmp_path)
     assert set(tree) == {"embedder", "final_norm", *(f"layer_{i}" for i in range(7))}
     layer = tree["layer_6"]
     block = gemma3.backbone.transformer_layers[6]
@@ -69,25 +77,21 @@ def test_tree_has_the_layout_of_the_library(gemma3: Any) -> None:
     assert layer["attn"]["_query_norm"]["scale"].shape == (8,)
 
 
-def test_dtype_is_the_one_asked_for(gemma3: Any) -> None:
-    tree = gemma_jax_writer.parameter_tree(gemma3, dtype="bfloat16")
+def test_dtype_is_the_one_asked_for(gemma3: Any, tmp_path: pathlib.Path) -> None:
+    tree = written_tree(gemma3, tmp_path, dtype="bfloat16")
     assert tree["final_norm"]["scale"].dtype == ml_dtypes.bfloat16
     with pytest.raises(ExportError, match="'int8'"):
-        gemma_jax_writer.parameter_tree(gemma3, dtype="int8")
+        gemma_jax_writer.write(gemma3, tmp_path, dtype="int8")
 
 
 @pytest.mark.slow
-def test_gemma2_2b_alone_keeps_its_gates_untransposed() -> None:
+def test_gemma2_2b_alone_keeps_its_gates_untransposed(tmp_path: pathlib.Path) -> None:
     sizes = dict(num_layers=1, num_query_heads=2, num_key_value_heads=1, head_dim=4)
     model = tiny_model("gemma2", hidden_dim=2304, intermediate_dim=8, **sizes)
-    tree = gemma_jax_writer.parameter_tree(model)
+    tree = written_tree(model, tmp_path / "2b")
     assert tree["layer_0"]["mlp"]["gating_einsum"].shape == (2, 2304, 4)
-    model = tiny_model("gemma2", num_layers=1)
-    assert gemma_jax_writer.parameter_tree(model)["layer_0"]["mlp"]["gating_einsum"].shape == (
-        2,
-        24,
-        16,
-    )
+    tree = written_tree(tiny_model("gemma2", num_layers=1), tmp_path / "other")
+    assert tree["layer_0"]["mlp"]["gating_einsum"].shape == (2, 24, 16)
 
 
 def test_embeddings_get_the_rows_the_library_expects() -> None:
@@ -101,37 +105,37 @@ def test_embeddings_get_the_rows_the_library_expects() -> None:
     assert gemma_jax_writer._with_its_rows(np.zeros((500, 1))).shape == (500, 1)
 
 
-def test_gemma1_is_refused() -> None:
+def test_gemma1_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ExportError, match="Gemma 2, Gemma 3, Gemma 3n and Gemma 4") as caught:
-        gemma_jax_writer.parameter_tree(tiny_model("gemma", num_layers=1))
+        gemma_jax_writer.write(tiny_model("gemma", num_layers=1), tmp_path)
     assert "Gemma 1" in str(caught.value)
 
 
-def test_gemma4_that_the_library_cannot_compute_is_refused() -> None:
+def test_gemma4_that_the_library_cannot_compute_is_refused(tmp_path: pathlib.Path) -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     model = tiny_model("gemma4", layer_types=kinds, layer_norm_epsilon=1e-5)
     with pytest.raises(ExportError, match="cannot compute this Gemma 4") as caught:
-        gemma_jax_writer.parameter_tree(model)
+        gemma_jax_writer.write(model, tmp_path)
     told = " ".join(caught.value.problems)
     assert len(caught.value.problems) == 2
     assert "layer_norm_epsilon is 1e-05" in told
     with pytest.raises(ExportError, match="enable_moe_block is True"):
-        gemma_jax_writer.parameter_tree(tiny_model("gemma4", moe=True))
+        gemma_jax_writer.write(tiny_model("gemma4", moe=True), tmp_path)
     assert "['full_attention', 'sliding_attention']" in told
 
 
-def test_settings_the_library_does_not_know_are_refused() -> None:
+def test_settings_the_library_does_not_know_are_refused(tmp_path: pathlib.Path) -> None:
     model = tiny_model("gemma3", num_layers=1, num_key_value_heads=4, use_post_ffw_norm=False)
     with pytest.raises(ExportError, match="use_post_ffw_norm") as caught:
-        gemma_jax_writer.parameter_tree(model)
+        gemma_jax_writer.write(model, tmp_path)
     assert len(caught.value.problems) == 2
 
 
-def test_gemma3n_that_the_library_cannot_compute_is_refused() -> None:
+def test_gemma3n_that_the_library_cannot_compute_is_refused(tmp_path: pathlib.Path) -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     model = tiny_model("gemma3n", layer_types=kinds, intermediate_size=[24, 24, 24, 32])
     with pytest.raises(ExportError, match="cannot compute this Gemma 3n") as caught:
-        gemma_jax_writer.parameter_tree(model)
+        gemma_jax_writer.write(model, tmp_path)
     told = " ".join(caught.value.problems)
     assert len(caught.value.problems) == 3
     assert "altup_num_inputs is 2" in told
@@ -140,14 +144,12 @@ def test_gemma3n_that_the_library_cannot_compute_is_refused() -> None:
 
 
 def test_orbax_holds_the_tree_and_lora_is_merged(tmp_path: pathlib.Path) -> None:
-    orbax = pytest.importorskip("orbax.checkpoint")
     model = _tuned(tiny_model("gemma3", num_layers=1))
     seen: list[tuple[str, int, int]] = []
-    gemma_jax_writer.write(model, tmp_path, progress=lambda *news: seen.append(news))
+    restored = written_tree(model, tmp_path, progress=lambda *news: seen.append(news))
     assert seen[-1][1] == seen[-1][2] == len(seen)
     merge_lora(model)
-    merged = gemma_jax_writer.parameter_tree(model)
-    restored = orbax.StandardCheckpointer().restore((tmp_path / "params").absolute())
+    merged = written_tree(model, tmp_path / "merged")
     keras.tree.map_structure(
         lambda left, right: np.testing.assert_allclose(left, right, atol=1e-6), restored, merged
     )

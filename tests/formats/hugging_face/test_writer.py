@@ -8,14 +8,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from _hostile_texts import HOSTILE
-from _litert_stub import LAY_DOWN
 from _paths import RUNTIMES
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting.receipts import read_receipt
-from gemma_keras_tune.formats.litert import writer as litert_writer
 from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 
@@ -266,12 +264,10 @@ def test_a_preset_and_a_gguf_file_by_name(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["safetensors", "gguf", "ollama", "gemma_jax", "litert"])
-def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", ["safetensors", "gguf", "ollama", "gemma_jax"])
+def test_of_a_model_that_sees_the_text_tower_is_written(format, tmp_path):
     if format == "gemma_jax":
         pytest.importorskip("orbax.checkpoint")
-    monkeypatch.setattr(litert_writer, "_CONVERT", LAY_DOWN)
-    monkeypatch.delenv(litert_writer.PYTHON_VARIABLE, raising=False)
     from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder
 
     sight = Gemma3VisionEncoder(

@@ -20,12 +20,9 @@ import keras
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.hugging_face import writer as hugging_face_writer
-from gemma_keras_tune.formats.litert.reader import FILE_NAME, record_weights
-from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.gemma.families import family_of
 
-FORMAT = "litert"
-RUNTIME = "litert-lm-api"
+FILE_NAME = "model.litertlm"
 PYTHON_VARIABLE = "LITERT_PYTHON"
 # The longest conversation in tokens: LiteRT reserves the memory for it.
 CONTEXT_LENGTH = 2048
@@ -65,7 +62,7 @@ def write(
 ) -> None:
     """Write `model.litertlm`, with tokenizer, chat template and stop tokens in it.
 
-    Beside it stands what `load` needs to read the model back.
+    It is not read back: to work on, keep the model it is made of.
 
     Args:
         model: A KerasHub `CausalLM` of Gemma 3. Of a model that sees, the text tower.
@@ -87,7 +84,6 @@ def write(
         if len(files) != 1:
             raise ExportError(f"The converter made {len(files)} .litertlm files; 1 was expected.")
         files[0].replace(folder / FILE_NAME)
-    record_weights(model, folder, merged_weights(model))
 
 
 def _check(model: keras.Model, dtype: str) -> None:
