@@ -610,7 +610,7 @@ def _from_jax_tree(tree: Mapping[str, Any], model: keras.Model) -> _Reading:
     reading = _Reading("gemma_jax")
     family = family_of(model)
     # Its LoRA does not know the layers of its own Gemma 3n and 4.
-    if family.name not in ("gemma2", "gemma3"):
+    if family.jax is None or not family.jax.reads_adapters:
         raise AdapterError(
             f"Adapters of the Gemma library for JAX are read for Gemma 2 and 3, this is "
             f"{family.title}.",

@@ -246,10 +246,16 @@ class Family(FamilyTable):
         """KerasHub's tokenizer."""
         return getattr(keras_hub.tokenizers, f"{self.keras_hub}Tokenizer")
 
+    @property
+    def config_names(self) -> tuple[str, ...]:
+        """Names of the family in a `config.json`: KerasHub's class, the types of `transformers`."""
+        types = (self.hugging_face.model_type, self.hugging_face.media_type)
+        return (f"{self.keras_hub}Backbone", *filter(None, types))
+
     def builds(self, backbone: Any) -> bool:
         """Tell if a KerasHub backbone is one of this family."""
         return isinstance(backbone, self.backbone_class) and all(
-            getattr(backbone, name) == value for name, value in self.made_with.items()
+            getattr(backbone, name) == value for name, value in self.told_by.items()
         )
 
     def spec(self, name: str) -> WeightSpec:
@@ -321,7 +327,7 @@ class Family(FamilyTable):
         layer = _resolve(owner, spec.keras)
         if layer is None:
             return None
-        if self.jax_complete:
+        if self.jax:
             spec = _in_this_block(owner, spec)
         in_matrix = spec.kind in ("linear", "matrix")
         outputs, inputs = _AXES[spec.heads] if in_matrix else ((), ())
@@ -335,7 +341,7 @@ class Family(FamilyTable):
             gguf_offset=self.gguf_norm_offset if spec.kind == "norm" else 0.0,
             output_axes=outputs,
             input_axes=inputs,
-            jax=f"{jax}{spec.jax}" if self.jax_complete and spec.jax else None,
+            jax=f"{jax}{spec.jax}" if self.jax and spec.jax else None,
             jax_transposed=self._jax_transposed(layer, spec),
             jax_inner=self._jax_inner(owner, spec),
             layer=layer,
@@ -343,14 +349,32 @@ class Family(FamilyTable):
         )
 
     def _jax_transposed(self, layer: Any, spec: WeightSpec) -> bool:
-        if not self.jax_complete or "gating_einsum" not in (spec.jax or ""):
+        if self.jax is None or "gating_einsum" not in (spec.jax or ""):
             return False
-        return spec.kind == "experts" or stored_kernel(layer).shape[0] not in self.jax_untransposed
+        return spec.kind == "experts" or stored_kernel(layer).shape[0] not in self.jax.untransposed
 
     def _jax_inner(self, owner: Any, spec: WeightSpec) -> int | None:
-        if not self.jax_complete or spec.jax_split is None:
+        if self.jax is None or spec.jax_split is None:
             return None
         return int(_resolve(owner, spec.jax_split))
+
+    def unlike(self, given: Mapping[str, Any], runtime: str, fixed: Mapping[str, Any]) -> list[str]:
+        """Name the settings of a model that a runtime cannot compute with.
+
+        Args:
+            given: `backbone_settings` of the model.
+            runtime: Name of the runtime, for the text.
+            fixed: Settings that this runtime alone has fixed, with their values; those that are
+                fixed for the whole family are added.
+
+        Returns:
+            A sentence for each setting that differs.
+        """
+        return [
+            f"{name} is {given[name]!r}; {runtime} computes with {expected!r}"
+            for name, expected in {**self.fixed, **fixed}.items()
+            if given.get(name, expected) != expected
+        ]
 
     def head(self, model: keras.Model) -> Head:
         """Return the output head: the embedding, tied with the input's, and its soft cap.
@@ -430,6 +454,19 @@ def family_of(model: keras.Model) -> Family:
             next_step="Load one with `load(...)`, or pass a `keras_hub.models.Gemma…CausalLM`.",
         )
     return found
+
+
+def family_named(name: str) -> Family | None:
+    """Return the family that a `config.json` names.
+
+    Args:
+        name: KerasHub's class of the backbone, or the `model_type` of `transformers`.
+
+    Returns:
+        The family; `None` if the name is not that of a Gemma that generates text. Gemma 1 and 2
+        have the same classes, and Gemma 1 stands for both.
+    """
+    return next((family for family in FAMILIES.values() if name in family.config_names), None)
 
 
 def context_length(model: keras.Model) -> int:

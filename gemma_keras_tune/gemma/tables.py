@@ -92,6 +92,78 @@ class Turn:
     no_thought: str = ""
 
 
+GELU = "gelu_pytorch_tanh"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotary embedding of one kind of attention in KerasHub's model.
+
+    Attributes:
+        theta: Base of its frequencies.
+        setting: Backbone setting that replaces `theta`, or `None`: it is fixed.
+        factor: Backbone setting that stretches the positions linearly, or `None`.
+        share: Backbone setting of the share of each head that is rotated, or `None`: all of it.
+    """
+
+    theta: float
+    setting: str | None = None
+    factor: str | None = None
+    share: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTable:
+    """A family in `transformers`.
+
+    Attributes:
+        model_type: `model_type` of its text model.
+        architecture: Class of its text model.
+        fields: Names of settings in `config.json`, with KerasHub's names of the same; `None` for
+            those that KerasHub has fixed or words otherwise.
+        media_type: `model_type` of the model that sees or hears, or `None`.
+        defaults: Values of fields that a config leaves out.
+        fixed: Backbone settings that `transformers` has no field for, with the values it computes
+            with; added to those of the family.
+        period_field: Field of `full_attention_period`, or `None`.
+        activations: Names of the activation function that mean KerasHub's, by field.
+    """
+
+    model_type: str
+    architecture: str
+    fields: Mapping[str, str | None]
+    media_type: str | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    period_field: str | None = None
+    activations: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=lambda: {"hidden_activation": (GELU,)}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaJaxTable:
+    """A family in the Gemma library for JAX.
+
+    Attributes:
+        fixed: Backbone settings that its models have, whatever their size; added to those of the
+            family.
+        untransposed: Widths of the models whose gates were published with inputs before outputs,
+            as we have them.
+        one_key_head_a_query: True if it reads a model where every query head has a key of its own.
+        keeps_unread_keys: True if its tree has keys and values, unread, for layers that take those
+            of an earlier one.
+        reads_adapters: True if its LoRA knows all layers of the family.
+    """
+
+    fixed: Mapping[str, Any]
+    untransposed: tuple[int, ...] = ()
+    one_key_head_a_query: bool = False
+    keeps_unread_keys: bool = False
+    reads_adapters: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class FamilyTable:
     """What is known of a Gemma family.
@@ -108,7 +180,15 @@ class FamilyTable:
         cache_axes: Axes of the key/value cache of `call_with_cache`: `b` rows, `n` layers, `2` keys
             and values, `t` tokens, `h` heads, `d` head size. Without `n`, each layer has its own
             array; without `2`, keys and values are two arrays.
-        made_with: Backbone settings that tell it from a family with the same KerasHub classes.
+        ropes: Rotary embedding of each kind of attention that differs.
+        hugging_face: The family in `transformers`.
+        told_by: Backbone settings that tell it from a family with the same KerasHub classes.
+        built_with: Backbone settings of every text model of it, beside the sizes.
+        fixed: Backbone settings that no runtime but KerasHub can change, with their values.
+        widths_by_layer: True if KerasHub takes a feed-forward width for each layer.
+        gates: Gates whose widths KerasHub's `intermediate_dim` adds up.
+        full_attention_period: Every so many layers one has full attention and the others a sliding
+            window; `None` if all have, or if the setting `layer_types` says.
         tokenizer_options: Arguments of the KerasHub tokenizer of a model for text alone.
         vocabulary_settings: Backbone settings that count tokens.
         tiny_moe: Changes to `tiny` for a mixture of experts; empty if the family has none.
@@ -116,9 +196,9 @@ class FamilyTable:
             blocks do not; see `building.set_attention_scale`.
         quantized_lora: True if KerasHub computes LoRA on quantized layers rightly.
         gguf_norm_offset: The number GGUF adds to norm scales.
-        jax_complete: True if the table has the whole tree of the Gemma library for JAX.
-        jax_untransposed: Widths of the models whose gates were published for that library with
-            inputs before outputs, as we have them.
+        gguf_adapters: True if llama.cpp computes with an adapter what the model does.
+        jax: The family in the Gemma library for JAX; `None` if the rows lack its names.
+        litert: True if LiteRT-LM was seen to answer as the model does.
     """
 
     name: str
@@ -130,15 +210,23 @@ class FamilyTable:
     tiny: Mapping[str, Any]
     context_length: Callable[[Any], int]
     cache_axes: str
-    made_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ropes: Mapping[str, Rope]
+    hugging_face: HuggingFaceTable
+    told_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    built_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    widths_by_layer: bool = False
+    gates: int = 1
+    full_attention_period: int | None = None
     tokenizer_options: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     vocabulary_settings: tuple[str, ...] = ("vocabulary_size",)
     tiny_moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scales_queries: bool = False
     quantized_lora: bool = True
     gguf_norm_offset: float = 1.0
-    jax_complete: bool = False
-    jax_untransposed: tuple[int, ...] = ()
+    gguf_adapters: bool = True
+    jax: GemmaJaxTable | None = None
+    litert: bool = False
 
 
 # The weights.
@@ -335,6 +423,72 @@ BESIDE_EXPERTS = {
 KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 
 
+# Settings.
+
+# transformers' name of a setting, and KerasHub's.
+_OLD_FIELDS: Mapping[str, str | None] = {
+    "vocab_size": "vocabulary_size",
+    "hidden_size": "hidden_dim",
+    "intermediate_size": "intermediate_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_query_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "rope_theta": None,
+}
+_CAPPED_FIELDS: Mapping[str, str | None] = {
+    **_OLD_FIELDS,
+    "query_pre_attn_scalar": None,
+    "attn_logit_softcapping": "attention_logit_soft_cap",
+    "final_logit_softcapping": "final_logit_soft_cap",
+    "sliding_window": "sliding_window_size",
+}
+_GEMMA3N_FIELDS = {
+    "vocab_size": "text_vocab_size",
+    "hidden_size": "text_hidden_size",
+    "final_logit_softcapping": "final_logit_soft_cap",
+    **{
+        name: name
+        for name in (
+            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "layer_types", "sliding_window", "rms_norm_eps",
+            "max_position_embeddings", "vocab_size_per_layer_input",
+            "hidden_size_per_layer_input", "altup_num_inputs", "altup_active_idx",
+            "altup_coef_clip", "altup_correct_scale", "laurel_rank", "num_kv_shared_layers",
+            "activation_sparsity_pattern", "attention_bias", "attention_dropout",
+        )
+    },
+}  # fmt: skip
+_GEMMA4_FIELDS = {
+    "vocab_size": "vocabulary_size",
+    "hidden_size": "hidden_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_query_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "global_head_dim": "global_head_dim",
+    "num_global_key_value_heads": "num_global_key_value_heads",
+    "intermediate_size": "intermediate_dim",
+    "layer_types": "layer_types",
+    "sliding_window": "sliding_window_size",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "final_logit_softcapping": "final_logit_soft_cap",
+    "vocab_size_per_layer_input": "vocab_size_per_layer_input",
+    "hidden_size_per_layer_input": "hidden_size_per_layer_input",
+    "num_kv_shared_layers": "num_kv_shared_layers",
+    "use_double_wide_mlp": "use_double_wide_mlp",
+    "enable_moe_block": "enable_moe_block",
+    "num_experts": "num_experts",
+    "moe_intermediate_size": "expert_intermediate_dim",
+    "top_k_experts": "num_experts_per_token",
+}
+EPSILON = 1e-6
+# KerasHub's blocks of Gemma 1 to 3 have it fixed; `layer_norm_epsilon` is for the last norm alone.
+_FIXED_EPSILON = {"layer_norm_epsilon": EPSILON}
+_GENERATES: Mapping[str, Any] = dict(use_bidirectional_attention=False, is_embedding_model=False)
+
+
 # The families.
 
 _OLD_TURN = Turn("<start_of_turn>", "<end_of_turn>")
@@ -349,13 +503,13 @@ _TINY: Mapping[str, Any] = dict(
     head_dim=8,
 )
 _POST_NORMS: Mapping[str, Any] = dict(use_post_ffw_norm=True, use_post_attention_norm=True)
-_SLIDING: Mapping[str, Any] = dict(use_sliding_window_attention=True, sliding_window_size=8)
+_TINY_WINDOW: Mapping[str, Any] = dict(use_sliding_window_attention=True, sliding_window_size=8)
 
 _GEMMA = FamilyTable(
     name="gemma",
     title="Gemma 1",
     keras_hub="Gemma",
-    made_with={"use_post_ffw_norm": False},
+    told_by={"use_post_ffw_norm": False},
     block=_LINEARS + _GEMMA_NORMS,
     model=_GEMMA_MODEL,
     turn=_OLD_TURN,
@@ -363,27 +517,67 @@ _GEMMA = FamilyTable(
     context_length=lambda backbone: 8192,
     cache_axes="b2thd",
     scales_queries=True,
+    ropes={FULL: Rope(10_000.0)},
+    gates=2,
+    fixed=dict(
+        use_post_ffw_norm=False,
+        use_post_attention_norm=False,
+        query_head_dim_normalize=True,
+        attention_logit_soft_cap=None,
+        final_logit_soft_cap=None,
+        use_sliding_window_attention=False,
+    ),
+    hugging_face=HuggingFaceTable(
+        model_type="gemma",
+        architecture="GemmaForCausalLM",
+        fields=_OLD_FIELDS,
+        defaults={"rms_norm_eps": EPSILON},
+        fixed=_FIXED_EPSILON,
+        # It was published with "gelu", which transformers, too, takes for the approximation.
+        activations=dict.fromkeys(("hidden_act", "hidden_activation"), (GELU, "gelu")),
+    ),
 )
 _GEMMA2 = FamilyTable(
     name="gemma2",
     title="Gemma 2",
     keras_hub="Gemma",
-    made_with={"use_post_ffw_norm": True},
+    told_by={"use_post_ffw_norm": True},
     block=_LINEARS + _GEMMA2_NORMS,
     model=_GEMMA_MODEL,
     turn=_OLD_TURN,
     tiny=dict(
         **_TINY,
         **_POST_NORMS,
-        **_SLIDING,
+        **_TINY_WINDOW,
         attention_logit_soft_cap=50.0,
         final_logit_soft_cap=30.0,
     ),
     context_length=lambda backbone: 8192,
     cache_axes="b2thd",
     scales_queries=True,
-    jax_complete=True,
-    jax_untransposed=(2304,),  # the 2B
+    ropes={FULL: Rope(10_000.0)},
+    gates=2,
+    full_attention_period=2,
+    built_with=_POST_NORMS,
+    fixed=_POST_NORMS,
+    hugging_face=HuggingFaceTable(
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        fields=_CAPPED_FIELDS,
+        defaults={
+            "rms_norm_eps": EPSILON,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+        },
+        fixed=_FIXED_EPSILON,
+    ),
+    jax=GemmaJaxTable(
+        fixed=dict(attention_logit_soft_cap=50.0, final_logit_soft_cap=30.0),
+        untransposed=(2304,),  # the 2B
+        reads_adapters=True,
+    ),
 )
 _GEMMA3 = FamilyTable(
     name="gemma3",
@@ -395,7 +589,7 @@ _GEMMA3 = FamilyTable(
     tiny={
         **_TINY,
         **_POST_NORMS,
-        **_SLIDING,
+        **_TINY_WINDOW,
         "num_key_value_heads": 1,
         "intermediate_dim": 24,
         "image_size": 16,
@@ -407,7 +601,37 @@ _GEMMA3 = FamilyTable(
     cache_axes="bthd",
     tokenizer_options={"has_vision_tokens": False},
     scales_queries=True,
-    jax_complete=True,
+    ropes={
+        FULL: Rope(1_000_000.0, factor="global_rope_scaling_factor"),
+        SLIDING: Rope(10_000.0, factor="local_rope_scaling_factor"),
+    },
+    full_attention_period=6,
+    built_with=dict(**_POST_NORMS, use_query_key_norm=True, image_size=None),
+    fixed=dict(**_POST_NORMS, **_GENERATES, use_query_key_norm=True),
+    hugging_face=HuggingFaceTable(
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        media_type="gemma3",
+        fields=_CAPPED_FIELDS,
+        defaults={
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "rms_norm_eps": EPSILON,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": 4096,
+        },
+        fixed=_FIXED_EPSILON | {"local_rope_scaling_factor": 1.0},
+        period_field="sliding_window_pattern",
+    ),
+    jax=GemmaJaxTable(
+        fixed=dict(attention_logit_soft_cap=None, final_logit_soft_cap=None),
+        reads_adapters=True,
+    ),
+    litert=True,
 )
 _GEMMA3N = FamilyTable(
     name="gemma3n",
@@ -441,7 +665,27 @@ _GEMMA3N = FamilyTable(
     cache_axes="bn2htd",
     vocabulary_settings=("text_vocab_size", "vocab_size_per_layer_input"),
     gguf_norm_offset=0.0,
-    jax_complete=True,
+    ropes={FULL: Rope(1_000_000.0, "rope_theta"), SLIDING: Rope(10_000.0, "rope_local_base_freq")},
+    built_with=dict(hidden_activation="gelu_approximate", pad_token_id=0),
+    widths_by_layer=True,
+    fixed=dict(rope_scaling=None),
+    hugging_face=HuggingFaceTable(
+        model_type="gemma3n_text",
+        architecture="Gemma3nForCausalLM",
+        media_type="gemma3n",
+        fields=_GEMMA3N_FIELDS,
+        fixed=dict(hidden_activation="gelu_approximate", pad_token_id=0),
+    ),
+    gguf_adapters=False,
+    jax=GemmaJaxTable(
+        fixed=dict(
+            altup_num_inputs=4,
+            altup_active_idx=0,
+            altup_correct_scale=True,
+            attention_bias=False,
+            rms_norm_eps=EPSILON,
+        ),
+    ),
 )
 _GEMMA4 = FamilyTable(
     name="gemma4",
@@ -452,7 +696,7 @@ _GEMMA4 = FamilyTable(
     turn=Turn("<|turn>", "<turn|>", system_role=True, no_thought="<|channel>thought\n<channel|>"),
     tiny={
         **_TINY,
-        **_SLIDING,
+        **_TINY_WINDOW,
         "image_size": 16,
         "num_layers": 4,
         "intermediate_dim": 24,
@@ -480,7 +724,47 @@ _GEMMA4 = FamilyTable(
     tokenizer_options={"has_vision_tokens": False, "has_video_tokens": False},
     quantized_lora=False,
     gguf_norm_offset=0.0,
-    jax_complete=True,
+    ropes={
+        FULL: Rope(
+            1_000_000.0, "global_rope_wavelength", share="global_rope_partial_rotary_factor"
+        ),
+        SLIDING: Rope(10_000.0, "local_rope_wavelength"),
+    },
+    built_with=dict(image_size=None),
+    fixed=dict(
+        attention_logit_soft_cap=None,
+        use_sliding_window_attention=True,
+        local_rope_scaling_factor=1.0,
+        global_rope_scaling_factor=1.0,
+        **_GENERATES,
+    ),
+    hugging_face=HuggingFaceTable(
+        model_type="gemma4_text",
+        architecture="Gemma4ForCausalLM",
+        media_type="gemma4",
+        fields=_GEMMA4_FIELDS,
+        defaults={
+            "num_global_key_value_heads": None,
+            "num_experts": None,
+            "moe_intermediate_size": None,
+            "top_k_experts": None,
+            "enable_moe_block": False,
+            "use_double_wide_mlp": False,
+        },
+    ),
+    jax=GemmaJaxTable(
+        fixed=dict(
+            final_logit_soft_cap=30.0,
+            local_rope_wavelength=None,
+            global_rope_wavelength=None,
+            layer_norm_epsilon=EPSILON,
+            # Of models with experts, or with keys that serve as values, it computes other logits.
+            enable_moe_block=False,
+            num_global_key_value_heads=None,
+        ),
+        one_key_head_a_query=True,
+        keeps_unread_keys=True,
+    ),
 )
 
 TABLES = (_GEMMA, _GEMMA2, _GEMMA3, _GEMMA3N, _GEMMA4)

@@ -27,13 +27,19 @@ from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.formats.hugging_face.reader import (
     INDEX,
-    TEXT_MODEL_TYPES,
     WEIGHTS,
     is_plain,
     load_hugging_face,
 )
 from gemma_keras_tune.gemma.building import set_attention_scale
-from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    broken_weights,
+    family_named,
+    family_of,
+    is_instruct,
+    mark_origin,
+)
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"
@@ -44,9 +50,6 @@ _PARTS = 4
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 
-_CAUSAL_LMS = ("GemmaCausalLM", "Gemma3CausalLM", "Gemma3nCausalLM", "Gemma4CausalLM")
-_BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backbone")
-_MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _LITERT = (".litertlm", ".tflite", ".task")
@@ -344,16 +347,20 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     return model
 
 
-def _causal_lm(config: Mapping[str, Any]) -> type[keras_hub.models.CausalLM]:
+def _causal_lm(config: Mapping[str, Any]) -> Any:
     """The class that generates, for a config `_check_gemma` let through.
 
     Named here, because `CausalLM.from_preset` takes any class of that backbone, and Gemma 4 has a
     second one: the assistant of speculative decoding.
     """
-    found = config.get("class_name") or config["model_type"]
-    family = re.match("gemma(3n|3|4)?", str(found).lower())
-    owner = "Gemma" + ((family and family[1]) or "") + "CausalLM"
-    return getattr(keras_hub.models, owner)
+    family = family_named(str(config.get("class_name") or config["model_type"]))
+    if family is None:
+        raise LoadError(f"{config.get('class_name') or config['model_type']} is not a Gemma.")
+    return family.causal_lm_class
+
+
+def _causal_lms() -> list[Any]:
+    return list(dict.fromkeys(family.causal_lm_class for family in FAMILIES.values()))
 
 
 def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
@@ -392,14 +399,15 @@ def _check_gemma(source: str, config: Mapping[str, Any]) -> None:
     """Refuse another model before its weights are read or downloaded."""
     if "registered_name" in config:
         found = str(config.get("class_name"))
-        known: tuple[str, ...] = _BACKBONES
         embeds = (config.get("config") or {}).get("is_embedding_model")
     else:
         found = str(config.get("model_type"))
-        known = _MODEL_TYPES
         text = config.get("text_config") or config
         embeds = text.get("use_bidirectional_attention") in (True, "all")
-    if found not in known:
+    if family_named(found) is None:
+        by_keras = "registered_name" in config
+        names = [name for family in FAMILIES.values() for name in family.config_names]
+        known = dict.fromkeys(n for n in names if n.endswith("Backbone") == by_keras)
         raise LoadError(
             f"{source} is not a Gemma that generates text. Received: {found}",
             next_step=f"Known are {', '.join(known)}.",
@@ -462,7 +470,7 @@ def _folder_instruct(path: pathlib.Path) -> bool | None:
 
 
 def _not_found(path: pathlib.Path) -> LoadError:
-    presets = [name for owner in _CAUSAL_LMS for name in getattr(keras_hub.models, owner).presets]
+    presets = [name for owner in _causal_lms() for name in owner.presets]
     names = [*presets, *(PACKAGE_PREFIX + model for model in PACKAGE_MODELS)]
     looks_like_path = path.suffix == ".gguf" or len(path.parts) > 1
     if path.parent.is_dir():
@@ -482,14 +490,14 @@ def _not_found(path: pathlib.Path) -> LoadError:
 
 
 def _preset_handle(name: str) -> str:
-    known = [owner for owner in _CAUSAL_LMS if name in getattr(keras_hub.models, owner).presets]
+    known = [owner for owner in _causal_lms() if name in owner.presets]
     if not known:
         raise LoadError(
             f"The preset {name!r} is not a Gemma that generates text.",
             next_step="Known are, for example, 'gemma3_270m', 'gemma3_instruct_1b' and "
             "'gemma2_instruct_2b_en'.",
         )
-    return str(getattr(keras_hub.models, known[0]).presets[name]["kaggle_handle"])
+    return str(known[0].presets[name]["kaggle_handle"])
 
 
 def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:

@@ -113,7 +113,7 @@ def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
         raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
     family, config = FAMILIES.get(str(record.get("family"))), record.get(BACKBONE_KEY)
     missing = [name for name in (TOKENIZER,) if not (folder / name).is_file()]
-    if family is None or not family.jax_complete or not isinstance(config, dict):
+    if family is None or not family.jax or not isinstance(config, dict):
         missing.append(f"{SIDECAR} with the model's settings")
     if missing:
         raise LoadError(
@@ -185,7 +185,7 @@ def unread_weights(model: Any) -> dict[str, tuple[int, ...]]:
         Shapes by path in the tree; empty for the other families.
     """
     family = family_of(model)
-    if family.name != "gemma4":
+    if family.jax is None or not family.jax.keeps_unread_keys:
         return {}
     given = model.backbone.get_config()
     kinds, shared = given["layer_types"], given["num_kv_shared_layers"]

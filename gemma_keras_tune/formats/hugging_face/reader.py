@@ -27,19 +27,12 @@ from gemma_keras_tune.formats.hugging_face.settings import (
     completed,
 )
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import FAMILIES, Weight, family_of, split
+from gemma_keras_tune.gemma.families import Family, Weight, family_named, family_of, split
 from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-TEXT_MODEL_TYPES = {
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gemma3n_text": "gemma3n",
-    "gemma4_text": "gemma4",
-}
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
@@ -240,11 +233,14 @@ def load_hugging_face(
             fit them.
     """
     tensors = read_tensors(folder)
-    text = config if config["model_type"] in TEXT_MODEL_TYPES else config.get("text_config") or {}
+    family = family_named(config["model_type"])
+    if family is None:
+        raise LoadError(f"{folder} is not a Gemma. Received: {config['model_type']!r}")
+    sees = config["model_type"] == family.hugging_face.media_type
+    text = config.get("text_config") or {} if sees else config
     _check_depth(folder, text, tensors)
-    if text is config:
-        return _load_text_model(folder, config, tensors, dtype)
-    family = FAMILIES[config["model_type"]]
+    if not sees:
+        return _load_text_model(folder, family, config, tensors, dtype)
     backbone_arguments(folder, family, text)  # before anything is built
     whole = {**config, "text_config": completed(family, text)}
     with _with_config(folder, whole) as place:
@@ -272,9 +268,12 @@ def _with_config(folder: pathlib.Path, config: Mapping[str, Any]) -> Iterator[pa
 
 
 def _load_text_model(
-    folder: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str
+    folder: pathlib.Path,
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: str,
 ) -> keras.Model:
-    family = FAMILIES[TEXT_MODEL_TYPES[config["model_type"]]]
     backbone = empty_backbone(family, backbone_arguments(folder, family, config), dtype)
     weights = family.weights(backbone)
     _check_tensors(folder, config, weights, tensors)
