@@ -269,6 +269,20 @@ class Family(FamilyTable):
         """
         return next(spec for spec in (*self.model, *self.block) if spec.hugging_face == name)
 
+    def gguf_name(self, name: str, block: int = 0) -> str:
+        """Return the full GGUF name of a weight.
+
+        Args:
+            name: Its Hugging Face name in the table, such as `"self_attn.k_proj"`.
+            block: Index of its decoder block, if it is in one.
+
+        Returns:
+            The name, such as `"blk.0.attn_k.weight"`.
+        """
+        spec = self.spec(name)
+        prefix = f"blk.{block}." if spec in self.block else ""
+        return f"{prefix}{spec.gguf}{spec.suffixes[1]}"
+
     def linears(self, model: keras.Model) -> tuple[Linear, ...]:
         """List the linear layers of the text tower that LoRA and adapters can address.
 
@@ -338,7 +352,7 @@ class Family(FamilyTable):
             spec=spec,
             hugging_face=f"{hugging_face}{spec.hugging_face}{suffix}",
             gguf=f"{gguf}{spec.gguf}{gguf_suffix}",
-            gguf_offset=self.gguf_norm_offset if spec.kind == "norm" else 0.0,
+            gguf_offset=self.gguf.norm_offset if spec.kind == "norm" else 0.0,
             output_axes=outputs,
             input_axes=inputs,
             jax=f"{jax}{spec.jax}" if self.jax and spec.jax else None,

@@ -93,6 +93,7 @@ class Turn:
 
 
 GELU = "gelu_pytorch_tanh"
+SENTENCEPIECE = "llama"  # llama.cpp's name for it
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -143,6 +144,37 @@ class HuggingFaceTable:
 
 
 @dataclasses.dataclass(frozen=True)
+class GgufTable:
+    """A family in GGUF files and llama.cpp.
+
+    Attributes:
+        keys: Keys of the metadata in the order they are written, with the value that llama.cpp
+            takes for one that is missing; `None`: it must be there. A float's key holds a float.
+        norm_offset: The number added to norm scales.
+        tokenizer: llama.cpp's name of the tokenizer.
+        fixed: Backbone settings that llama.cpp computes with whatever a file says, by the settings
+            of the model; added to those of the family.
+        unsaid: Backbone settings that no key says.
+        rows: Backbone settings that are the rows of a tensor, with its Hugging Face name.
+        default_period: `full_attention_period` of a file that does not say which layers have
+            full attention.
+        layers_scaled_by_width: Layers of the one size that scales its queries by its width; no key
+            says so.
+        adapters: True if llama.cpp computes with an adapter what the model does.
+    """
+
+    keys: Mapping[str, float | None]
+    norm_offset: float = 1.0
+    tokenizer: str = SENTENCEPIECE
+    fixed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {}
+    unsaid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    default_period: int | None = None
+    layers_scaled_by_width: int | None = None
+    adapters: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class GemmaJaxTable:
     """A family in the Gemma library for JAX.
 
@@ -182,6 +214,7 @@ class FamilyTable:
             array; without `2`, keys and values are two arrays.
         ropes: Rotary embedding of each kind of attention that differs.
         hugging_face: The family in `transformers`.
+        gguf: The family in GGUF files and llama.cpp.
         told_by: Backbone settings that tell it from a family with the same KerasHub classes.
         built_with: Backbone settings of every text model of it, beside the sizes.
         fixed: Backbone settings that no runtime but KerasHub can change, with their values.
@@ -195,8 +228,6 @@ class FamilyTable:
         scales_queries: True if KerasHub's backbone takes `query_head_dim_normalize` and its
             blocks do not; see `building.set_attention_scale`.
         quantized_lora: True if KerasHub computes LoRA on quantized layers rightly.
-        gguf_norm_offset: The number GGUF adds to norm scales.
-        gguf_adapters: True if llama.cpp computes with an adapter what the model does.
         jax: The family in the Gemma library for JAX; `None` if the rows lack its names.
         litert: True if LiteRT-LM was seen to answer as the model does.
     """
@@ -212,6 +243,7 @@ class FamilyTable:
     cache_axes: str
     ropes: Mapping[str, Rope]
     hugging_face: HuggingFaceTable
+    gguf: GgufTable
     told_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     built_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -223,8 +255,6 @@ class FamilyTable:
     tiny_moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scales_queries: bool = False
     quantized_lora: bool = True
-    gguf_norm_offset: float = 1.0
-    gguf_adapters: bool = True
     jax: GemmaJaxTable | None = None
     litert: bool = False
 
@@ -485,8 +515,72 @@ _GEMMA4_FIELDS = {
 }
 EPSILON = 1e-6
 # KerasHub's blocks of Gemma 1 to 3 have it fixed; `layer_norm_epsilon` is for the last norm alone.
-_FIXED_EPSILON = {"layer_norm_epsilon": EPSILON}
+_FIXED_EPSILON: Mapping[str, Any] = {"layer_norm_epsilon": EPSILON}
 _GENERATES: Mapping[str, Any] = dict(use_bidirectional_attention=False, is_embedding_model=False)
+
+
+# GGUF's keys for settings that `transformers` has, too.
+GGUF_KEYS: Mapping[str, str] = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.sliding_window": "sliding_window",
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "altup.num_inputs": "altup_num_inputs",
+    "altup.active_idx": "altup_active_idx",
+    "expert_count": "num_experts",
+    "expert_used_count": "top_k_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_OLD_KEYS: Mapping[str, float | None] = {
+    "context_length": None,
+    "embedding_length": None,
+    "block_count": None,
+    "feed_forward_length": None,
+    "attention.head_count": None,
+    "attention.head_count_kv": None,
+    "attention.key_length": None,
+    "attention.value_length": None,
+    "attention.layer_norm_rms_epsilon": EPSILON,
+}
+_NEW_KEYS: Mapping[str, float | None] = {
+    "context_length": None,
+    "embedding_length": None,
+    "embedding_length_per_layer_input": None,
+    "block_count": None,
+    "feed_forward_length": None,
+    "attention.head_count": None,
+    "attention.head_count_kv": None,
+    "attention.key_length": None,
+    "attention.value_length": None,
+}
+_GEMMA3N_PERIOD = 5
+
+
+def _gemma3n_in_llama_cpp(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp has in numbers: 10 layers with a sparse feed-forward, 20 with own keys."""
+    layers = range(given["num_hidden_layers"])
+    return {
+        "altup_num_inputs": 4,
+        "altup_active_idx": 0,
+        "altup_correct_scale": True,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": len(layers) - 20,
+        "layer_types": [SLIDING if (i + 1) % _GEMMA3N_PERIOD else FULL for i in layers],
+        "activation_sparsity_pattern": [0.95 if i < 10 else 0.0 for i in layers],
+        "rope_local_base_freq": 10_000.0,
+        "attention_bias": False,
+        "final_logit_soft_cap": 30.0,
+    }
 
 
 # The families.
@@ -520,6 +614,7 @@ _GEMMA = FamilyTable(
     ropes={FULL: Rope(10_000.0)},
     gates=2,
     fixed=dict(
+        **_FIXED_EPSILON,
         use_post_ffw_norm=False,
         use_post_attention_norm=False,
         query_head_dim_normalize=True,
@@ -532,10 +627,10 @@ _GEMMA = FamilyTable(
         architecture="GemmaForCausalLM",
         fields=_OLD_FIELDS,
         defaults={"rms_norm_eps": EPSILON},
-        fixed=_FIXED_EPSILON,
         # It was published with "gelu", which transformers, too, takes for the approximation.
         activations=dict.fromkeys(("hidden_act", "hidden_activation"), (GELU, "gelu")),
     ),
+    gguf=GgufTable(_OLD_KEYS),
 )
 _GEMMA2 = FamilyTable(
     name="gemma2",
@@ -559,7 +654,7 @@ _GEMMA2 = FamilyTable(
     gates=2,
     full_attention_period=2,
     built_with=_POST_NORMS,
-    fixed=_POST_NORMS,
+    fixed={**_FIXED_EPSILON, **_POST_NORMS},
     hugging_face=HuggingFaceTable(
         model_type="gemma2",
         architecture="Gemma2ForCausalLM",
@@ -571,12 +666,20 @@ _GEMMA2 = FamilyTable(
             "final_logit_softcapping": 30.0,
             "sliding_window": 4096,
         },
-        fixed=_FIXED_EPSILON,
     ),
     jax=GemmaJaxTable(
         fixed=dict(attention_logit_soft_cap=50.0, final_logit_soft_cap=30.0),
         untransposed=(2304,),  # the 2B
         reads_adapters=True,
+    ),
+    gguf=GgufTable(
+        {
+            **_OLD_KEYS,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "attention.sliding_window": 4096,
+        },
+        layers_scaled_by_width=46,
     ),
 )
 _GEMMA3 = FamilyTable(
@@ -607,7 +710,7 @@ _GEMMA3 = FamilyTable(
     },
     full_attention_period=6,
     built_with=dict(**_POST_NORMS, use_query_key_norm=True, image_size=None),
-    fixed=dict(**_POST_NORMS, **_GENERATES, use_query_key_norm=True),
+    fixed=dict(**_FIXED_EPSILON, **_POST_NORMS, **_GENERATES, use_query_key_norm=True),
     hugging_face=HuggingFaceTable(
         model_type="gemma3_text",
         architecture="Gemma3ForCausalLM",
@@ -624,7 +727,7 @@ _GEMMA3 = FamilyTable(
             "final_logit_softcapping": None,
             "sliding_window": 4096,
         },
-        fixed=_FIXED_EPSILON | {"local_rope_scaling_factor": 1.0},
+        fixed={"local_rope_scaling_factor": 1.0},
         period_field="sliding_window_pattern",
     ),
     jax=GemmaJaxTable(
@@ -632,6 +735,15 @@ _GEMMA3 = FamilyTable(
         reads_adapters=True,
     ),
     litert=True,
+    gguf=GgufTable(
+        {
+            **_OLD_KEYS,
+            "rope.freq_base": None,
+            "rope.freq_base_swa": None,
+            "attention.sliding_window": 1024,
+        },
+        layers_scaled_by_width=62,
+    ),
 )
 _GEMMA3N = FamilyTable(
     name="gemma3n",
@@ -664,7 +776,6 @@ _GEMMA3N = FamilyTable(
     context_length=lambda backbone: int(backbone.max_position_embeddings),
     cache_axes="bn2htd",
     vocabulary_settings=("text_vocab_size", "vocab_size_per_layer_input"),
-    gguf_norm_offset=0.0,
     ropes={FULL: Rope(1_000_000.0, "rope_theta"), SLIDING: Rope(10_000.0, "rope_local_base_freq")},
     built_with=dict(hidden_activation="gelu_approximate", pad_token_id=0),
     widths_by_layer=True,
@@ -676,7 +787,6 @@ _GEMMA3N = FamilyTable(
         fields=_GEMMA3N_FIELDS,
         fixed=dict(hidden_activation="gelu_approximate", pad_token_id=0),
     ),
-    gguf_adapters=False,
     jax=GemmaJaxTable(
         fixed=dict(
             altup_num_inputs=4,
@@ -685,6 +795,29 @@ _GEMMA3N = FamilyTable(
             attention_bias=False,
             rms_norm_eps=EPSILON,
         ),
+    ),
+    gguf=GgufTable(
+        {
+            **_NEW_KEYS,
+            "attention.layer_norm_rms_epsilon": EPSILON,
+            "attention.sliding_window": None,
+            "attention.sliding_window_pattern": None,
+            "attention.shared_kv_layers": 0,
+            "altup.num_inputs": None,
+            "altup.active_idx": 0,
+            "activation_sparsity_scale": None,
+            "rope.freq_base": None,
+            "rope.freq_base_swa": None,
+            "final_logit_softcapping": 30.0,
+        },
+        norm_offset=0.0,
+        fixed=_gemma3n_in_llama_cpp,
+        unsaid=dict(altup_coef_clip=120.0),
+        rows=dict(
+            vocab_size_per_layer_input="embed_tokens_per_layer", laurel_rank="laurel.linear_left"
+        ),
+        default_period=_GEMMA3N_PERIOD,
+        adapters=False,
     ),
 )
 _GEMMA4 = FamilyTable(
@@ -723,7 +856,6 @@ _GEMMA4 = FamilyTable(
     cache_axes="bn2thd",
     tokenizer_options={"has_vision_tokens": False, "has_video_tokens": False},
     quantized_lora=False,
-    gguf_norm_offset=0.0,
     ropes={
         FULL: Rope(
             1_000_000.0, "global_rope_wavelength", share="global_rope_partial_rotary_factor"
@@ -764,6 +896,28 @@ _GEMMA4 = FamilyTable(
         ),
         one_key_head_a_query=True,
         keeps_unread_keys=True,
+    ),
+    gguf=GgufTable(
+        {
+            **_NEW_KEYS,
+            "embedding_length_per_layer_input": 0,
+            "attention.key_length_swa": None,
+            "attention.value_length_swa": None,
+            "attention.layer_norm_rms_epsilon": EPSILON,
+            "attention.sliding_window": None,
+            "attention.sliding_window_pattern": None,
+            "attention.shared_kv_layers": 0,
+            "rope.dimension_count": None,
+            "rope.dimension_count_swa": None,
+            "rope.freq_base": None,
+            "rope.freq_base_swa": None,
+            "final_logit_softcapping": 0.0,
+            "expert_count": None,
+            "expert_used_count": None,
+            "expert_feed_forward_length": None,
+        },
+        norm_offset=0.0,
+        tokenizer="gemma4",
     ),
 )
 

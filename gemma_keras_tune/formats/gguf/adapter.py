@@ -51,7 +51,7 @@ def write(
             is a Gemma 3n.
     """
     family = family_of(model)
-    if not family.gguf_adapters:
+    if not family.gguf.adapters:
         raise ExportError(
             f"llama.cpp computes something else with an adapter of {family.title} than the model "
             "does.",

@@ -212,7 +212,7 @@ def _not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
     for name, known in family.hugging_face.activations.items():
         if config.get(name) not in (None, *known):
             yield f"{name} is {config[name]!r}, and KerasHub computes {GELU!r}"
-    epsilon = family.hugging_face.fixed.get("layer_norm_epsilon", config["rms_norm_eps"])
+    epsilon = family.fixed.get("layer_norm_epsilon", config["rms_norm_eps"])
     if config["rms_norm_eps"] != epsilon:
         yield f"rms_norm_eps is {config['rms_norm_eps']!r}, and KerasHub's blocks have {epsilon!r}"
     if family.full_attention_period:
