@@ -1,7 +1,7 @@
-"""Gemma families: which one a model is, and what the tables say of its weights.
+"""Gemma families: the family of a model, and its weights by the rows of the table.
 
 `tables` holds the facts; this module finds them in a model. Loading, LoRA, adapters and exports ask
-here: no other package knows the name of a foreign tensor or compares the name of a family.
+here: no other package compares the name of a family.
 """
 
 import dataclasses
@@ -73,15 +73,15 @@ class Weight:
         hugging_face: Full Hugging Face name, most with `.weight`. Weights with the same name are
             `spec.part`s of one tensor; `join` makes it.
         gguf: Full GGUF name; `spec.gguf_part` likewise.
-        gguf_offset: What GGUF adds to the stored value (1 for the norms of Gemma 1 to 3).
+        gguf_offset: The number GGUF adds to the value (1 for the norms of Gemma 1 to 3).
         output_axes: Axes of the variable that make the rows of the `[outputs, inputs]` matrix.
         input_axes: Axes that make its columns.
         jax: Full path in the Gemma library's tree for JAX, or `None` where the table has none;
             `spec.jax_part` likewise.
-        jax_transposed: Whether that library holds it with its last two axes exchanged.
-        jax_inner: Size of the inner one of the two axes it gives one of ours, or `None`.
-        layer: The Keras layer that holds it; the variable itself where there is none.
-        used: Whether the model reads it. Gemma 3n's checkpoints hold keys and values for layers
+        jax_transposed: True if that library holds it with its last two axes exchanged.
+        jax_inner: Size of the inner axis, if that library splits one of ours into two.
+        layer: The Keras layer that holds it, or the variable itself if no layer does.
+        used: True if the model reads it. Gemma 3n's checkpoints hold keys and values for layers
             that take those of an earlier layer.
     """
 
@@ -101,12 +101,12 @@ class Weight:
 
     @property
     def text_name(self) -> str:
-        """Its Hugging Face name in a text model, also where this one sees or hears."""
+        """Hugging Face name in a text model, also if this model sees or hears."""
         return self.hugging_face.replace("model.language_model.", "model.")
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """The shape in which Hugging Face and GGUF hold it, or its piece of a tensor."""
+        """Shape in Hugging Face and GGUF, of the weight or of its part of a tensor."""
         shape = tuple(self.variable.shape)
         if self.spec.kind == "experts":
             return (shape[0], shape[2], shape[1])
@@ -118,7 +118,7 @@ class Weight:
         return tuple(math.prod(shape[axis] for axis in group) for group in axes)
 
     def to_matrix(self, value: np.ndarray) -> np.ndarray:
-        """The value as Hugging Face and GGUF hold it: `[outputs, inputs]` for a linear layer."""
+        """Convert a value to Hugging Face's and GGUF's layout: `[outputs, inputs]` if linear."""
         if self.spec.kind == "experts":
             return value.swapaxes(1, 2)
         if self.spec.kind == "scalar":
@@ -126,14 +126,14 @@ class Weight:
         return to_matrix(value, self.output_axes, self.input_axes)
 
     def from_matrix(self, matrix: np.ndarray) -> np.ndarray:
-        """The value in the variable's shape, from Hugging Face's or GGUF's layout."""
+        """Convert a value from Hugging Face's or GGUF's layout to the variable's shape."""
         if self.spec.kind == "experts":
             return matrix.swapaxes(1, 2)
         return from_matrix(matrix, tuple(self.variable.shape), self.output_axes, self.input_axes)
 
     @property
     def jax_shape(self) -> tuple[int, ...]:
-        """The shape in which the Gemma library for JAX holds it, or its piece of a tensor."""
+        """Shape in the Gemma library for JAX, of the weight or of its part of an array."""
         if self.spec.kind == "scalar":
             return (1,)
         shape = self._jax_split_shape
@@ -150,7 +150,7 @@ class Weight:
         return (*shape[:axis], shape[axis] // self.jax_inner, self.jax_inner, *shape[axis + 1 :])
 
     def to_jax(self, value: np.ndarray) -> np.ndarray:
-        """The value as the Gemma library for JAX holds it (or its piece of a tensor)."""
+        """Convert a value to the layout of the Gemma library for JAX."""
         if self.spec.kind == "scalar":
             return value.reshape(1)
         if self.jax_inner is not None:
@@ -160,7 +160,7 @@ class Weight:
         return value.swapaxes(-1, -2) if self.jax_transposed else value
 
     def from_jax(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `to_jax`."""
+        """Invert `to_jax`."""
         value = value.swapaxes(-1, -2) if self.jax_transposed else value
         if self.spec.jax_first:
             value = np.moveaxis(value, 0, self.spec.jax_axis)
@@ -195,7 +195,7 @@ class Linear:
 def to_matrix(
     value: np.ndarray, output_axes: tuple[int, ...], input_axes: tuple[int, ...]
 ) -> np.ndarray:
-    """Any kernel as an `[outputs, inputs]` matrix; other arrays unchanged."""
+    """Reshape a kernel to an `[outputs, inputs]` matrix; return other arrays unchanged."""
     if not output_axes:
         return value
     rows = math.prod(value.shape[axis] for axis in output_axes)
@@ -208,7 +208,7 @@ def from_matrix(
     output_axes: tuple[int, ...],
     input_axes: tuple[int, ...],
 ) -> np.ndarray:
-    """The inverse of `to_matrix`."""
+    """Invert `to_matrix`."""
     if not output_axes:
         return matrix.reshape(shape)
     order = output_axes + input_axes
@@ -224,7 +224,7 @@ _AXES: dict[str | None, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Family(FamilyTable):
-    """A Gemma family: its table, and where a model of it has what the table names."""
+    """A Gemma family: its table, and the way to find its rows in a model."""
 
     @property
     def backbone_class(self) -> Any:
@@ -496,13 +496,13 @@ def context_length(model: keras.Model) -> int:
 
 
 def backbone_settings(model: keras.Model) -> dict[str, Any]:
-    """The settings of a model's backbone, with the cap of its logits wherever the model keeps it.
+    """Return the settings of a backbone, with the cap of the logits also if the task has it.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
 
     Returns:
-        What the backbone's `get_config` gives; `final_logit_soft_cap` is that of the head.
+        The backbone's `get_config`; `final_logit_soft_cap` is that of the head.
     """
     config: dict[str, Any] = model.backbone.get_config()
     if "final_logit_soft_cap" in config:
@@ -511,7 +511,7 @@ def backbone_settings(model: keras.Model) -> dict[str, Any]:
 
 
 def backbone_inputs(backbone: keras.Model, token_ids: Any, padding_mask: Any) -> dict[str, Any]:
-    """What the backbone wants to be fed for a batch of text alone.
+    """Return the inputs of a backbone for a batch of text alone.
 
     Args:
         backbone: A KerasHub Gemma backbone.
@@ -559,11 +559,11 @@ _NO_MEDIA = (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """Origin of a model.
 
     Attributes:
-        source: What `load` was given.
-        instruct: Whether it is instruction-tuned; `None` where nothing says.
+        source: The argument of `load`.
+        instruct: True if it is instruction-tuned; `None` if nothing says.
     """
 
     source: str
@@ -578,25 +578,25 @@ def mark_origin(model: keras.Model, source: str, instruct: bool | None) -> None:
 
     Args:
         model: A KerasHub Gemma.
-        source: What it was loaded from.
-        instruct: Whether it is instruction-tuned, if known.
+        source: The argument of `load`.
+        instruct: True if it is instruction-tuned, if known.
     """
     _origins[model] = Origin(source, instruct)
 
 
 def origin_of(model: keras.Model) -> Origin | None:
-    """Where a model came from, or `None` for one this library did not load."""
+    """Return the origin of a model, or `None` for one this library did not load."""
     return _origins.get(model)
 
 
 def is_instruct(model: keras.Model) -> bool | None:
-    """Whether the model is instruction-tuned, or `None` where nothing says."""
+    """Tell if a model is instruction-tuned; `None` if nothing says."""
     origin = _origins.get(model)
     return origin.instruct if origin else None
 
 
 def fingerprint(model: keras.Model) -> str:
-    """A short hash of the base model: its sizes and a sample of its base weights.
+    """Compute a short hash of the base model: its sizes and a sample of its base weights.
 
     LoRA does not change it, nor does saving and loading in the same dtype.
 
@@ -625,13 +625,13 @@ def fingerprint(model: keras.Model) -> str:
 
 
 def broken_weights(model: keras.Model) -> list[str]:
-    """The text tower's weights that hold NaN or infinite values, by their paths."""
+    """List the paths of the text tower's weights that hold NaN or infinite values."""
     weights = family_of(model).weights(model)
     return [weight.path for weight in weights if not all_finite(np.asarray(weight.variable))]
 
 
 def quantizations(model: keras.Model) -> dict[str, str]:
-    """How Keras quantized the text tower's weights: the mode, such as `"int8"`, by their paths."""
+    """Return the mode of each weight that Keras quantized, such as `"int8"`, by its path."""
     modes = {
         weight.path: getattr(weight.layer, "quantization_mode", None)
         for weight in family_of(model).weights(model)
@@ -640,7 +640,7 @@ def quantizations(model: keras.Model) -> dict[str, str]:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether an array holds no NaN and nothing infinite; little lies in memory beside it."""
+    """Tell if an array holds no NaN and nothing infinite; little memory is used beside it."""
     flat = values.reshape(-1)
     parts = range(0, flat.size, _CHUNK_VALUES)
     return all(np.isfinite(flat[start : start + _CHUNK_VALUES]).all() for start in parts)
@@ -677,12 +677,12 @@ def _text_model(model: keras.Model) -> Any:
 
 
 def _shares_keys(block: Any) -> bool:
-    """Whether a block takes the keys and values of an earlier one."""
+    """Tell if a block takes the keys and values of an earlier one."""
     return bool(getattr(block, "is_kv_shared_layer", False))
 
 
 def _in_this_block(block: Any, spec: WeightSpec) -> WeightSpec:
-    """The row with the name the Gemma library for JAX has for it in a Gemma 4's block."""
+    """Return the row with the name that the Gemma library for JAX has for it in this block."""
     keys = spec.keras == "attention.key_dense"
     if keys and getattr(block.attention, "value_dense", None) is None:
         # Keys serve as values.
@@ -693,7 +693,7 @@ def _in_this_block(block: Any, spec: WeightSpec) -> WeightSpec:
 
 
 def _expand(owner: Any, spec: WeightSpec) -> list[WeightSpec]:
-    """One row for each layer of a list, where the row stands for a list."""
+    """Return one row for each layer, if the row describes a list of layers."""
     if not spec.keras.endswith(".*"):
         return [spec]
     layers = _resolve(owner, spec.keras.removesuffix(".*")) or ()

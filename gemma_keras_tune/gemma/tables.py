@@ -183,7 +183,7 @@ class GemmaJaxTable:
             family.
         untransposed: Widths of the models whose gates were published with inputs before outputs,
             as we have them.
-        one_key_head_a_query: True if it reads a model where every query head has a key of its own.
+        one_key_head_a_query: True if it reads models with as many key heads as query heads.
         keeps_unread_keys: True if its tree has keys and values, unread, for layers that take those
             of an earlier one.
         reads_adapters: True if its LoRA knows all layers of the family.
@@ -198,7 +198,7 @@ class GemmaJaxTable:
 
 @dataclasses.dataclass(frozen=True)
 class FamilyTable:
-    """What is known of a Gemma family.
+    """The facts of a Gemma family.
 
     Attributes:
         name: Short name, such as `"gemma3"`; llama.cpp's name of the architecture, too.
@@ -220,8 +220,8 @@ class FamilyTable:
         fixed: Backbone settings that no runtime but KerasHub can change, with their values.
         widths_by_layer: True if KerasHub takes a feed-forward width for each layer.
         gates: Gates whose widths KerasHub's `intermediate_dim` adds up.
-        full_attention_period: Every so many layers one has full attention and the others a sliding
-            window; `None` if all have, or if the setting `layer_types` says.
+        full_attention_period: Distance between layers with full attention, the others having a
+            sliding window; `None` if all have it, or if the setting `layer_types` says.
         tokenizer_options: Arguments of the KerasHub tokenizer of a model for text alone.
         vocabulary_settings: Backbone settings that count tokens.
         tiny_moe: Changes to `tiny` for a mixture of experts; empty if the family has none.
@@ -320,7 +320,7 @@ _GEMMA_MODEL = (
     WeightSpec("layer_norm", "norm", "output_norm", jax="final_norm/scale"),
 )  # fmt: skip
 
-# What Gemma 3n and 4 feed into each layer beside the token's embedding.
+# Inputs of each layer in Gemma 3n and 4, beside the token's embedding.
 _PER_LAYER_MODEL = (
     WeightSpec("per_layer_model_projection", "per_layer_model_projection", "per_layer_model_proj",
         "matrix", jax="embedder/per_layer_input_projection/w",
@@ -400,7 +400,7 @@ def _in_jax(rows: tuple[WeightSpec, ...], **names: str) -> tuple[WeightSpec, ...
     return tuple(dataclasses.replace(row, jax=names.get(end, row.jax)) for row, end in ends)
 
 
-# Rows from `post_ffw_norm_dense` on stand where a mixture of experts does.
+# A block has the rows from `post_ffw_norm_dense` on if it has a mixture of experts.
 _GEMMA4_BLOCK = (
     *_LINEARS,
     *_in_jax(_GEMMA3_NORMS, query_norm="attn/query_norm/scale", key_norm="attn/key_norm/scale"),
@@ -443,7 +443,7 @@ _GEMMA4_MODEL = (
         _PER_LAYER_MODEL, per_layer_model_projection="embedder/per_layer_model_projection/w"
     ),
 )  # fmt: skip
-# What that library calls otherwise in a block with experts: there its usual names are theirs.
+# Other names in that library in a block with experts, where the experts have the usual ones.
 BESIDE_EXPERTS = {
     "mlp/gating_einsum": "mlp2/gating_einsum",
     "mlp/linear": "mlp2/linear",
@@ -541,32 +541,23 @@ GGUF_KEYS: Mapping[str, str] = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 _OLD_KEYS: Mapping[str, float | None] = {
-    "context_length": None,
-    "embedding_length": None,
-    "block_count": None,
-    "feed_forward_length": None,
-    "attention.head_count": None,
-    "attention.head_count_kv": None,
-    "attention.key_length": None,
-    "attention.value_length": None,
+    **dict.fromkeys((
+        "context_length", "embedding_length", "block_count", "feed_forward_length",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length",
+        "attention.value_length",
+    )),
     "attention.layer_norm_rms_epsilon": EPSILON,
-}
-_NEW_KEYS: Mapping[str, float | None] = {
-    "context_length": None,
-    "embedding_length": None,
-    "embedding_length_per_layer_input": None,
-    "block_count": None,
-    "feed_forward_length": None,
-    "attention.head_count": None,
-    "attention.head_count_kv": None,
-    "attention.key_length": None,
-    "attention.value_length": None,
-}
+}  # fmt: skip
+_NEW_KEYS: Mapping[str, float | None] = dict.fromkeys((
+    "context_length", "embedding_length", "embedding_length_per_layer_input", "block_count",
+    "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length",
+))  # fmt: skip
 _GEMMA3N_PERIOD = 5
 
 
 def _gemma3n_in_llama_cpp(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What llama.cpp has in numbers: 10 layers with a sparse feed-forward, 20 with own keys."""
+    """Numbers in llama.cpp's code: 10 layers with a sparse feed-forward, 20 with own keys."""
     layers = range(given["num_hidden_layers"])
     return {
         "altup_num_inputs": 4,

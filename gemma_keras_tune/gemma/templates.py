@@ -50,7 +50,7 @@ SPECIAL_TOKENS = (
 
 
 class MessageLike(Protocol):
-    """What a template asks of a message."""
+    """A message, as templates read it."""
 
     @property
     def role(self) -> str:
@@ -70,7 +70,7 @@ class Segment:
 
     Attributes:
         text: The text, special tokens written out.
-        trained: Whether the model is taught to write it.
+        trained: True if the model is taught to write it.
     """
 
     text: str
@@ -78,7 +78,7 @@ class Segment:
 
 
 class Template(abc.ABC):
-    """How conversations are written for one model."""
+    """A way to write conversations for one model."""
 
     kind: ClassVar[str]
 
@@ -99,11 +99,11 @@ class Template(abc.ABC):
 
     @abc.abstractmethod
     def _segments(self, messages: Messages) -> list[Segment]:
-        """Segments of messages whose order has been checked."""
+        """Cut messages, whose order has been checked, into segments."""
 
     @abc.abstractmethod
     def chat_template(self) -> str | None:
-        """The template in Jinja, as Hugging Face and llama.cpp want it.
+        """Write the template in Jinja, as Hugging Face and llama.cpp want it.
 
         Returns:
             A Jinja template over `messages`, `bos_token` and `add_generation_prompt`, or `None`
@@ -116,10 +116,10 @@ class Template(abc.ABC):
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> "Template":
-        """The template that `to_config` described.
+        """Make the template that `to_config` described.
 
         Args:
-            config: What `to_config` returned, perhaps read back from JSON.
+            config: The result of `to_config`, perhaps read back from JSON.
 
         Returns:
             The template.
@@ -127,7 +127,24 @@ class Template(abc.ABC):
         Raises:
             TemplateError: It was a Python function, or the description cannot be understood.
         """
-        return _from_config(config)
+        settings = dict(config) if isinstance(config, Mapping) else {}
+        kind = settings.pop("kind", None)
+        if kind == FunctionTemplate.kind:
+            raise TemplateError(
+                f"The model was tuned with the Python function {settings.get('function')!r} as its "
+                "template, and a function cannot be saved.",
+                next_step="Pass the function again: `template=your_function`.",
+            )
+        classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
+        try:
+            if not all(isinstance(value, str) for value in settings.values()):
+                raise TypeError("a setting is no text")
+            return classes[kind](**settings)
+        except (KeyError, TypeError) as error:
+            raise TemplateError(
+                f"This is not the description of a template: {config!r}",
+                next_step=f"`kind` must be one of {sorted(classes)}, with its own settings.",
+            ) from error
 
     def segments(
         self, messages: Messages, *, generation_prompt: bool = False
@@ -138,8 +155,8 @@ class Template(abc.ABC):
 
         Args:
             messages: At most one system message, first; then user and assistant in turn.
-            generation_prompt: Whether the conversation ends with a user message and the text must
-                end where the answer begins. Otherwise it ends with the answer and its stop token.
+            generation_prompt: True if the conversation ends with a user message, and the text where
+                the response begins. Otherwise it ends with the response and its stop token.
 
         Returns:
             Segments, trained and untrained in turn.
@@ -151,7 +168,7 @@ class Template(abc.ABC):
         return _joined(self._segments(messages))
 
     def stop_token_ids(self, tokenizer: keras.layers.Layer) -> tuple[int, ...]:
-        """Ids of `stop_tokens`.
+        """Look up the ids of `stop_tokens`.
 
         Args:
             tokenizer: A KerasHub tokenizer.
@@ -160,7 +177,7 @@ class Template(abc.ABC):
             One id for each of `stop_tokens`.
 
         Raises:
-            TemplateError: A stop token is no single token of this tokenizer.
+            TemplateError: A stop token is not a single token of this tokenizer.
         """
         ids = {token: _token_id(tokenizer, token) for token in self.stop_tokens}
         missing = [token for token, found in ids.items() if found is None]
@@ -244,7 +261,7 @@ class TurnTemplate(Template):
         return f"{self.turn_start}{role}\n{content}{self.turn_end}"
 
     def chat_template(self) -> str:
-        """The format in Jinja, with the same result as the published template for text."""
+        """Write the format in Jinja, with the same result as the published template for text."""
         return _filled_in(
             "turns.jinja",
             system=self.system,
@@ -254,7 +271,7 @@ class TurnTemplate(Template):
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The format and its name as JSON data."""
+        """Return the format and its name as JSON data."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
@@ -287,7 +304,7 @@ class TextTemplate(Template):
 
         Raises:
             TemplateError: One is missing, unknown, repeated, or out of order; or a control token
-                stands where it would be spelled out.
+                is where it would be spelled out.
         """
         _check_placeholders(self.text)
         before, _, ending, following = self._cut
@@ -305,7 +322,7 @@ class TextTemplate(Template):
         return _first_stop(self._parts()[1]) or END_OF_TEXT
 
     def _parts(self) -> tuple[list[tuple[str, str]], str]:
-        """What stands before `{response}`, in `(kind, text)` pieces, and the text behind it."""
+        """Return the pieces before `{response}`, as `(kind, text)`, and the text after it."""
         pieces = _pieces(self.text.removeprefix(START_OF_TEXT))
         index = pieces.index(("field", "response"))
         after = "".join(text for _, text in pieces[index + 1 :])
@@ -347,7 +364,7 @@ class TextTemplate(Template):
         return parts
 
     def chat_template(self) -> str:
-        """The template in Jinja."""
+        """Write the template in Jinja."""
         before, spaces, ending, following = self._cut
         own_place = ("field", "system") in before
         fields = {
@@ -363,7 +380,7 @@ class TextTemplate(Template):
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The text and its label as JSON data."""
+        """Return the text and its label as JSON data."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
@@ -418,11 +435,11 @@ class FunctionTemplate(Template):
         return text
 
     def chat_template(self) -> None:
-        """There is none."""
+        """Return `None`: Python cannot be written in Jinja."""
         return None
 
     def to_config(self) -> dict[str, Any]:
-        """The function's name, which `from_config` refuses to run."""
+        """Return the function's name, which `from_config` refuses to run."""
         return {"kind": self.kind, "function": self.name, "stop": self.stop}
 
 
@@ -484,7 +501,7 @@ def get_template(model: keras.Model, spec: TemplateSpec = "auto") -> Template:
 
 
 def special_tokens(tokenizer: keras.layers.Layer) -> tuple[str, ...]:
-    """Special tokens of a tokenizer as text: control signs to the model, suspect in a user's text.
+    """List the special tokens of a tokenizer as text: control signs, suspect in a user's text.
 
     Args:
         tokenizer: A KerasHub tokenizer of a Gemma.
@@ -496,7 +513,7 @@ def special_tokens(tokenizer: keras.layers.Layer) -> tuple[str, ...]:
 
 
 def _token_id(tokenizer: keras.layers.Layer, token: str) -> int | None:
-    """Its id, where this text is one token."""
+    """Return the id of a text that is one token."""
     found = int(tokenizer.token_to_id(token))
     return found if tokenizer.id_to_token(found) == token else None
 
@@ -505,7 +522,7 @@ _attached: "weakref.WeakKeyDictionary[keras.Model, Template]" = weakref.WeakKeyD
 
 
 def attach_template(model: keras.Model, template: Template | None) -> None:
-    """Remember what a model was tuned with; `None` forgets it.
+    """Remember the template a model was tuned with; `None` forgets it.
 
     Args:
         model: The model.
@@ -518,19 +535,19 @@ def attach_template(model: keras.Model, template: Template | None) -> None:
 
 
 def template_of(model: keras.Model) -> Template | None:
-    """The template a model was tuned with, or `None`.
+    """Return the template a model was tuned with, or `None`.
 
     Args:
         model: A model.
 
     Returns:
-        What `attach_template` was given, also by `tune` and `load`.
+        The template from `attach_template`, which `tune` and `load` call, too.
     """
     return _attached.get(model)
 
 
 def read_template(folder: str | os.PathLike[str]) -> Template | None:
-    """The template recorded in a folder, or `None` when there is none.
+    """Read the template recorded in a folder, or `None` if there is none.
 
     Args:
         folder: Folder of a preset, an adapter or an export, or any other.
@@ -566,7 +583,7 @@ def write_sidecar(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> 
 
 
 def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record this library keeps beside the weights, empty when there is none.
+    """Read the record this library keeps beside the weights; empty if there is none.
 
     Args:
         folder: Any folder.
@@ -589,27 +606,6 @@ def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise TemplateError(f"{path} must hold a JSON object. Received: {type(record).__name__}")
     return record
-
-
-def _from_config(config: Mapping[str, Any]) -> Template:
-    settings = dict(config) if isinstance(config, Mapping) else {}
-    kind = settings.pop("kind", None)
-    if kind == FunctionTemplate.kind:
-        raise TemplateError(
-            f"The model was tuned with the Python function {settings.get('function')!r} as its "
-            "template, and a function cannot be saved.",
-            next_step="Pass the function again: `template=your_function`.",
-        )
-    classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
-    try:
-        if not all(isinstance(value, str) for value in settings.values()):
-            raise TypeError("a setting is no text")
-        return classes[kind](**settings)
-    except (KeyError, TypeError) as error:
-        raise TemplateError(
-            f"This is not the description of a template: {config!r}",
-            next_step=f"`kind` must be one of {sorted(classes)}, with its own settings.",
-        ) from error
 
 
 def _auto(model: keras.Model) -> Template:

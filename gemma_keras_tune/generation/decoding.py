@@ -1,4 +1,4 @@
-"""The compiled part of family: prompts into a key/value cache, and writing from there.
+"""Compiled decoding: reading prompts into a key/value cache, and writing from there.
 
 Greedy answers are written several tokens at a time where text repeats itself, by prompt lookup
 decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). It is speculative
@@ -20,18 +20,18 @@ from keras import ops
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.packing import axes_of, unpack
 
-# Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
-# to compute them than they save; and the tokens of prompt and answer that a program has room for,
-# under which little is repeated.
+# The most tokens guessed for a row in one pass.
 MAX_GUESSES = 7
+# The most tokens of all rows in one pass: on a CPU, more take longer than they save.
 TOKENS_AT_ONCE = 64
+# The shortest cache with guesses, in tokens: shorter texts repeat little.
 MIN_ROOM = 128
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 
 def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
-    """The model with packed weights for its variables.
+    """Bind packed weights to the variables of a model.
 
     Loops enter it in their body: unpacked outside, a kernel would be packed anew in every turn.
     """
@@ -40,7 +40,7 @@ def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
 
 
 def guesses(sampler: Any, rows: int, room: int) -> int:
-    """Tokens guessed for each of some rows at a pass: none for short texts or a sampler's draws."""
+    """Return the tokens to guess for each row in a pass; 0 for short texts and for samplers."""
     if sampler is not None or room < MIN_ROOM:
         return 0
     return max(0, min(TOKENS_AT_ONCE // rows - 1, MAX_GUESSES))
@@ -90,7 +90,7 @@ def write(
 def read_prompts(
     model: keras.Model, weights: list[Any], chunk: int, tokens: Any, starts: Any, chunks: Any
 ) -> Any:
-    """The key/value cache after all but the last token of the prompts. Arguments as in `write`."""
+    """Read all but the last token of the prompts into a cache. Arguments as in `write`."""
     import jax
 
     rows, buffer = tokens.shape
@@ -127,7 +127,7 @@ def write_on(
         stops: As in `write`.
 
     Returns:
-        The state after it. What stands behind the last token of a row means nothing.
+        The new state. Tokens after the last one of a row mean nothing.
     """
     import jax
 
@@ -160,7 +160,7 @@ def write_on(
 
 
 def _last_and_guessed(tokens: Any, at: Any, starts: Any, count: int) -> Any:
-    """The last token of each row, and tokens that may follow: `[batch, 1 + count]` int32.
+    """Return the last token of each row, and guesses that follow: `[batch, 1 + count]` int32.
 
     They are what followed where the last two tokens, or the last, stood for the last time. If that
     runs into the end of the text, it is repeated from there.
@@ -186,7 +186,7 @@ def _last_and_guessed(tokens: Any, at: Any, starts: Any, count: int) -> Any:
 
 
 def _right_and_to_stop(asked: Any, chosen: Any, stops: Any) -> tuple[Any, Any]:
-    """How many tokens of each row are right, and how many there are up to a stop: each `[batch]`.
+    """Count the right tokens of each row, and the tokens up to a stop: each `[batch]`.
 
     A token is right if all guesses before it were. Without a stop it is more than there are.
 
@@ -203,7 +203,7 @@ def _right_and_to_stop(asked: Any, chosen: Any, stops: Any) -> tuple[Any, Any]:
 
 
 def _row_by_row(step: Step) -> Step:
-    """A pass in which every row has a place of its own, `[batch]`, and a cache for a batch of one.
+    """Turn a step into one where each row has its own place, and a cache for a batch of one.
 
     Rows share the weights, so XLA makes the same matrix products of it.
     """
@@ -219,7 +219,7 @@ def _row_by_row(step: Step) -> Step:
 def _choose(
     model: keras.Model, sampler: Any, logits: Any, hidden: Any, random_state: Any
 ) -> tuple[Any, Any]:
-    """The token after each token, `[batch, tokens]` int32, and the sampler's state after it.
+    """Choose the token after each token, `[batch, tokens]` int32, and give the sampler's new state.
 
     Args:
         model: The model, its variables bound to traced values.
@@ -239,9 +239,9 @@ def _choose(
 
 
 def _drawn(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
-    """A token drawn for each row, `[batch]` int32; logits are `[batch, vocabulary]`."""
+    """Draw a token for each row, `[batch]` int32; logits are `[batch, vocabulary]`."""
     kept_apart = [len(v.shape) for v in sampler.variables] != [len(v.shape) for v in random_state]
-    if kept_apart:  # every row draws with a state of its own
+    if kept_apart:  # every row draws with its own state
         import jax
 
         chosen, kept = jax.vmap(functools.partial(_draw, sampler))(logits[:, None], random_state)
@@ -259,7 +259,7 @@ def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
 
 
 def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
-    """One forward pass over a key/value cache, and the empty cache.
+    """Return a forward pass over a key/value cache, and the empty cache.
 
     The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
     real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
@@ -278,7 +278,7 @@ def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, A
 
 
 def _gemma_step(backbone: Any) -> Step:
-    """`GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
+    """Return `GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
 
     def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
         x = backbone.token_embedding(ids)

@@ -1,4 +1,4 @@
-"""From the name of a model to a KerasHub model: `load`."""
+"""Loading a KerasHub model by its name, folder, file or handle: `load`."""
 
 import dataclasses
 import difflib
@@ -90,7 +90,7 @@ _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKE
 
 
 def load(source: Any, *, dtype: str = "auto") -> keras.Model:
-    """Load a Gemma from wherever it lies.
+    """Load a Gemma from a preset, a hub, a folder, a file or a package.
 
     Args:
         source: One of
@@ -159,7 +159,7 @@ def _automatic_dtype() -> str:
 
 
 def _checked(model: keras.Model) -> keras.Model:
-    """A model that is known to be a KerasHub Gemma that writes text."""
+    """Check that a model is a KerasHub Gemma that generates text, and return it."""
     family_of(model)
     if not isinstance(model, keras_hub.models.CausalLM):
         raise LoadError(
@@ -192,7 +192,7 @@ def _load_package(name: str, dtype: str) -> keras.Model:
 
 
 def _package_file() -> pathlib.Path:
-    """The assembled GGUF file in the user's cache folder, checked against its hash."""
+    """Return the assembled GGUF file in the user's cache folder, checked against its hash."""
     folder = platformdirs.user_cache_path("gemma_keras_tune", appauthor=False)
     target = folder / "gemma-3-270m-q4_k_m.gguf"
     if target.is_file() and _sha256(target) == _SHA256:
@@ -211,7 +211,7 @@ def _package_file() -> pathlib.Path:
 
 
 def _package_parts() -> list[pathlib.Path]:
-    """The files of the package, found by their names: its code is never run."""
+    """Find the files of the package by their names: its code is never run."""
     found, missing = [], []
     for number in range(_PARTS):
         distribution = f"{_DISTRIBUTION}-part{number + 1}"
@@ -310,7 +310,7 @@ def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
 
 
 def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
-    """The GGUF files in a folder that hold models: no adapters, no later parts of split ones."""
+    """List the GGUF files in a folder that hold models: no adapters, no later parts."""
     files = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
     return [file for file in files if is_model(file)] if len(files) > 1 else files
 
@@ -326,7 +326,7 @@ def _refuse_broken(model: keras.Model, source: str) -> None:
 
 
 def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
-    """A folder with `config.json`: KerasHub's or Hugging Face's."""
+    """Load a folder with `config.json`: KerasHub's or Hugging Face's."""
     config = _folder_config(path)
     _check_gemma(str(path), config)
     _check_files(path, config)
@@ -348,7 +348,7 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
 
 
 def _causal_lm(config: Mapping[str, Any]) -> Any:
-    """The class that generates, for a config `_check_gemma` let through.
+    """Return the class that generates, for a config that `_check_gemma` accepts.
 
     Named here, because `CausalLM.from_preset` takes any class of that backbone, and Gemma 4 has a
     second one: the assistant of speculative decoding.
@@ -532,7 +532,7 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
 
 
 def _handle_instruct(source: str, handle: str) -> bool | None:
-    """KerasHub's own presets say it in their names; a user's handle may not."""
+    """Read from a handle if it is instruct: KerasHub's own presets say so in their names."""
     if _INSTRUCT.search(source):
         return True
     return False if source != handle else None
@@ -554,7 +554,7 @@ def _download_folder(repository: str) -> str:
 
 
 def _download_record(scheme: str, rest: str) -> pathlib.Path | None:
-    """The folder with the record of this library, where the hub has one."""
+    """Download the record of this library, if the hub has one, and return its folder."""
     client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
     if scheme == "hf":
         folder = pathlib.Path(client.snapshot_download(repo_id=rest, allow_patterns=[SIDECAR]))
