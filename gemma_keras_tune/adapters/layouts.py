@@ -15,9 +15,7 @@ zeros, which no training moves, and scales that differ are multiplied into `B`.
 
 import collections
 import dataclasses
-import importlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -29,6 +27,8 @@ import keras
 import numpy as np
 import regex  # type: ignore[import-untyped]
 
+from gemma_keras_tune._support.json import read_json_object
+from gemma_keras_tune._support.packages import import_extra
 from gemma_keras_tune.adapters.lora import kernel_shape
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.families import Family, Linear, Weight, family_of
@@ -183,16 +183,6 @@ def _sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     )
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    return config
-
-
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -305,7 +295,7 @@ _PEFT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<kind>[
 
 
 def _read_peft(folder: pathlib.Path, model: keras.Model) -> _Reading:
-    config = _read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG, AdapterError)
     if not _is_rank(config.get("r")):
         raise AdapterError(f"{folder / CONFIG} cannot be read: it has no positive integer `r`")
     problems = _malformed(config)
@@ -460,7 +450,7 @@ _MLX_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<kind>[ab])")
 
 def _read_mlx(folder: pathlib.Path, model: keras.Model) -> _Reading:
     path = folder / CONFIG
-    config = _read_json(path)
+    config = read_json_object(path, AdapterError)
     settings = config.get("lora_parameters")
     rank, scale = (settings.get(n) if isinstance(settings, dict) else None
                    for n in ("rank", "scale"))  # fmt: skip
@@ -574,13 +564,7 @@ def _orbax_folder(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _restore(folder: pathlib.Path, model: keras.Model) -> Mapping[str, Any]:
-    try:
-        orbax = importlib.import_module("orbax.checkpoint")
-    except ModuleNotFoundError as error:
-        raise AdapterError(
-            f"{folder} holds an Orbax checkpoint, and Orbax is not installed.",
-            next_step="pip install orbax-checkpoint",
-        ) from error
+    orbax = import_extra("orbax.checkpoint", "gemma-jax", "Orbax checkpoints", AdapterError)
     try:
         with orbax.StandardCheckpointer() as checkpointer:
             _check_sizes(checkpointer.metadata(folder.absolute()).item_metadata.tree, model)

@@ -1,9 +1,7 @@
 """`evaluate`: put a test plan to the base and to the tuned model, and judge the answers."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
@@ -17,6 +15,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_keras_tune._support.packages import installed_versions
 from gemma_keras_tune.adapters.lora import get_factors, is_lora_on, lora_linears
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.asking import (
@@ -200,7 +199,7 @@ def evaluate(
             "adapter": _adapter_hash(model),
             "machine": _machine(),
         },
-        versions=_versions(),
+        versions={"python": platform.python_version()} | installed_versions(PACKAGES),
         seed=seed,
         seconds=time.perf_counter() - begin,
     )
@@ -604,14 +603,6 @@ def _adapter_hash(model: Any) -> str | None:
         for part in (linear.path.encode(), a.tobytes(), b.tobytes(), repr(scale).encode()):
             digest.update(part)
     return digest.hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _machine() -> str:

@@ -5,10 +5,7 @@ recordings: what the model in memory answered to a few prompts; and the outcome 
 with what the target's own runtime answers. `exporting.verifying` does that.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras_tune._support.files import sha256
+from gemma_keras_tune._support.packages import installed_versions
 from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
@@ -215,7 +214,7 @@ def write_receipt(
         stop_tokens=tuple(template.stop_tokens),
         stop_token_ids=tuple(template.stop_token_ids(tokenizer)) if tokenizer else (),
         adapter=_adapter_on(model),
-        packages=_versions(format),
+        packages=installed_versions((*_PACKAGES, *_TARGET_PACKAGES.get(format, ()))),
         files=files,
         recordings=record(model, prompts) if answers else (),
         format_version=next(filter(None, (_format_version(folder / f.path) for f in files)), None),
@@ -260,25 +259,11 @@ def _format_version(path: pathlib.Path) -> str | None:
     return ".".join(map(str, versions)) if is_one else None
 
 
-def _versions(format: str) -> dict[str, str]:
-    found = {}
-    for name in (*_PACKAGES, *_TARGET_PACKAGES.get(format, ())):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def _describe(folder: pathlib.Path, receipt: str) -> Iterator[FileRecord]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != receipt:
             yield FileRecord(name, path.stat().st_size, sha256(path))
-
-
-def sha256(path: pathlib.Path) -> str:
-    """A file's sha256 in hexadecimal; a small part of the file at a time lies in memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Recording, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from gemma_keras_tune._support.files import write_text
+from gemma_keras_tune._support.files import sha256, write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
@@ -21,7 +21,6 @@ from gemma_keras_tune.exporting.receipts import (
     Recording,
     read_receipt,
     receipt_path,
-    sha256,
     write_receipt,
 )
 from gemma_keras_tune.exporting.runtimes import (

@@ -1,6 +1,6 @@
 """A model's weights as they leave: merged, in float32, one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 
 import keras
 import ml_dtypes
@@ -22,6 +22,32 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+Shape = tuple[int, ...]
+
+
+def shape_problems(
+    expected: Mapping[str, Shape], found: Mapping[str, Shape], idle: Container[str] = ()
+) -> list[str]:
+    """Compare the tensors a file holds with those a model is made of.
+
+    Args:
+        expected: Shapes of the model's tensors by name.
+        found: Shapes of the file's.
+        idle: Names of more tensors that a file may hold, and that are never computed with.
+
+    Returns:
+        What is missing, of another shape, or unknown: a line for each.
+    """
+    problems = []
+    for name, shape in expected.items():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name] != shape:
+            problems.append(f"{name} has shape {found[name]}, expected {shape}")
+    unknown = (name for name in found if name not in expected and name not in idle)
+    return problems + [f"{name} is no weight of this model" for name in unknown]
 
 
 def stored_dtype(model: keras.Model, dtype: str) -> str:

@@ -335,6 +335,29 @@ class Family(FamilyTable):
                 if weight is not None:
                     yield index, weight
 
+    def idle_names(self, model: keras.Model) -> frozenset[str]:
+        """Return foreign names of keys and values stored for layers that take those of another.
+
+        Some checkpoints of Gemma 3n and 4 hold them; no model reads them.
+
+        Args:
+            model: A KerasHub Gemma `CausalLM` or backbone of this family.
+
+        Returns:
+            Their Hugging Face names, as in a text model, and their GGUF names.
+        """
+        keyed = {linear.block for linear in self.linears(model) if linear.target == "k_proj"}
+        return frozenset(
+            name
+            for index in range(len(_blocks(model)))
+            for spec in self.block
+            if index not in keyed and spec.hugging_face in KEYS_AND_VALUES
+            for name in (
+                f"model.layers.{index}.{spec.hugging_face}{spec.suffixes[0]}",
+                self.gguf_name(spec.hugging_face, index),
+            )
+        )
+
     def _weight(
         self, owner: Any, spec: WeightSpec, hugging_face: str, gguf: str, jax: str, place: str
     ) -> Weight | None:

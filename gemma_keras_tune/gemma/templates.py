@@ -27,6 +27,7 @@ import jinja2
 import keras
 
 from gemma_keras_tune._support.files import write_text
+from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.gemma.families import FAMILIES, family_of, is_instruct
 from gemma_keras_tune.gemma.tables import Turn
@@ -597,15 +598,7 @@ def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = pathlib.Path(folder) / SIDECAR
     if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TemplateError(
-            f"{path} is not valid JSON: {error}", next_step="Delete it, or restore it from a copy."
-        ) from error
-    if not isinstance(record, dict):
-        raise TemplateError(f"{path} must hold a JSON object. Received: {type(record).__name__}")
-    return record
+    return read_json_object(path, TemplateError, "Delete it, or restore it from a copy.")
 
 
 def _auto(model: keras.Model) -> Template:

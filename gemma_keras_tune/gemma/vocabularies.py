@@ -4,15 +4,16 @@ Every Gemma's tokenizer is byte-pair encoding by SentencePiece. GGUF keeps its p
 its pieces and merges; from either the model is put together again that gives the same ids.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+# SentencePiece's piece types, which llama.cpp's token types repeat.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNK_ID, CONTROL_IDS = 3, (0, 1, 2)
 SPACE = "▁"
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
@@ -198,10 +199,4 @@ def _added(folder: pathlib.Path) -> dict[int, str]:
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{file} cannot be read: {error}", next_step=_AGAIN) from error
-    if not isinstance(data, dict):
-        raise LoadError(f"{file} must hold a JSON object. Received: {type(data).__name__}")
-    return data
+    return read_json_object(file, LoadError, _AGAIN)

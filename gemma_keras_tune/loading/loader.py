@@ -2,10 +2,8 @@
 
 import dataclasses
 import difflib
-import hashlib
 import importlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import re
@@ -22,6 +20,8 @@ import keras_hub
 import platformdirs
 
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.files import sha256
+from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
@@ -195,7 +195,7 @@ def _package_file() -> pathlib.Path:
     """Return the assembled GGUF file in the user's cache folder, checked against its hash."""
     folder = platformdirs.user_cache_path("gemma_keras_tune", appauthor=False)
     target = folder / "gemma-3-270m-q4_k_m.gguf"
-    if target.is_file() and _sha256(target) == _SHA256:
+    if target.is_file() and sha256(target) == _SHA256:
         return target
     parts = _package_parts()
     print(f"Unpacking Gemma 3 270M. {_TERMS}", file=sys.stderr)
@@ -241,7 +241,7 @@ def _join(parts: list[pathlib.Path], target: pathlib.Path) -> None:
                 with part.open("rb") as piece:
                     shutil.copyfileobj(piece, out)
             out.flush()
-            digest = _sha256(pathlib.Path(out.name))
+            digest = sha256(pathlib.Path(out.name))
             if digest != _SHA256:
                 raise LoadError(
                     f"The package {_DISTRIBUTION} does not hold the file it should: SHA-256 "
@@ -252,11 +252,6 @@ def _join(parts: list[pathlib.Path], target: pathlib.Path) -> None:
         except BaseException:
             os.unlink(out.name)
             raise
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Files and folders.
@@ -384,15 +379,7 @@ def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _parsed(file: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"{file} cannot be read: {error}", next_step="Copy or download the model again."
-        ) from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{file} must hold a JSON object. Received: {type(config).__name__}")
-    return config
+    return read_json_object(file, LoadError, "Copy or download the model again.")
 
 
 def _check_gemma(source: str, config: Mapping[str, Any]) -> None:

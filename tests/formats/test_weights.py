@@ -15,7 +15,7 @@ from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factor
 from gemma_keras_tune.adapters.switching import use_adapter
 from gemma_keras_tune.exporting.receipts import read_receipt, record
 from gemma_keras_tune.formats.hugging_face.reader import _with_config
-from gemma_keras_tune.formats.weights import DTYPES, merged_weights
+from gemma_keras_tune.formats.weights import DTYPES, merged_weights, shape_problems
 from gemma_keras_tune.gemma.families import family_of
 
 
@@ -37,6 +37,18 @@ def assert_same(left, right, tolerance=0.0):
     assert left.keys() == right.keys()
     for path, value in left.items():
         np.testing.assert_allclose(right[path], value, rtol=0, atol=tolerance, err_msg=path)
+
+
+def test_all_that_does_not_fit_is_told_at_once():
+    expected = {"a": (2, 3), "b": (4,), "c": (5,)}
+    assert shape_problems(expected, {**expected, "idle": (1,)}, {"idle"}) == []
+    assert shape_problems(
+        expected, {"a": (3, 2), "c": (5,), "x": (1,), "idle": (1,)}, {"idle"}
+    ) == [
+        "a has shape (3, 2), expected (2, 3)",
+        "b is missing",
+        "x is no weight of this model",
+    ]
 
 
 def test_lora_that_is_on_is_added():

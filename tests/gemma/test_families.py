@@ -128,6 +128,22 @@ def test_gemma3n_marks_the_keys_it_never_reads() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("gemma2", ()), ("gemma3", ()), ("gemma3n", (2, 3)), ("gemma4", (2, 3))]
+)
+def test_keys_that_are_stored_and_never_read(name: str, blocks: tuple[int, ...]) -> None:
+    model = tiny_model(name)
+    assert family_of(model).idle_names(model) == {
+        name
+        for block in blocks
+        for theirs, gguf in (("k_proj", "attn_k"), ("v_proj", "attn_v"), ("k_norm", "attn_k_norm"))
+        for name in (
+            f"model.layers.{block}.self_attn.{theirs}.weight",
+            f"blk.{block}.{gguf}.weight",
+        )
+    }
+
+
 def transformers_shapes(model: Any, family: Family) -> dict[str, tuple[int, ...]]:
     backbone = model.backbone
     common: dict[str, Any] = dict(

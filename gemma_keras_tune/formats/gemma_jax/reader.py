@@ -5,15 +5,16 @@ without that record, such as the published ones, is not opened.
 """
 
 import collections
-import importlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.packages import import_extra
 from gemma_keras_tune.errors import LoadError, TemplateError
+from gemma_keras_tune.formats.weights import Shape, shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
@@ -76,13 +77,7 @@ def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Mod
             record describes.
     """
     family, config = _recorded(folder)
-    try:
-        orbax = importlib.import_module("orbax.checkpoint")
-    except ModuleNotFoundError as error:
-        raise LoadError(
-            f"{folder} holds an Orbax checkpoint, and Orbax is not installed.",
-            next_step="pip install orbax-checkpoint",
-        ) from error
+    orbax = import_extra("orbax.checkpoint", "gemma-jax", "Orbax checkpoints", LoadError)
     path = (folder / PARAMETERS).absolute()
     try:
         with orbax.StandardCheckpointer() as checkpointer:
@@ -135,12 +130,12 @@ def _flat(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, tree
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: Any) -> dict[str, Shape]:
     return {name: tuple(leaf.shape) for name, leaf in _flat(tree)}
 
 
 def _check_depth(
-    folder: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+    folder: pathlib.Path, config: Mapping[str, Any], found: Mapping[str, Shape]
 ) -> None:
     """Before anything is built after the record: as many layers as it says."""
     layers = len({name.partition("/")[0] for name in found if name.startswith("layer_")})
@@ -155,27 +150,19 @@ def _check_depth(
 def _check_shapes(
     folder: pathlib.Path,
     weights: Sequence[Weight],
-    found: Mapping[str, tuple[int, ...]],
-    unread: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Shape],
+    unread: Container[str],
 ) -> None:
-    expected = _tree_shapes(weights)
-    problems = []
-    for name, shape in expected.items():
-        if name not in found:
-            problems.append(f"{name} is missing")
-        elif found[name] != shape:
-            problems.append(f"{name} has shape {found[name]}, expected {shape}")
-    known = expected.keys() | unread.keys()
-    problems += [f"{name} is no weight of this model" for name in found if name not in known]
+    problems = shape_problems(_tree_shapes(weights), found, unread)
     if problems:
         raise LoadError(
             f"{folder}: the checkpoint does not fit the model the record describes.",
-            dict.fromkeys(problems),
+            problems,
             next_step=_AGAIN,
         )
 
 
-def unread_weights(model: Any) -> dict[str, tuple[int, ...]]:
+def unread_weights(model: Any) -> dict[str, Shape]:
     """What the library's Gemma 4 has for layers that take the keys of an earlier one, unread.
 
     Args:
@@ -200,13 +187,13 @@ def unread_weights(model: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _tree_shapes(weights: Sequence[Weight]) -> dict[str, tuple[int, ...]]:
+def _tree_shapes(weights: Sequence[Weight]) -> dict[str, Shape]:
     used = [weight for weight in weights if weight.used]
     counts = collections.Counter(str(weight.jax) for weight in used)
     return {str(weight.jax): _tree_shape(weight, counts[str(weight.jax)]) for weight in used}
 
 
-def _tree_shape(weight: Weight, count: int) -> tuple[int, ...]:
+def _tree_shape(weight: Weight, count: int) -> Shape:
     shape = weight.jax_shape
     if weight.spec.kind == "embedding":
         shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])

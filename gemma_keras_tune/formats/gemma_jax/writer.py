@@ -10,7 +10,6 @@ The names and layouts come from `families`.
 """
 
 import collections
-import importlib
 import itertools
 import pathlib
 import warnings
@@ -20,6 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.packages import import_extra
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gemma_jax.reader import (
     BACKBONE_KEY,
@@ -67,7 +67,8 @@ def write(
         ExportError: The library cannot compute this model, a weight is beyond the dtype, or
             `orbax-checkpoint` is not installed.
     """
-    orbax_tree = _orbax_tree()
+    module = "gemma_keras_tune.formats.gemma_jax.orbax_tree"
+    orbax_tree = import_extra(module, "gemma-jax", "Orbax checkpoints", ExportError)
     names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
     tensors = _tensors(model, stored_dtype(model, dtype), progress)
     _warn_of_vision(model)
@@ -191,13 +192,3 @@ def _warn_of_vision(model: Any) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-def _orbax_tree() -> Any:
-    try:
-        return importlib.import_module("gemma_keras_tune.formats.gemma_jax.orbax_tree")
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            "The Gemma library for JAX reads Orbax checkpoints, and Orbax is not installed.",
-            next_step="pip install orbax-checkpoint",
-        ) from error

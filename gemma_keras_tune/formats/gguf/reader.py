@@ -28,7 +28,8 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.formats.gguf.settings import BROKEN, MAX_SIZE, backbone_config
+from gemma_keras_tune.formats.gguf.settings import BROKEN, MAX_SIZE, ROPE_FACTORS, backbone_config
+from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
 from gemma_keras_tune.gemma.tables import SENTENCEPIECE
@@ -57,6 +58,8 @@ _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 _CHUNK_VALUES = 1 << 20
 # Values handed over at a time of a larger embedding: XLA goes over all of it for each.
 _BLOCK_VALUES = 1 << 24
+# The frequencies of the rotary embedding are computed, not learnt.
+_COMPUTED = (ROPE_FACTORS,)
 _SPLIT_COUNT = "split.count"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _TOKENIZERS = tuple(dict.fromkeys(family.gguf.tokenizer for family in FAMILIES.values()))
@@ -231,7 +234,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
             [f"{type(error).__name__}: {error}"],
             next_step=BROKEN,
         ) from error
-    _assign(file, family.weights(backbone))
+    _assign(file, family.weights(backbone), family.idle_names(backbone))
     mark_origin(model, str(path), instruct=is_instruct(file))
     _attach_template(file, model)
     return model
@@ -434,9 +437,9 @@ def _family(file: GgufFile) -> Family:
     return family
 
 
-def _assign(file: GgufFile, weights: Sequence[Weight]) -> None:
+def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> None:
     parts = parts_of_tensors(weights)
-    _check_tensors(file, parts)
+    _check_tensors(file, parts, idle)
     broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
@@ -526,16 +529,14 @@ def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check_tensors(file: GgufFile, tensors: Mapping[str, Sequence[Weight]]) -> None:
-    problems = []
-    for name, parts in tensors.items():
-        info, expected = file.tensors.get(name), tensor_shape(parts)
-        if info is None:
-            problems.append(f"{name} is missing")
-        elif info.shape != expected:
-            problems.append(f"{name} has shape {info.shape}, expected {expected}")
-    unknown = [name for name in file.tensors if name not in tensors and not _idle(name, tensors)]
-    problems += [f"{name} is no weight of this model" for name in unknown]
+def _check_tensors(
+    file: GgufFile, tensors: Mapping[str, Sequence[Weight]], idle: Iterable[str]
+) -> None:
+    problems = shape_problems(
+        {name: tensor_shape(parts) for name, parts in tensors.items()},
+        {name: info.shape for name, info in file.tensors.items()},
+        {*idle, *_COMPUTED},
+    )
     kinds = {info.kind for info in file.tensors.values()}
     problems += [
         f"the quantization {kind.name} cannot be read"
@@ -548,19 +549,6 @@ def _check_tensors(file: GgufFile, tensors: Mapping[str, Sequence[Weight]]) -> N
             problems,
             next_step="Convert the model again, with a quantization such as Q8_0 or Q4_K_M.",
         )
-
-
-def _idle(name: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor is never computed with."""
-    # The frequencies of the rotary embedding are computed, not learnt.
-    if name.startswith("rope_freqs"):
-        return True
-    # Gemma 4's checkpoints hold keys and values for layers that take those of an earlier one.
-    block, _, rest = name.rpartition(".attn_")
-    shared = rest in ("k.weight", "v.weight", "k_norm.weight")
-    return (
-        shared and f"{block}.attn_q.weight" in tensors and f"{block}.attn_k.weight" not in tensors
-    )
 
 
 def _readable(kind: gguf.GGMLQuantizationType) -> bool:

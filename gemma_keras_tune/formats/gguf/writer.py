@@ -47,6 +47,7 @@ from gemma_keras_tune.gemma.families import (
 )
 from gemma_keras_tune.gemma.tables import SENTENCEPIECE, FusedPart
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
+from gemma_keras_tune.gemma.vocabularies import BYTE, CONTROL, NORMAL, SPACE, UNUSED, USER_DEFINED
 
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -66,8 +67,6 @@ _FILE_TYPES = {
 _TERMS = "https://ai.google.dev/gemma/terms"
 
 
-# SentencePiece's piece types, which llama.cpp's token types repeat.
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
 # llama.cpp prints no control token and ends no word in one; all others are text that users write.
 _CONTROL_TOKENS = re.compile(
     r"<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|\|.*|.*\|)>"
@@ -270,19 +269,19 @@ def _tokenizer(model: Any, family: Family) -> dict[str, Any]:
     tokens, scores, types = [], [], []
     for piece in proto.pieces:
         text, score, kind = piece.piece, piece.score, piece.type
-        if kind not in (_NORMAL, _BYTE):
-            kind, score = _USER_DEFINED, _NO_SCORE
+        if kind not in (NORMAL, BYTE):
+            kind, score = USER_DEFINED, _NO_SCORE
             # llama.cpp looks for these in text as it is, not as SentencePiece spells it.
-            text = text.replace("▁", " ")
-        if kind != _BYTE and _CONTROL_TOKENS.fullmatch(text) and text not in _VISIBLE_TOKENS:
-            kind, score = _CONTROL, _NO_SCORE
+            text = text.replace(SPACE, " ")
+        if kind != BYTE and _CONTROL_TOKENS.fullmatch(text) and text not in _VISIBLE_TOKENS:
+            kind, score = CONTROL, _NO_SCORE
         tokens.append(text)
         scores.append(score)
         types.append(kind)
     for number in range(len(tokens), rows):
         tokens.append(f"[PAD{number}]")
         scores.append(_NO_SCORE)
-        types.append(_UNUSED)
+        types.append(UNUSED)
     prefix = "tokenizer.ggml."
     kind_of_tokenizer: dict[str, Any] = {prefix + "model": family.gguf.tokenizer}
     if family.gguf.tokenizer == SENTENCEPIECE:

@@ -26,6 +26,7 @@ from gemma_keras_tune.formats.hugging_face.settings import (
     check_reading,
     completed,
 )
+from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import Family, Weight, family_named, family_of, split
 from gemma_keras_tune.gemma.tables import FusedPart
@@ -37,13 +38,11 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
 _HEAD = "lm_head.weight"
-# What lies beside the text model, what is computed and not learnt, and the keys and values that
-# Gemma 4's checkpoints hold for layers that take those of an earlier one.
+# What lies beside the text model, and what is computed and not learnt. The head is the embedding.
 _BESIDE = re.compile(
-    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\."
-    r"|.*rotary_emb\.inv_freq$"
+    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*"
+    r"|.*rotary_emb\.inv_freq|.*lm_head\.weight"
 )
-_SHARED = re.compile(r"(.*self_attn\.)(k_proj|v_proj|k_norm|v_norm)\.weight$")
 _ROWS = 4096
 
 
@@ -137,28 +136,30 @@ def _text_name(name: str) -> str:
 def _check_tensors(
     folder: pathlib.Path,
     config: Mapping[str, Any],
-    weights: Sequence[Weight],
+    model: keras.Model,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Compare what a folder holds with what the model is built of."""
+    family = family_of(model)
     groups = collections.defaultdict(list)
-    for weight in weights:
-        groups[_text_name(weight.hugging_face)].append(weight)
-    problems = []
-    for name, parts in groups.items():
-        tensor = tensors.get(name)
-        expected = _shape(parts)
-        if tensor is None:
+    for weight in family.weights(model):
+        groups[weight.text_name].append(weight)
+    known = {name: tensor.name for name, tensor in tensors.items()}
+    idle = family.idle_names(model)
+    problems = shape_problems(
+        {
+            known.get(name, name): _shape(parts)
+            for name, parts in groups.items()
             # Checkpoints may leave out what is never read.
-            problems += [f"{name} is missing"] if parts[0].used else []
-        elif tensor.shape != expected:
-            problems.append(f"{tensor.name} has shape {tensor.shape}, expected {expected}")
-        elif tensor.dtype not in _DTYPES:
-            problems.append(f"{tensor.name} is {tensor.dtype}: quantized weights cannot be read")
+            if name in known or parts[0].used
+        },
+        {tensor.name: tensor.shape for tensor in tensors.values()},
+        {known[name] for name in known if name in idle or _BESIDE.fullmatch(name)},
+    )
     problems += [
-        f"{tensor.name} is no weight of this model"
+        f"{tensor.name} is {tensor.dtype}: quantized weights cannot be read"
         for name, tensor in tensors.items()
-        if name not in groups and not _idle(name, groups)
+        if name in groups and tensor.dtype not in _DTYPES
     ]
     if not problems:
         problems = _head_problems(config, tensors)
@@ -168,18 +169,6 @@ def _check_tensors(
             dict.fromkeys(problems),
             _AGAIN,
         )
-
-
-def _idle(name: str, groups: Mapping[str, Any]) -> bool:
-    """Whether a tensor is never computed with, or not by the text model."""
-    if name.endswith(_HEAD) or _BESIDE.match(name):
-        return True
-    shared = _SHARED.match(name)
-    return (
-        shared is not None
-        and f"{shared[1]}q_proj.weight" in groups
-        and f"{shared[1]}k_proj.weight" not in groups
-    )
 
 
 def _head_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -246,7 +235,7 @@ def load_hugging_face(
     with _with_config(folder, whole) as place:
         model: keras.Model = owner.from_preset(str(place), dtype=dtype)
     check_reading(folder, family, text, model.backbone.get_config())
-    _check_tensors(folder, config, family_of(model).weights(model), tensors)
+    _check_tensors(folder, config, model, tensors)
     return model
 
 
@@ -275,8 +264,8 @@ def _load_text_model(
     dtype: str,
 ) -> keras.Model:
     backbone = empty_backbone(family, backbone_arguments(folder, family, config), dtype)
+    _check_tensors(folder, config, backbone, tensors)
     weights = family.weights(backbone)
-    _check_tensors(folder, config, weights, tensors)
     proto = folder_vocabulary(folder, weights[0].matrix_shape[0])
     model = causal_lm(family, backbone, proto)
     _assign(weights, tensors)

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_keras_tune.gemma.templates import Template
+from gemma_keras_tune.gemma.vocabularies import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_SPACE = "▁"
 _NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _NO_LIMIT = 10**30
 
@@ -75,7 +74,7 @@ def _tokenizer_json(pieces: Any, special: set[str]) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(pieces, special),
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"String": " "},
@@ -93,7 +92,7 @@ def _tokenizer_json(pieces: Any, special: set[str]) -> dict[str, Any]:
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
             ],
@@ -123,10 +122,10 @@ def _added_tokens(pieces: Any, special: set[str]) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": piece.type in (_UNKNOWN, _CONTROL) or piece.piece in special,
+            "special": piece.type in (UNKNOWN, CONTROL) or piece.piece in special,
         }
         for number, piece in enumerate(pieces)
-        if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
 
 
@@ -137,9 +136,9 @@ def merge_rules(pieces: Any) -> list[list[str]]:
     before that, the longest first; runs of spaces are only spelled as in the vocabulary once the
     text has been normalized, so they are found by merging.
     """
-    known = {p.piece for p in pieces if p.type in (_NORMAL, _USER_DEFINED)}
-    runs = [p.piece for p in pieces if p.type == _USER_DEFINED and not p.piece.strip(_SPACE)]
-    normal = [(p.score, p.piece) for p in pieces if p.type == _NORMAL and len(p.piece) > 1]
+    known = {p.piece for p in pieces if p.type in (NORMAL, USER_DEFINED)}
+    runs = [p.piece for p in pieces if p.type == USER_DEFINED and not p.piece.strip(SPACE)]
+    normal = [(p.score, p.piece) for p in pieces if p.type == NORMAL and len(p.piece) > 1]
     # Stable: pieces of one score stay in the order of their ids.
     ranked = sorted(runs, key=len, reverse=True)
     ranked += [piece for _, piece in sorted(normal, key=lambda item: -item[0])]
