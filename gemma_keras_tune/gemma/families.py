@@ -233,7 +233,11 @@ class Family(FamilyTable):
 
     @property
     def causal_lm_class(self) -> Any:
-        """KerasHub's model that generates text."""
+        """KerasHub's model that generates text.
+
+        Named, because `CausalLM.from_preset` takes any class of a backbone, and Gemma 4 has a
+        second one: the assistant of speculative decoding.
+        """
         return getattr(keras_hub.models, f"{self.keras_hub}CausalLM")
 
     @property
@@ -491,19 +495,6 @@ def family_of(model: keras.Model) -> Family:
             next_step="Load one with `load(...)`, or pass a `keras_hub.models.Gemma…CausalLM`.",
         )
     return found
-
-
-def family_named(name: str) -> Family | None:
-    """Return the family that a `config.json` names.
-
-    Args:
-        name: KerasHub's class of the backbone, or the `model_type` of `transformers`.
-
-    Returns:
-        The family; `None` if the name is not that of a Gemma that generates text. Gemma 1 and 2
-        have the same classes, and Gemma 1 stands for both.
-    """
-    return next((family for family in FAMILIES.values() if name in family.config_names), None)
 
 
 def context_length(model: keras.Model) -> int:

@@ -34,8 +34,8 @@ from gemma_keras_tune.formats.hugging_face.reader import (
 from gemma_keras_tune.gemma.building import set_attention_scale
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
+    Family,
     broken_weights,
-    family_named,
     family_of,
     is_instruct,
     mark_origin,
@@ -323,13 +323,12 @@ def _refuse_broken(model: keras.Model, source: str) -> None:
 def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     """Load a folder with `config.json`: KerasHub's or Hugging Face's."""
     config = _folder_config(path)
-    _check_gemma(str(path), config)
+    family = _gemma_of(str(path), config)
     _check_files(path, config)
-    owner = _causal_lm(config)
     try:
         if "registered_name" not in config:
-            return load_hugging_face(path, config, owner, dtype=dtype)
-        model: keras.Model = owner.from_preset(str(path.resolve()), dtype=dtype)
+            return load_hugging_face(path, config, family, dtype=dtype)
+        model: keras.Model = family.causal_lm_class.from_preset(str(path.resolve()), dtype=dtype)
     except LoadError:
         raise
     except Exception as error:
@@ -340,18 +339,6 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
             "folder again.",
         ) from error
     return model
-
-
-def _causal_lm(config: Mapping[str, Any]) -> Any:
-    """Return the class that generates, for a config that `_check_gemma` accepts.
-
-    Named here, because `CausalLM.from_preset` takes any class of that backbone, and Gemma 4 has a
-    second one: the assistant of speculative decoding.
-    """
-    family = family_named(str(config.get("class_name") or config["model_type"]))
-    if family is None:
-        raise LoadError(f"{config.get('class_name') or config['model_type']} is not a Gemma.")
-    return family.causal_lm_class
 
 
 def _causal_lms() -> list[Any]:
@@ -382,8 +369,13 @@ def _parsed(file: pathlib.Path) -> Mapping[str, Any]:
     return read_json_object(file, LoadError, "Copy or download the model again.")
 
 
-def _check_gemma(source: str, config: Mapping[str, Any]) -> None:
-    """Refuse another model before its weights are read or downloaded."""
+def _gemma_of(source: str, config: Mapping[str, Any]) -> Family:
+    """Find the family of a config, and refuse another model before its weights are read."""
+    known: dict[str, Family] = {}
+    for family in FAMILIES.values():
+        by_keras, *by_type = family.config_names
+        names = [by_keras] if "registered_name" in config else by_type
+        known = dict.fromkeys(names, family) | known  # Gemma 2 has the classes of Gemma 1
     if "registered_name" in config:
         found = str(config.get("class_name"))
         embeds = (config.get("config") or {}).get("is_embedding_model")
@@ -391,19 +383,17 @@ def _check_gemma(source: str, config: Mapping[str, Any]) -> None:
         found = str(config.get("model_type"))
         text = config.get("text_config") or config
         embeds = text.get("use_bidirectional_attention") in (True, "all")
-    if family_named(found) is None:
-        by_keras = "registered_name" in config
-        names = [name for family in FAMILIES.values() for name in family.config_names]
-        known = dict.fromkeys(n for n in names if n.endswith("Backbone") == by_keras)
+    if found not in known:
         raise LoadError(
             f"{source} is not a Gemma that generates text. Received: {found}",
-            next_step=f"Known are {', '.join(known)}.",
+            next_step=f"Known are {', '.join(sorted(known))}.",
         )
     if embeds:
         raise LoadError(
             f"{source} is a Gemma that computes embeddings and generates no text.",
             next_step="Pass a Gemma made for generation, such as 'gemma3_270m'.",
         )
+    return known[found]
 
 
 def _check_files(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -498,11 +488,11 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
     try:
         # KerasHub takes every failure here for a missing file.
         config = _parsed(pathlib.Path(_download_config(scheme, rest)))
-        _check_gemma(source, config)
+        family = _gemma_of(source, config)
         if scheme == "hf" and "registered_name" not in config:
             model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
         else:
-            model = _causal_lm(config).from_preset(source, dtype=dtype)
+            model = family.causal_lm_class.from_preset(source, dtype=dtype)
             _refuse_broken(_checked(model), source)
             # A model tuned here may have been uploaded; KerasHub's own presets have no record.
             record = _download_record(scheme, rest) if source == handle else None

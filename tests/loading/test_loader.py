@@ -632,10 +632,10 @@ def test_hub_handles_tell_instruct():
 @pytest.mark.parametrize(
     ("named", "owner"),
     [
-        ({"class_name": "GemmaBackbone"}, "GemmaCausalLM"),
-        ({"class_name": "Gemma3Backbone"}, "Gemma3CausalLM"),
-        ({"class_name": "Gemma3nBackbone"}, "Gemma3nCausalLM"),
-        ({"class_name": "Gemma4Backbone"}, "Gemma4CausalLM"),
+        ({"registered_name": "x", "class_name": "GemmaBackbone"}, "GemmaCausalLM"),
+        ({"registered_name": "x", "class_name": "Gemma3Backbone"}, "Gemma3CausalLM"),
+        ({"registered_name": "x", "class_name": "Gemma3nBackbone"}, "Gemma3nCausalLM"),
+        ({"registered_name": "x", "class_name": "Gemma4Backbone"}, "Gemma4CausalLM"),
         ({"model_type": "gemma2"}, "GemmaCausalLM"),
         ({"model_type": "gemma3_text"}, "Gemma3CausalLM"),
         ({"model_type": "gemma3n"}, "Gemma3nCausalLM"),
@@ -643,7 +643,7 @@ def test_hub_handles_tell_instruct():
     ],
 )
 def test_the_class_that_generates_is_not_left_to_chance(named, owner):
-    assert loader._causal_lm(named).__name__ == owner
+    assert loader._gemma_of("x", named).causal_lm_class.__name__ == owner
 
 
 def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):

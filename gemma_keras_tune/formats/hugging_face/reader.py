@@ -28,7 +28,7 @@ from gemma_keras_tune.formats.hugging_face.settings import (
 )
 from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import Family, Weight, family_named, family_of, split
+from gemma_keras_tune.gemma.families import Family, Weight, family_of, split
 from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
@@ -204,14 +204,14 @@ def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:
 
 
 def load_hugging_face(
-    folder: pathlib.Path, config: Mapping[str, Any], owner: type[Any], *, dtype: str
+    folder: pathlib.Path, config: Mapping[str, Any], family: Family, *, dtype: str
 ) -> keras.Model:
     """Open a folder.
 
     Args:
         folder: The folder.
         config: Its `config.json`, that of a Gemma.
-        owner: KerasHub's class for it, which reads the models that see and hear.
+        family: The family it names.
         dtype: Keras dtype of the weights.
 
     Returns:
@@ -222,9 +222,6 @@ def load_hugging_face(
             fit them.
     """
     tensors = read_tensors(folder)
-    family = family_named(config["model_type"])
-    if family is None:
-        raise LoadError(f"{folder} is not a Gemma. Received: {config['model_type']!r}")
     sees = config["model_type"] == family.hugging_face.media_type
     text = config.get("text_config") or {} if sees else config
     _check_depth(folder, text, tensors)
@@ -233,7 +230,7 @@ def load_hugging_face(
     backbone_arguments(folder, family, text)  # before anything is built
     whole = {**config, "text_config": completed(family, text)}
     with _with_config(folder, whole) as place:
-        model: keras.Model = owner.from_preset(str(place), dtype=dtype)
+        model: keras.Model = family.causal_lm_class.from_preset(str(place), dtype=dtype)
     check_reading(folder, family, text, model.backbone.get_config())
     _check_tensors(folder, config, model, tensors)
     return model
