@@ -9,7 +9,16 @@ import pytest
 import twins
 
 from gemma_keras_tune.errors import LoadError
-from gemma_keras_tune.gemma.families import Family, Weight, family_of, join, split
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    Weight,
+    backbone_settings,
+    context_length,
+    family_of,
+    join,
+    split,
+)
 from gemma_keras_tune.testing import tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -142,6 +151,41 @@ def test_keys_that_are_stored_and_never_read(name: str, blocks: tuple[int, ...])
             f"blk.{block}.{gguf}.weight",
         )
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "tokens"),
+    [
+        ("gemma", {}, 8192),
+        ("gemma2", {}, 8192),
+        ("gemma3", {}, 32_768),
+        ("gemma3", {"global_rope_scaling_factor": 8.0}, 131_072),
+        ("gemma3n", {"max_position_embeddings": 256}, 256),
+        ("gemma4", {}, 131_072),
+        ("gemma4", {"moe": True}, 262_144),
+    ],
+)
+def test_context_length(name: str, sizes: dict[str, Any], tokens: int) -> None:
+    assert context_length(tiny_model(name, **sizes)) == tokens
+
+
+def test_settings_that_a_runtime_has_fixed_are_named() -> None:
+    model = tiny_model("gemma3", use_post_ffw_norm=False)
+    family, given = family_of(model), backbone_settings(model)
+    assert family.unlike(given, "it", {"head_dim": 256, "of another": 1}) == [
+        "use_post_ffw_norm is False; it computes with True",
+        "head_dim is 8; it computes with 256",
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_classes_are_those_of_one_model(name: str) -> None:
+    family, model = FAMILIES[name], tiny_model(name)
+    assert family_of(model) is family
+    assert type(model) is family.causal_lm_class
+    assert type(model.backbone) is family.backbone_class
+    assert type(model.preprocessor) is family.preprocessor_class
+    assert type(model.preprocessor.tokenizer) is family.tokenizer_class
 
 
 def transformers_shapes(model: Any, family: Family) -> dict[str, tuple[int, ...]]:

@@ -3,8 +3,8 @@
 KerasHub reads what Hugging Face publishes: Gemma 1 to 3, and the models of 3n and 4 that see and
 hear. What it does not know are the text models of 3n and 4 (`gemma3n_text`, `gemma4_text`); it
 takes any matrix for any other with as many values, and passes over settings it has no argument for.
-So text models are built after `hugging_face_settings` and filled after `families`, each weight
-checked before the first is taken, and KerasHub's reading of the others is compared with both.
+So text models are built by `settings` and filled by the family's table, each weight checked before
+the first is taken, and KerasHub's reading of the others is compared with both.
 """
 
 import collections
