@@ -449,6 +449,8 @@ BESIDE_EXPERTS = {
     "mlp/linear": "mlp2/linear",
     "pre_ffw_norm/scale": "pre_ffw2_norm/scale",
 }
+# Small matrices that llama.cpp's own converter leaves in float32, by their GGUF names.
+GGUF_PRECISE = ("altup_correct_coef", "altup_predict_coef")
 # Keys and values of a block, by their Hugging Face names.
 KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 

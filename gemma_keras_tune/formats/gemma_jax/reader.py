@@ -24,6 +24,7 @@ from gemma_keras_tune.gemma.families import (
     family_of,
     split,
 )
+from gemma_keras_tune.gemma.tables import KEYS_AND_VALUES
 from gemma_keras_tune.gemma.templates import SIDECAR, read_sidecar
 
 PARAMETERS = "params"
@@ -32,8 +33,6 @@ BACKBONE_KEY = "backbone"
 # The rows the library's embeddings have. Its Gemma 2 has some for tokens that do not exist; its
 # Gemma 3 and 3n have none for the ids Hugging Face keeps for pictures and sounds.
 VOCABULARIES = {256_000: 256_128, 262_208: 262_144, 262_400: 262_144}
-# Of a layer's keys and values.
-_KEYS = ("attn/kv_einsum/w", "attn/k_einsum/w", "attn/key_norm/scale")
 
 _NOT_RECORDED = (
     "name",
@@ -176,11 +175,13 @@ def unread_weights(model: Any) -> dict[str, Shape]:
         return {}
     given = model.backbone.get_config()
     kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
-    shapes = _tree_shapes(family.weights(model))
+    weights = family.weights(model)
+    shapes = _tree_shapes(weights)
+    keys = [str(w.spec.jax) for w in weights if w.spec.hugging_face in KEYS_AND_VALUES]
     found = {}
     for layer in range(len(kinds) - shared, len(kinds)):
         alike = [i for i in range(len(kinds) - shared) if kinds[i] == kinds[layer]]
-        for name in _KEYS:
+        for name in dict.fromkeys(keys):
             for source in alike[-1:]:
                 if f"layer_{source}/{name}" in shapes:
                     found[f"layer_{layer}/{name}"] = shapes[f"layer_{source}/{name}"]

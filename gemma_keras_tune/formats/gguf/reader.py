@@ -571,7 +571,9 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
         )
     names = ("tokens", "scores", "token_type")
     parts: dict[str, Any] = {name: file.metadata.get(prefix + name) for name in names}
-    problems = _vocabulary_problems(parts, file.tensors["token_embd.weight"].shape[0])
+    problems = _vocabulary_problems(
+        parts, file.tensors[_family(file).gguf_name("embed_tokens")].shape[0]
+    )
     if problems:
         raise LoadError(
             f"{file.path}: the tokenizer is incomplete.",

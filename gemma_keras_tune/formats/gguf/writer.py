@@ -45,7 +45,7 @@ from gemma_keras_tune.gemma.families import (
     join,
     origin_of,
 )
-from gemma_keras_tune.gemma.tables import SENTENCEPIECE, FusedPart
+from gemma_keras_tune.gemma.tables import GGUF_PRECISE, SENTENCEPIECE, FusedPart
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 from gemma_keras_tune.gemma.vocabularies import BYTE, CONTROL, NORMAL, SPACE, UNUSED, USER_DEFINED
 
@@ -77,8 +77,6 @@ _VISIBLE_TOKENS = (
     "<tool_response|>", '<|"|>',
 )  # fmt: skip
 _NO_SCORE = -1000.0
-# Small matrices that llama.cpp's own converter leaves in float32.
-_PRECISE = ("altup_correct_coef", "altup_predict_coef")
 _IDS = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
 # Where the backbone's settings say nothing that a text model's file must carry.
 _SILENT = ("name", "trainable", "dtype", "image_size", "vision_encoder", "dropout")
@@ -346,7 +344,7 @@ def _rows(model: Any) -> int:
 
 def _tensor_kind(weight: Weight, kind: str) -> gguf.GGMLQuantizationType:
     shape = weight.matrix_shape
-    if len(shape) < 2 or weight.spec.gguf in _PRECISE:
+    if len(shape) < 2 or weight.spec.gguf in GGUF_PRECISE:
         return _Kind.F32
     if kind == "Q4_0" and weight.spec.kind == "embedding":
         kind = "Q8_0"

@@ -162,7 +162,7 @@ def _check_tensors(
         if name in groups and tensor.dtype not in _DTYPES
     ]
     if not problems:
-        problems = _head_problems(config, tensors)
+        problems = _head_problems(config, next(iter(groups)), tensors)
     if problems:
         raise LoadError(
             f"The weights in {folder} do not fit the model its config.json describes.",
@@ -171,13 +171,15 @@ def _check_tensors(
         )
 
 
-def _head_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _head_problems(
+    config: Mapping[str, Any], embedding: str, tensors: Mapping[str, Tensor]
+) -> list[str]:
     """KerasHub's Gemmas write with the embedding they read with."""
     text = config.get("text_config") or {}
     if config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False:
         return []
     head = next((tensor for name, tensor in tensors.items() if name.endswith(_HEAD)), None)
-    if head is not None and _same(head, tensors["model.embed_tokens.weight"]):
+    if head is not None and _same(head, tensors[embedding]):
         return []
     return [f"tie_word_embeddings is false, and {_HEAD} is not the embedding: KerasHub ties them"]
 
