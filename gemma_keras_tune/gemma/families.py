@@ -46,17 +46,36 @@ def join(parts: Mapping[FusedPart | None, np.ndarray]) -> np.ndarray:
     return together([parts[part] for part in ordered], axis=ordered[0].axis)
 
 
-def split(tensor: np.ndarray, part: FusedPart, count: int) -> np.ndarray:
+def joined_shape(shape: tuple[int, ...], part: FusedPart | None, count: int) -> tuple[int, ...]:
+    """Return the shape of the foreign tensor that `join` makes.
+
+    Args:
+        shape: Shape of one part, in the foreign layout.
+        part: The part, or `None` for a whole tensor.
+        count: Number of parts.
+
+    Returns:
+        The shape.
+    """
+    if part is None:
+        return shape
+    before, after = shape[: part.axis], shape[part.axis :]
+    return (*before, count, *after) if part.stacked else (*before, after[0] * count, *after[1:])
+
+
+def split(tensor: np.ndarray, part: FusedPart | None, count: int) -> np.ndarray:
     """Cut one part out of a foreign tensor; the inverse of `join`.
 
     Args:
         tensor: The joined array.
-        part: The part to return.
+        part: The part to return, or `None` for a whole tensor.
         count: Number of parts it holds.
 
     Returns:
         The part, in the foreign layout.
     """
+    if part is None:
+        return tensor
     if part.stacked:
         return np.take(tensor, part.index, axis=part.axis)
     return np.split(tensor, count, axis=part.axis)[part.index]

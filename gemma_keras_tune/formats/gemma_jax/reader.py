@@ -22,6 +22,7 @@ from gemma_keras_tune.gemma.families import (
     Weight,
     backbone_settings,
     family_of,
+    joined_shape,
     split,
 )
 from gemma_keras_tune.gemma.tables import KEYS_AND_VALUES
@@ -198,9 +199,7 @@ def _tree_shape(weight: Weight, count: int) -> Shape:
     shape = weight.jax_shape
     if weight.spec.kind == "embedding":
         shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])
-    piece = weight.spec.jax_part
-    # All that hold several stack them on an axis of their own.
-    return shape if piece is None else (*shape[: piece.axis], count, *shape[piece.axis :])
+    return joined_shape(shape, weight.spec.jax_part, count)
 
 
 def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
@@ -210,8 +209,7 @@ def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
             weight.variable.assign(np.zeros(weight.variable.shape))
             continue
         value = np.asarray(tree[str(weight.jax)])
-        if weight.spec.jax_part is not None:
-            value = split(value, weight.spec.jax_part, counts[str(weight.jax)])
+        value = split(value, weight.spec.jax_part, counts[str(weight.jax)])
         if weight.spec.kind == "embedding":
             value = value[: weight.variable.shape[0]]
         weight.variable.assign(weight.from_jax(value))

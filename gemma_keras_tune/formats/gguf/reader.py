@@ -31,7 +31,15 @@ from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.gguf.settings import BROKEN, MAX_SIZE, ROPE_FACTORS, backbone_config
 from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    Weight,
+    all_finite,
+    joined_shape,
+    mark_origin,
+    split,
+)
 from gemma_keras_tune.gemma.tables import SENTENCEPIECE
 from gemma_keras_tune.gemma.templates import Template, attach_template
 from gemma_keras_tune.gemma.vocabularies import (
@@ -451,9 +459,7 @@ def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> N
         matrix = file.read(weight.gguf, np.float32 if weight.gguf_offset else dtype)
         if not all_finite(matrix):
             broken.append(weight.gguf)
-        piece = weight.spec.gguf_part
-        if piece is not None:
-            matrix = split(matrix, piece, len(parts[weight.gguf]))
+        matrix = split(matrix, weight.spec.gguf_part, len(parts[weight.gguf]))
         if weight.gguf_offset:
             matrix = matrix - np.float32(weight.gguf_offset)
         value = weight.from_matrix(matrix)
@@ -511,22 +517,8 @@ def parts_of_tensors(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
 
 
 def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
-    """The shape of the tensor that holds some weights.
-
-    Args:
-        parts: All weights in it.
-
-    Returns:
-        Its shape as numpy has it.
-    """
-    shape, piece = list(parts[0].matrix_shape), parts[0].spec.gguf_part
-    if piece is None:
-        return tuple(shape)
-    if piece.stacked:
-        shape.insert(piece.axis, len(parts))
-    else:
-        shape[piece.axis] *= len(parts)
-    return tuple(shape)
+    """Return the shape of the tensor that holds these weights, all of them."""
+    return joined_shape(parts[0].matrix_shape, parts[0].spec.gguf_part, len(parts))
 
 
 def _check_tensors(

@@ -28,8 +28,7 @@ from gemma_keras_tune.formats.hugging_face.settings import (
 )
 from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import Family, Weight, family_of, split
-from gemma_keras_tune.gemma.tables import FusedPart
+from gemma_keras_tune.gemma.families import Family, Weight, family_of, joined_shape, split
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"
@@ -148,7 +147,9 @@ def _check_tensors(
     idle = family.idle_names(model)
     problems = shape_problems(
         {
-            known.get(name, name): _shape(parts)
+            known.get(name, name): joined_shape(
+                parts[0].matrix_shape, parts[0].spec.part, len(parts)
+            )
             for name, parts in groups.items()
             # Checkpoints may leave out what is never read.
             if name in known or parts[0].used
@@ -195,14 +196,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
         count = one.shape[0]
         ranges = (slice(at, min(at + _ROWS, count)) for at in range(0, count, _ROWS))
         return all(parts[0][rows].tobytes() == parts[1][rows].tobytes() for rows in ranges)
-
-
-def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:
-    shape = list(parts[0].matrix_shape)
-    piece = parts[0].spec.part
-    if piece is not None:
-        shape[piece.axis] *= len(parts)
-    return tuple(shape)
 
 
 def load_hugging_face(
@@ -290,7 +283,7 @@ def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
     counts = collections.Counter(weight.hugging_face for weight in weights)
     files = collections.defaultdict(list)
     for weight in weights:
-        tensor = tensors.get(_text_name(weight.hugging_face))
+        tensor = tensors.get(weight.text_name)
         if tensor is None:
             weight.variable.assign(np.zeros(weight.variable.shape, "float32"))
         else:
@@ -299,7 +292,5 @@ def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
         with safe_open(file, "np") as opened:
             for weight, name in held:
                 value = opened.get_tensor(name)
-                piece: FusedPart | None = weight.spec.part
-                if piece is not None:
-                    value = split(value, piece, counts[weight.hugging_face])
+                value = split(value, weight.spec.part, counts[weight.hugging_face])
                 weight.variable.assign(weight.from_matrix(value))
