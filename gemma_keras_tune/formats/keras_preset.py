@@ -3,14 +3,14 @@
 import contextlib
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import keras
 
 from gemma_keras_tune.adapters.bases import write_record
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.formats.weights import refuse_broken
+from gemma_keras_tune.formats.weights import Progress, refuse_broken
 from gemma_keras_tune.gemma.building import scales_otherwise
 from gemma_keras_tune.gemma.families import quantizations
 
@@ -21,7 +21,7 @@ def write(
     *,
     dtype: str = "auto",
     shard_size: int = 5_000_000_000,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Progress = lambda name, done, total: None,
 ) -> None:
     """Write a KerasHub preset, with the LoRA that is on merged in, and this library's record.
 
@@ -83,7 +83,7 @@ def write_preset(
 
 @contextlib.contextmanager
 def _unmixed(model: keras.Model) -> Iterator[None]:
-    """Layers under a `mixed_*` policy have that of their weights for a while.
+    """Give layers under a `mixed_*` policy the policy of their weights for a while.
 
     Keras rounds merged kernels to what a layer computes in, and KerasHub opens no preset that names
     a mixed policy.

@@ -2,7 +2,7 @@
 
 Google's converter (`litert-torch`) turns a Hugging Face folder into it, so that folder is written
 first and given to the converter in a process of its own: torch beside TensorFlow may crash. The
-converter may stand in another environment: the variable `LITERT_PYTHON` names its Python.
+converter may be in another environment: the variable `LITERT_PYTHON` names its Python.
 
 Of Gemma 3 the converted graph computes the very logits, and LiteRT-LM (0.18) answers alike.
 Of Gemma 1 and 2 the graph does too, but LiteRT-LM broke off an answer of Gemma 2; of Gemma 3n the
@@ -14,20 +14,18 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 
 import keras
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.hugging_face import writer as hugging_face_writer
+from gemma_keras_tune.formats.weights import Progress
 from gemma_keras_tune.gemma.families import family_of
 
 FILE_NAME = "model.litertlm"
 PYTHON_VARIABLE = "LITERT_PYTHON"
 # The longest conversation in tokens: LiteRT reserves the memory for it.
 CONTEXT_LENGTH = 2048
-
-Progress = Callable[[str, int, int], None]
 
 _PREFILL_LENGTHS = (128,)
 _NOT_INSTALLED = 3

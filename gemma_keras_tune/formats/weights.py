@@ -1,6 +1,8 @@
 """A model's weights as they leave: merged, in float32, one at a time."""
 
-from collections.abc import Container, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any
 
 import keras
 import ml_dtypes
@@ -24,6 +26,8 @@ DTYPES = {
 }
 
 
+# Called with a tensor's name, how many are done, and how many there are.
+Progress = Callable[[str, int, int], None]
 Shape = tuple[int, ...]
 
 
@@ -48,6 +52,27 @@ def shape_problems(
             problems.append(f"{name} has shape {found[name]}, expected {shape}")
     unknown = (name for name in found if name not in expected and name not in idle)
     return problems + [f"{name} is no weight of this model" for name in unknown]
+
+
+def warn_of_media(model: Any, made: str, hint: str) -> None:
+    """Warn that a model sees or hears, and what is written does not.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        made: A name for what is written, such as `"folder"`.
+        hint: A sentence on what to do instead.
+    """
+    towers = [
+        word
+        for word, name in (("see images", "vision_encoder"), ("hear", "audio_encoder"))
+        if getattr(model.backbone, name, None) is not None
+    ]
+    if towers:
+        warnings.warn(
+            f"The {made} holds the text tower alone: it will not {' or '.join(towers)}. {hint}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def stored_dtype(model: keras.Model, dtype: str) -> str:

@@ -1,4 +1,4 @@
-"""An Orbax checkpoint written array by array, so that few of them lie in memory at once.
+"""An Orbax checkpoint written array by array, so that few of them are in memory at once.
 
 Orbax takes a tree whose arrays are all there, but leaves the writing to a handler for the type of
 its leaves. Here the leaves are names, and their handler takes the arrays from an iterator, gives
@@ -55,7 +55,7 @@ class _InTurn(type_handlers.TypeHandler):
         self._numpy = _numpy_handler()
 
     def typestr(self) -> str:
-        """What the checkpoint says the leaves are."""
+        """Type of the leaves that the checkpoint records."""
         return self._numpy.typestr()
 
     async def serialize(

@@ -163,7 +163,7 @@ def _check_shapes(
 
 
 def unread_weights(model: Any) -> dict[str, Shape]:
-    """What the library's Gemma 4 has for layers that take the keys of an earlier one, unread.
+    """Weights of the library's Gemma 4 for layers that take another's keys: never read.
 
     Args:
         model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4.

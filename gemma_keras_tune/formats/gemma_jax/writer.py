@@ -12,8 +12,7 @@ The names and layouts come from `families`.
 import collections
 import itertools
 import pathlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -29,7 +28,14 @@ from gemma_keras_tune.formats.gemma_jax.reader import (
     backbone_record,
     unread_weights,
 )
-from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
+from gemma_keras_tune.formats.weights import (
+    DTYPES,
+    Progress,
+    merged_weights,
+    rounded,
+    stored_dtype,
+    warn_of_media,
+)
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
     Family,
@@ -40,8 +46,6 @@ from gemma_keras_tune.gemma.families import (
 )
 from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.templates import write_sidecar
-
-Progress = Callable[[str, int, int], None]
 
 
 def write(
@@ -54,7 +58,7 @@ def write(
     """Write `params`, an Orbax checkpoint, `tokenizer.model`, and what `load` needs to know.
 
     LoRA is merged in float32 and rounded once. Weights are written one after another: the largest,
-    and some 64 MB of smaller ones, lie in memory beside the model.
+    and some 64 MB of smaller ones, are in memory beside the model.
 
     Args:
         model: A KerasHub `CausalLM` of Gemma 2, 3, 3n or 4. Of a model that sees or hears, the
@@ -71,7 +75,7 @@ def write(
     orbax_tree = import_extra(module, "gemma-jax", "Orbax checkpoints", ExportError)
     names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
     tensors = _tensors(model, stored_dtype(model, dtype), progress)
-    _warn_of_vision(model)
+    warn_of_media(model, "checkpoint", "Open it with a model made with `text_only=True`.")
     orbax_tree.save(folder / PARAMETERS, _nested({name: name for name in names}), tensors)
     tokenizer: Any = model.preprocessor.tokenizer
     (folder / TOKENIZER).write_bytes(tokenizer.proto)
@@ -99,7 +103,7 @@ def _tensors(
 
 
 def _counts(weights: Sequence[Weight]) -> collections.Counter[str]:
-    """How many weights each tensor of the tree is made of."""
+    """Number of weights that each tensor of the tree is made of."""
     for weight in weights:
         if weight.jax is None:
             raise ExportError(f"{weight.path} has no name in the Gemma library for JAX.")
@@ -153,7 +157,7 @@ def _unlike_one_width(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unlike_sharing(given: Mapping[str, Any]) -> Iterator[str]:
-    """Layers that take keys and values of others than the library's would."""
+    """Name layers that take keys and values of other layers than in the library."""
     kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
     own = kinds[: len(kinds) - shared]
     # The library takes the keys and values of the last two layers that have some.
@@ -182,13 +186,3 @@ def _nested(found: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(place, {})
         node[name] = value
     return tree
-
-
-def _warn_of_vision(model: Any) -> None:
-    if getattr(model.backbone, "vision_encoder", None) is not None:
-        warnings.warn(
-            "The checkpoint holds the text tower alone: it will not see images. Open it with a "
-            "model made with `text_only=True`.",
-            UserWarning,
-            stacklevel=4,
-        )

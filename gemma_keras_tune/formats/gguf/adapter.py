@@ -16,11 +16,10 @@ from gemma_keras_tune.adapters.switching import adapter_factors, adapter_strengt
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gguf.writer import (
     DTYPES,
-    Progress,
     encode,
     put,
 )
-from gemma_keras_tune.formats.weights import refuse_broken
+from gemma_keras_tune.formats.weights import Progress, refuse_broken
 from gemma_keras_tune.gemma.families import family_of
 
 FILE_NAME = "adapter.gguf"

@@ -16,7 +16,7 @@ import keras
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gguf import writer as gguf_writer
-from gemma_keras_tune.formats.gguf.writer import Progress
+from gemma_keras_tune.formats.weights import Progress
 from gemma_keras_tune.gemma.templates import FunctionTemplate, Template, get_template
 
 MODELFILE = "Modelfile"
@@ -27,7 +27,7 @@ _SYSTEM, _PROMPT, _ANSWER, _NEXT = "\ue000", "\ue001", "\ue002", "\ue003"
 _FIELDS = {_SYSTEM: "{{ .System }}", _PROMPT: "{{ .Prompt }}"}
 
 
-# Ollama would sample, punish what was said before, and forget what lies 4,096 tokens back. So it
+# Ollama would sample, punish what was said before, and forget everything beyond 4,096 tokens. So it
 # answers as `generate` does, and as far back as the shortest context of a Gemma reaches.
 _PARAMETERS = {"temperature": 0, "top_k": 1, "repeat_penalty": 1, "num_ctx": 8192}
 
@@ -125,7 +125,7 @@ def _prompt(template: Template, *messages: _Message) -> str:
 
 
 def _between(template: Template) -> str:
-    """What stands between an answer and the next exchange."""
+    """Text between an answer and the next exchange."""
     following = _Message("user", _NEXT)
     text = _prompt(template, _Message("user", _PROMPT), _Message("assistant", _ANSWER), following)
     after = text.partition(_ANSWER)[2]

@@ -62,7 +62,7 @@ _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
 # The fewest bytes that a metadata entry and a tensor's entry take.
 _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
-# Values dequantized at a time: what lies beside the result stays under some 20 MB.
+# Values dequantized at a time: memory beside the result stays under some 20 MB.
 _CHUNK_VALUES = 1 << 20
 # Values handed over at a time of a larger embedding: XLA goes over all of it for each.
 _BLOCK_VALUES = 1 << 24
@@ -75,7 +75,7 @@ _TOKENIZERS = tuple(dict.fromkeys(family.gguf.tokenizer for family in FAMILIES.v
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in a file.
+    """The place of a tensor in a file.
 
     Attributes:
         name: Its name.
@@ -120,7 +120,7 @@ class GgufFile:
             stop: The first to leave out; `None` reads to the end.
 
         Returns:
-            The values, dequantized in pieces so that little lies in memory beside them.
+            The values, dequantized in pieces so that little memory is needed beside them.
         """
         info = self.tensors[name]
         values = np.empty((len(range(info.shape[0])[start:stop]), *info.shape[1:]), dtype)
@@ -177,12 +177,12 @@ def read_header(path: str | os.PathLike[str]) -> GgufFile:
 
 
 def is_later_part(path: pathlib.Path) -> bool:
-    """Whether a file is a part of a split model, and not the first."""
+    """Tell if a file is a later part of a split model."""
     return _parts(path)[0] != path
 
 
 def is_model(path: pathlib.Path) -> bool:
-    """Whether a file may hold a model: it is no adapter, and not the part of one that sees."""
+    """Tell if a file may hold a model: it is neither an adapter nor a vision tower."""
     try:
         metadata = _read_header(path).metadata
     except LoadError:
@@ -249,13 +249,13 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
 
 
 def _without_vocabulary(file: GgufFile) -> GgufFile:
-    """The header without what the tokenizer was made of: a quarter of a million strings."""
+    """Drop the tokenizer's strings from the header: a quarter of a million."""
     kept = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
     return dataclasses.replace(file, metadata=kept)
 
 
 def is_instruct(file: GgufFile) -> bool:
-    """Whether the metadata tell of an instruction-tuned model.
+    """Tell from the metadata if the model is instruction-tuned.
 
     Args:
         file: The header.
@@ -354,7 +354,7 @@ class _Parser:
         return -(-self.file.tell() // alignment) * alignment
 
     def _check_places(self, tensors: Iterable[TensorInfo]) -> None:
-        """No tensor may end behind the file or lie on another, so all fit into memory together."""
+        """Refuse tensors that end behind the file or overlap: the rest fits into memory."""
         end, before = 0, "the header"
         for info in sorted(tensors, key=lambda info: info.offset):
             if info.offset + info.size > self.size:
@@ -363,7 +363,7 @@ class _Parser:
                     f"{self.size:,}; it is cut off"
                 )
             if info.offset < end:
-                raise ValueError(f"the tensor {info.name!r} lies on {before!r}")
+                raise ValueError(f"the tensor {info.name!r} overlaps {before!r}")
             end, before = info.offset + info.size, info.name
 
     def _require(self, count: int) -> None:
@@ -396,7 +396,7 @@ class _Parser:
     def _array(self, code: int, count: int, depth: int) -> Any:
         kind = gguf.GGUFValueType(code)
         if depth > _MAX_NESTING:
-            raise ValueError(f"arrays lie in arrays more than {_MAX_NESTING} deep")
+            raise ValueError(f"arrays are nested more than {_MAX_NESTING} deep")
         if kind == gguf.GGUFValueType.STRING:
             self._require(count * 8)
             return [self._string() for _ in range(count)]
@@ -471,7 +471,7 @@ def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> N
 
 
 def _assign_in_blocks(file: GgufFile, weight: Weight) -> bool:
-    """Assign rows as they are read: no second array as large lies beside the variable's.
+    """Assign rows as they are read: no second array as large is in memory beside the variable.
 
     Returns:
         Whether all values are finite.

@@ -15,8 +15,7 @@ import math
 import pathlib
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
@@ -35,7 +34,7 @@ from gemma_keras_tune.formats.gguf.reader import (
 )
 from gemma_keras_tune.formats.gguf.settings import backbone_config, rope_factors, sizes
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
-from gemma_keras_tune.formats.weights import merged_weights, rounded
+from gemma_keras_tune.formats.weights import Progress, merged_weights, rounded, warn_of_media
 from gemma_keras_tune.gemma.families import (
     Family,
     Weight,
@@ -52,8 +51,6 @@ from gemma_keras_tune.gemma.vocabularies import BYTE, CONTROL, NORMAL, SPACE, UN
 FILE_NAME = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 QUANTIZATIONS = ("Q8_0", "Q4_0")
-
-Progress = Callable[[str, int, int], None]
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS = {_Kind.F32: "float32", _Kind.F16: "float16", _Kind.BF16: "bfloat16"}
@@ -94,7 +91,7 @@ def write(
     """Write a model as one GGUF file, tokenizer and chat template included.
 
     Weights are merged, converted and written one at a time, so that little more than the largest
-    lies in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
+    is in memory beside the model. Norm scales stay in float32, as llama.cpp wants them.
 
     Args:
         model: A KerasHub `CausalLM`. Of a model that sees, the text tower.
@@ -118,7 +115,12 @@ def write(
     family = family_of(model)
     kind = _file_kind(model, dtype, quantization)
     weights = family.weights(model)
-    _warn_of_vision(model)
+    warn_of_media(
+        model,
+        "GGUF file",
+        "llama.cpp takes the vision tower as a second file (mmproj), which this library does not "
+        "write.",
+    )
     path = folder / file_name
     writer = gguf.GGUFWriter(path, family.name)
     try:
@@ -179,16 +181,6 @@ def _file_kind(model: keras.Model, dtype: str, quantization: str | None) -> str:
             next_step=f"For smaller files pass `quantization`, one of {QUANTIZATIONS}.",
         )
     return DTYPES[dtype]
-
-
-def _warn_of_vision(model: Any) -> None:
-    if getattr(model.backbone, "vision_encoder", None) is not None:
-        warnings.warn(
-            "The GGUF file holds the text tower alone: it will not see images. llama.cpp takes the "
-            "vision tower as a second file (mmproj), which this library does not write.",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.formats.hugging_face.settings import (
     backbone_arguments,
@@ -37,7 +38,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
 _HEAD = "lm_head.weight"
-# What lies beside the text model, and what is computed and not learnt. The head is the embedding.
+# Tensors beside the text model, and those computed and not learnt. The head is the embedding.
 _BESIDE = re.compile(
     r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*"
     r"|.*rotary_emb\.inv_freq|.*lm_head\.weight"
@@ -47,7 +48,7 @@ _ROWS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """What a safetensors header says of a tensor.
+    """A tensor as a safetensors header describes it.
 
     Attributes:
         file: The file that holds it.
@@ -98,13 +99,10 @@ def _placed(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
     """The file of each tensor, where there is an index; and what is wrong with that."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return {}, []
-    try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        named = {str(name): str(file) for name, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(
-            f"{folder / INDEX} holds no map of weights.", [repr(error)], _AGAIN
-        ) from error
+    places = read_json_object(folder / INDEX, LoadError, _AGAIN).get("weight_map")
+    if not isinstance(places, dict):
+        raise LoadError(f"{folder / INDEX} holds no map of weights.", next_step=_AGAIN)
+    named = {name: str(file) for name, file in places.items()}
     files = sorted(set(named.values()))
     problems = [
         f"{INDEX} leads out of the folder: {file!r}" for file in files if not is_plain(file)
@@ -115,7 +113,7 @@ def _placed(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the same folder."""
+    """Tell if a name is that of a file in the same folder."""
     return name not in ("", ".", "..") and not re.search(r"[\\/:\0]", name)
 
 
@@ -186,7 +184,7 @@ def _head_problems(
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two matrices hold the same bits; a few rows at a time are compared."""
+    """Compare two matrices bit by bit, a few rows at a time."""
     from safetensors import safe_open
 
     if (one.shape, one.dtype) != (other.shape, other.dtype):

@@ -88,7 +88,7 @@ def _rope_fields(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def backbone_arguments(
     folder: pathlib.Path, family: Family, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a KerasHub backbone is built from.
+    """Arguments that a KerasHub backbone is built from.
 
     Args:
         folder: The folder, for the message.
@@ -204,7 +204,7 @@ def _rope(theta: float, *given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is set to something that KerasHub has no argument for."""
+    """Name settings that KerasHub has no argument for."""
     if config.get("quantization_config"):
         yield "quantization_config: quantized weights cannot be read"
     if config.get("attention_bias"):

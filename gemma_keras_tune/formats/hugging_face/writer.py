@@ -9,8 +9,7 @@ opens it as `Gemma…ForCausalLM`.
 import itertools
 import math
 import pathlib
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -21,7 +20,14 @@ from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.hugging_face.reader import INDEX
 from gemma_keras_tune.formats.hugging_face.settings import settings
 from gemma_keras_tune.formats.hugging_face.tokenizer import write_json, write_tokenizer
-from gemma_keras_tune.formats.weights import DTYPES, merged_weights, rounded, stored_dtype
+from gemma_keras_tune.formats.weights import (
+    DTYPES,
+    Progress,
+    merged_weights,
+    rounded,
+    stored_dtype,
+    warn_of_media,
+)
 from gemma_keras_tune.gemma.families import (
     Family,
     Weight,
@@ -36,8 +42,6 @@ from gemma_keras_tune.gemma.templates import Template, get_template, template_of
 
 _BOS, _EOS, _PAD = 2, 1, 0
 
-Progress = Callable[[str, int, int], None]
-
 
 def write(
     model: keras.Model,
@@ -49,7 +53,7 @@ def write(
 ) -> None:
     """Write a model as `transformers` saves it.
 
-    LoRA is merged in float32 and rounded once. One shard at a time lies in memory beside the
+    LoRA is merged in float32 and rounded once. One shard at a time is in memory beside the
     model.
 
     Args:
@@ -63,7 +67,11 @@ def write(
         ExportError: `transformers` cannot compute this model, or a weight is beyond the dtype.
     """
     family = family_of(model)
-    _warn_of_media(model)
+    warn_of_media(
+        model,
+        "folder",
+        "For the whole model, save the adapter with `save_adapter`: PEFT puts it on the original.",
+    )
     stored = stored_dtype(model, dtype)
     template = _template(model)
     tokenizer: Any = model.preprocessor.tokenizer
@@ -83,21 +91,6 @@ def write(
 
 
 # The configuration.
-
-
-def _warn_of_media(model: Any) -> None:
-    towers = [
-        word
-        for word, name in (("see images", "vision_encoder"), ("hear", "audio_encoder"))
-        if getattr(model.backbone, name, None) is not None
-    ]
-    if towers:
-        warnings.warn(
-            f"The folder holds the text tower alone: it will not {' or '.join(towers)}. For the "
-            "whole model, save the adapter with `save_adapter`: PEFT puts it on the original.",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _template(model: keras.Model) -> Template | None:

@@ -177,7 +177,7 @@ def test_array_counts_that_lie(path, kind, count, depth):
 
 def test_deep_nesting(path):
     body = struct.pack("<IQ", ARRAY, 1) * 100_000 + array(UINT32, [1])
-    refused(build(path, metadata=[*pairs(), ("deep", (ARRAY, body))]), "arrays lie in arrays")
+    refused(build(path, metadata=[*pairs(), ("deep", (ARRAY, body))]), "arrays are nested")
 
 
 @quick
@@ -238,7 +238,7 @@ def test_duplicate_names(path):
 
 def test_tensors_on_one_another(path):
     entries = [(name, shape, kind, 0) for name, shape, kind, _ in tensors()]
-    refused(build(path, entries=entries, size=20_000), "lies on")
+    refused(build(path, entries=entries, size=20_000), "overlaps")
 
 
 @pytest.mark.parametrize("alignment", [(UINT32, b"\0" * 4), (STRING, text("x")), (BOOL, b"\0")])
