@@ -9,12 +9,12 @@ import io
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 
-from gemma_keras_tune._support.quiet import quiet_stderr
+from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.gemma import building, families
 
-FAMILIES = ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4")
+FAMILIES = tuple(families.FAMILIES)
 
 _TEXT = """\
 Tuning takes a few dozen pairs of a prompt and its answer, and a model that was trained before.
@@ -27,7 +27,7 @@ Grüße aus Köln, ça va bien, ¿qué tal?, 你好, мир, 😀 and more words
 0 1 2 3 4 5 6 7 8 9 user model system question answer input output yes no
 """
 
-# In the ids of the real tokenizers only <pad> 0, <eos> 1, <bos> 2, <unk> 3 stand at fixed places.
+# Only <pad> 0, <eos> 1, <bos> 2 and <unk> 3 have the same ids in all real tokenizers.
 _SPECIAL_PIECES = (
     "<mask>",
     "[multimodal]",
@@ -55,87 +55,10 @@ _SPECIAL_PIECES = (
     *("▁" * n for n in range(2, 6)),
 )
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "gemma": dict(
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=16,
-        # As in KerasHub's configs for Gemma 1 and 2: twice the width of one gate.
-        intermediate_dim=48,
-        head_dim=8,
-    ),
-    "gemma2": dict(
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=16,
-        intermediate_dim=48,
-        head_dim=8,
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        attention_logit_soft_cap=50.0,
-        final_logit_soft_cap=30.0,
-        use_sliding_window_attention=True,
-        sliding_window_size=8,
-    ),
-    "gemma3": dict(
-        image_size=16,
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=1,
-        hidden_dim=16,
-        intermediate_dim=24,
-        head_dim=8,
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        use_sliding_window_attention=True,
-        sliding_window_size=8,
-    ),
-    "gemma3n": dict(
-        text_hidden_size=16,
-        num_hidden_layers=4,
-        pad_token_id=0,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=[24] * 4,
-        hidden_activation="gelu_approximate",
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=8,
-        rope_theta=1_000_000.0,
-        max_position_embeddings=32_768,
-        hidden_size_per_layer_input=4,
-        altup_num_inputs=2,
-        laurel_rank=4,
-        activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
-        altup_coef_clip=120.0,
-        num_kv_shared_layers=2,
-        final_logit_soft_cap=30.0,
-    ),
-    "gemma4": dict(
-        image_size=16,
-        num_layers=4,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=16,
-        intermediate_dim=24,
-        head_dim=8,
-        global_head_dim=16,
-        final_logit_soft_cap=30.0,
-        use_sliding_window_attention=True,
-        sliding_window_size=8,
-        sliding_window_pattern=2,
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=4,
-        global_rope_partial_rotary_factor=0.5,
-    ),
-}
-
 
 @functools.cache
 def tiny_tokenizer_proto() -> bytes:
-    """A SentencePiece model of 600 pieces with the special tokens of every Gemma family.
+    """Train a SentencePiece model of 600 pieces with the special tokens of every Gemma family.
 
     Built like Gemma's own: BPE with byte fallback, no normalisation, no dummy prefix, and
     `<pad>`, `<eos>`, `<bos>`, `<unk>` at ids 0 to 3.
@@ -173,30 +96,18 @@ def tiny_tokenizer_proto() -> bytes:
 
 
 def tiny_tokenizer(family: str = "gemma3") -> keras.layers.Layer:
-    """A KerasHub tokenizer of the family over `tiny_tokenizer_proto()`.
+    """Build a KerasHub tokenizer of a family over `tiny_tokenizer_proto()`.
 
     Args:
         family: One of `FAMILIES`.
 
     Returns:
         A `keras_hub.tokenizers` tokenizer layer.
+
+    Raises:
+        LoadError: There is no such family.
     """
-    with quiet_stderr():
-        return _tokenizer(family, tiny_tokenizer_proto())
-
-
-def _tokenizer(family: str, proto: bytes) -> keras.layers.Layer:
-    if family in ("gemma", "gemma2"):
-        return keras_hub.tokenizers.GemmaTokenizer(proto=proto)
-    if family == "gemma3":
-        return keras_hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
-    if family == "gemma3n":
-        return keras_hub.tokenizers.Gemma3nTokenizer(proto=proto)
-    if family == "gemma4":
-        return keras_hub.tokenizers.Gemma4Tokenizer(
-            proto=proto, has_vision_tokens=False, has_video_tokens=False
-        )
-    raise ValueError(f"`family` must be one of {FAMILIES}. Received: {family!r}")
+    return building.tokenizer(_family(family), tiny_tokenizer_proto())
 
 
 def tiny_model(
@@ -207,7 +118,7 @@ def tiny_model(
     sequence_length: int = 64,
     **overrides: Any,
 ) -> keras.Model:
-    """A random KerasHub `CausalLM` of a Gemma family, a few thousand parameters large.
+    """Build a random KerasHub `CausalLM` of a Gemma family with a few thousand parameters.
 
     Args:
         family: One of `FAMILIES`.
@@ -219,50 +130,34 @@ def tiny_model(
 
     Returns:
         A `keras_hub.models.CausalLM` with its preprocessor and tokenizer.
+
+    Raises:
+        LoadError: There is no such family, or it has no mixture of experts.
     """
-    tokenizer = tiny_tokenizer(family)
-    vocabulary = tokenizer.vocabulary_size()
-    sizes = dict(_SIZES[family])
-    if family == "gemma3n":
-        sizes |= dict(text_vocab_size=vocabulary, vocab_size_per_layer_input=vocabulary)
-    else:
-        sizes["vocabulary_size"] = vocabulary
-    if moe:
-        if family != "gemma4":
-            raise ValueError(f"`moe=True` needs `family='gemma4'`. Received: {family!r}")
-        sizes |= dict(
-            enable_moe_block=True,
-            num_experts=4,
-            expert_intermediate_dim=8,
-            num_experts_per_token=2,
-            hidden_size_per_layer_input=0,
-            num_kv_shared_layers=0,
-            num_global_key_value_heads=1,
-        )
-    sizes |= overrides
-    models = keras_hub.models
-    backbone_class, model_class, preprocessor_class = {
-        "gemma": (models.GemmaBackbone, models.GemmaCausalLM, models.GemmaCausalLMPreprocessor),
-        "gemma2": (models.GemmaBackbone, models.GemmaCausalLM, models.GemmaCausalLMPreprocessor),
-        "gemma3": (models.Gemma3Backbone, models.Gemma3CausalLM, models.Gemma3CausalLMPreprocessor),
-        "gemma3n": (
-            models.Gemma3nBackbone,
-            models.Gemma3nCausalLM,
-            models.Gemma3nCausalLMPreprocessor,
-        ),
-        "gemma4": (models.Gemma4Backbone, models.Gemma4CausalLM, models.Gemma4CausalLMPreprocessor),
-    }[family]
-    backbone = backbone_class(**sizes)
+    table = _family(family)
+    if moe and not table.tiny_moe:
+        known = ", ".join(repr(f.name) for f in families.FAMILIES.values() if f.tiny_moe)
+        raise LoadError(f"`moe=True` needs `family={known}`. Received: {family!r}")
+    vocabulary = tiny_tokenizer(family).vocabulary_size()
+    sizes = {**table.tiny, **dict.fromkeys(table.vocabulary_settings, vocabulary)}
+    backbone = table.backbone_class(**sizes | (dict(table.tiny_moe) if moe else {}) | overrides)
     _randomize(backbone, seed)
-    preprocessor = preprocessor_class(tokenizer, sequence_length=sequence_length)
-    return model_class(backbone=backbone, preprocessor=preprocessor)
+    return building.causal_lm(
+        table, backbone, tiny_tokenizer_proto(), sequence_length=sequence_length
+    )
+
+
+def _family(name: str) -> families.Family:
+    if name not in families.FAMILIES:
+        raise LoadError(f"`family` must be one of {FAMILIES}. Received: {name!r}")
+    return families.FAMILIES[name]
 
 
 def tiny_pairs(count: int = 20) -> list[tuple[str, str]]:
-    """Distinct pairs that a tiny model can learn by heart.
+    """Make distinct pairs that a tiny model can learn by heart.
 
     Args:
-        count: How many pairs.
+        count: Number of pairs.
 
     Returns:
         `(input, output)` tuples: a question for a part number and its answer.

@@ -227,7 +227,7 @@ def _places(family: Family, model: keras.Model) -> tuple[dict[str, Linear], set[
     unused = {
         _place(weight.hugging_face).removesuffix(".weight")
         for weight in family.weights(model)
-        if weight.entry.kind == "linear" and not weight.used
+        if weight.spec.kind == "linear" and not weight.used
     }
     return linears, unused
 
@@ -595,7 +595,7 @@ def _from_jax_tree(tree: Mapping[str, Any], model: keras.Model) -> _Reading:
     reading = _Reading("gemma_jax")
     family = family_of(model)
     # Its LoRA does not know the layers of its own Gemma 3n and 4.
-    if family.name not in ("gemma2", "gemma3"):
+    if family.jax is None or not family.jax.reads_adapters:
         raise AdapterError(
             f"Adapters of the Gemma library for JAX are read for Gemma 2 and 3, this is "
             f"{family.title}.",
@@ -645,7 +645,7 @@ def _add_jax(
         )
         return
     for weight in weights:
-        piece = weight.entry.jax_piece
+        piece = weight.spec.jax_part
         own = b if piece is None else b[:, piece.index]
         name = linears[id(weight.layer)].hugging_face
         reading.factors[name] = Factors(a.reshape(-1, rank).T, own.reshape(rank, -1).T)

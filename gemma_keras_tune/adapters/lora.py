@@ -29,7 +29,14 @@ from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune.errors import LoraError
-from gemma_keras_tune.gemma.families import Linear, family_of, locked, model_lock
+from gemma_keras_tune.gemma.families import (
+    Family,
+    Linear,
+    family_of,
+    locked,
+    model_lock,
+    stored_kernel,
+)
 from gemma_keras_tune.gemma.templates import Template, template_of
 
 TargetModules = Literal["all", "attention"] | Iterable[str]
@@ -127,7 +134,7 @@ def enable_lora(
     family = family_of(model)
     _check_bare(family.linears(model))
     linears = _select(family.linears(model), target_modules)
-    _check_fit(family.name, linears, rank)
+    _check_fit(family, linears, rank)
     state = _State(
         config=LoraConfig(
             rank=rank,
@@ -274,7 +281,7 @@ def merge_lora(model: keras.Model) -> None:
             "Save the adapter with `save_adapter`, and merge it into the unquantized model.",
         )
     for linear in state.linears:
-        kernel = linear.layer._kernel
+        kernel = stored_kernel(linear.layer)
         kernel.assign(np.asarray(kernel, "float32") + kernel_update(linear))
     remove_lora(model)
 
@@ -400,13 +407,13 @@ def _known(known: set[str]) -> str:
     return f"Known target modules of this model: 'all', 'attention', {names}."
 
 
-def _check_fit(family: str, linears: tuple[Linear, ...], rank: int) -> None:
+def _check_fit(family: Family, linears: tuple[Linear, ...], rank: int) -> None:
     problems = []
     for linear in linears:
         mode = linear.layer.quantization_mode
         if type(linear.layer) not in _LORA_CLASSES:
             problems.append(f"{linear.path}: a {type(linear.layer).__name__} cannot carry LoRA")
-        elif mode not in (None, "int8", "int4") or (mode and family == "gemma4"):
+        elif mode not in (None, "int8", "int4") or (mode and not family.quantized_lora):
             problems.append(
                 f"{linear.path}: quantized to {mode}, which KerasHub computes wrongly here"
             )
@@ -602,7 +609,7 @@ def _remove_factors(layer: Any) -> None:
 def kernel_shape(layer: Any) -> tuple[int, ...]:
     """The shape of a kernel as the layer's equation sees it, packed or not."""
     if layer.quantization_mode != "int4":
-        shape = layer._kernel.shape
+        shape = stored_kernel(layer).shape
     elif isinstance(layer, keras.layers.Dense):
         shape = (layer.input_spec.axes[-1], layer.units)
     else:

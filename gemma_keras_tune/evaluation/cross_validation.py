@@ -227,7 +227,7 @@ def cross_validate(
             "The model has LoRA on it, and may have been tuned on the pairs to be held out.",
             next_step="Call `remove_lora(model)`, or load the base anew.",
         )
-    template = get_template(settings["template"], model)
+    template = get_template(model, settings["template"])
     settings["template"] = template_setting(template)
     columns = {name: tune_options[name] for name in _COLUMNS if name in tune_options}
     pairs, tokens = _read(model, pairs, columns, template, settings)

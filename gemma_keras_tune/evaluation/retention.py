@@ -281,7 +281,7 @@ def measure_retention(
         )
     items = retention_items() if items is None else read_items(items)
     models = ModelPair(model, model if baseline is None else baseline)
-    test = RetentionTest(models, items, get_template(template, model))
+    test = RetentionTest(models, items, get_template(model, template))
     log = ResponseLog(None, {})
     progress = progress or (lambda _: None)
     responses = run_requests(

@@ -147,7 +147,7 @@ def evaluate(
     model = load(model)
     models = ModelPair(model, _base(model, baseline))
     items = _items(retention, models)
-    run = _Run(models, test_plan, get_template(template, model), seed, max_new_tokens)
+    run = _Run(models, test_plan, get_template(model, template), seed, max_new_tokens)
     run.add_pairs(pairs, few_shot)
     run.add_requests(items)
     settings = {

@@ -200,7 +200,7 @@ def write_receipt(
     Raises:
         ExportError: As from `record`.
     """
-    template = get_template("auto", model)
+    template = get_template(model)
     files = tuple(_describe(folder, file_name))
     tokenizer: Any = getattr(model, "preprocessor", None) and model.preprocessor.tokenizer
     receipt = Receipt(
@@ -290,7 +290,7 @@ def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Re
             "The model has no preprocessor, so there is no tokenizer to write prompts with.",
             next_step="Attach one, or pass `check=False`.",
         )
-    template = get_template("auto", model)
+    template = get_template(model)
     tokenizer: Any = model.preprocessor.tokenizer
     texts = [_rendered(template, prompt) for prompt in asked]
     return answer_texts(model, texts, template.stop_token_ids(tokenizer))

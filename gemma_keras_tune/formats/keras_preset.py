@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 
@@ -12,10 +11,8 @@ from gemma_keras_tune.adapters.bases import write_record
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.weights import Progress, refuse_broken
-from gemma_keras_tune.gemma.families import (
-    family_of,
-    quantizations,
-)
+from gemma_keras_tune.gemma.building import scales_otherwise
+from gemma_keras_tune.gemma.families import quantizations
 
 
 def write(
@@ -70,7 +67,7 @@ def write_preset(
             "Save the adapter with `save_adapter`, and the base within `lora_disabled(model)`. Or "
             "load the adapter onto the model before quantization, and save that.",
         )
-    if _scaled_otherwise(model):
+    if scales_otherwise(model.backbone):
         warnings.warn(
             "This model scales its queries by hidden size over heads, and KerasHub's decoder "
             "blocks take the head size whatever a preset says: opened by KerasHub alone it will "
@@ -82,15 +79,6 @@ def write_preset(
     with _unmixed(model):
         model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
     write_record(model, folder)
-
-
-def _scaled_otherwise(model: Any) -> bool:
-    """Tell if the queries are scaled as KerasHub's own blocks never do; see `building`."""
-    if family_of(model).name not in ("gemma", "gemma2", "gemma3"):
-        return False
-    backbone = model.backbone
-    by_head = backbone.transformer_layers[0].attention.query_head_dim_normalize
-    return not by_head and backbone.head_dim * backbone.num_query_heads != backbone.hidden_dim
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def _check(model: keras.Model, dtype: str) -> None:
             "`litert_torch.generative.export_hf.export.export(folder, output_dir)`.",
         )
     family = family_of(model)
-    if family.name != "gemma3":
+    if not family.litert:
         raise ExportError(
             f"{family.title} is not written for LiteRT: of Gemma 3 alone the file answers alike.",
             next_step="Export 'safetensors' instead, which Google's converter may take.",

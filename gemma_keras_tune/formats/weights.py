@@ -161,7 +161,7 @@ def _float32(weight: Weight) -> np.ndarray:
     if not _has_codes(weight):
         return value
     # Keras multiplied each output, or each token, by its own number, and rounded.
-    if weight.entry.kind == "embedding":
+    if weight.spec.kind == "embedding":
         return value / np.asarray(weight.layer.embeddings_scale, "float32")[:, None]
     scale = np.asarray(weight.layer.kernel_scale, "float32").reshape(-1, 1)
     matrix = to_matrix(value, weight.output_axes, weight.input_axes) / scale

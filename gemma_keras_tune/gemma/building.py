@@ -1,42 +1,32 @@
-"""KerasHub models out of their parts: a backbone without values, and the model around it."""
+"""Building KerasHub models from their parts: a backbone without values, and the model around it.
+
+Two workarounds of Keras and KerasHub are kept here: `without_values` and `set_attention_scale`.
+"""
 
 import concurrent.futures
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import keras
-import keras_hub
 
 from gemma_keras_tune._support.quiet import quiet_stderr
-from gemma_keras_tune.gemma.families import Family
+from gemma_keras_tune.gemma.families import Family, family_of
 
 _Result = TypeVar("_Result")
 
 
-def backbone_class(family: Family) -> Callable[..., keras.Model]:
-    """KerasHub's backbone of a family."""
-    models = keras_hub.models
-    classes: dict[str, Callable[..., keras.Model]] = {
-        "gemma3": models.Gemma3Backbone,
-        "gemma3n": models.Gemma3nBackbone,
-        "gemma4": models.Gemma4Backbone,
-    }
-    return classes.get(family.name, models.GemmaBackbone)
-
-
 def empty_backbone(family: Family, arguments: Mapping[str, Any], dtype: str) -> keras.Model:
-    """A backbone whose variables have no values yet.
+    """Build a backbone whose variables have no values yet.
 
     Args:
         family: The family.
-        arguments: What KerasHub's class is built from.
+        arguments: Arguments of KerasHub's class.
         dtype: Keras dtype of the weights.
 
     Returns:
         KerasHub's backbone of that family.
     """
-    build = backbone_class(family)
-    backbone = without_values(lambda: build(**arguments, dtype=dtype))
+    backbone = without_values(lambda: family.backbone_class(**arguments, dtype=dtype))
     set_attention_scale(backbone)
     return backbone
 
@@ -51,52 +41,53 @@ def set_attention_scale(backbone: keras.Model) -> None:
     Args:
         backbone: A KerasHub Gemma backbone.
     """
-    models = keras_hub.models
-    if isinstance(backbone, models.GemmaBackbone | models.Gemma3Backbone):
+    if family_of(backbone).scales_queries:
         for block in backbone.transformer_layers:
             block.attention.query_head_dim_normalize = backbone.query_head_dim_normalize
 
 
-def causal_lm(family: Family, backbone: keras.Model, proto: bytes) -> keras.Model:
-    """A KerasHub `CausalLM` for text around a backbone and a SentencePiece model."""
-    models, tokenizers = keras_hub.models, keras_hub.tokenizers
-    parts: dict[str, tuple[Any, Any, Any, dict[str, bool]]] = {
-        "gemma3": (
-            tokenizers.Gemma3Tokenizer,
-            models.Gemma3CausalLMPreprocessor,
-            models.Gemma3CausalLM,
-            {"has_vision_tokens": False},
-        ),
-        "gemma3n": (
-            tokenizers.Gemma3nTokenizer,
-            models.Gemma3nCausalLMPreprocessor,
-            models.Gemma3nCausalLM,
-            {},
-        ),
-        "gemma4": (
-            tokenizers.Gemma4Tokenizer,
-            models.Gemma4CausalLMPreprocessor,
-            models.Gemma4CausalLM,
-            {"has_vision_tokens": False, "has_video_tokens": False},
-        ),
-    }
-    old: tuple[Any, Any, Any, dict[str, bool]] = (
-        tokenizers.GemmaTokenizer,
-        models.GemmaCausalLMPreprocessor,
-        models.GemmaCausalLM,
-        {},
-    )
-    tokenizer_class, preprocessor, model, options = parts.get(family.name, old)
+def scales_otherwise(backbone: Any) -> bool:
+    """Tell if KerasHub alone would scale the queries differently; see `set_attention_scale`."""
+    if not family_of(backbone).scales_queries:
+        return False
+    by_head = backbone.transformer_layers[0].attention.query_head_dim_normalize
+    return not by_head and backbone.head_dim * backbone.num_query_heads != backbone.hidden_dim
+
+
+def tokenizer(family: Family, proto: bytes) -> keras.layers.Layer:
+    """Build the KerasHub tokenizer of a model for text alone around a SentencePiece model."""
     with quiet_stderr():
-        tokenizer = tokenizer_class(proto=proto, **options)
-    return model(backbone=backbone, preprocessor=preprocessor(tokenizer))
+        return family.tokenizer_class(proto=proto, **family.tokenizer_options)
+
+
+def causal_lm(family: Family, backbone: keras.Model, proto: bytes, **options: Any) -> keras.Model:
+    """Build a KerasHub `CausalLM` for text around a backbone and a SentencePiece model.
+
+    Args:
+        family: The family.
+        backbone: Its KerasHub backbone.
+        proto: The serialized SentencePiece model.
+        **options: Further arguments of the preprocessor.
+
+    Returns:
+        The `CausalLM`.
+    """
+    preprocessor = family.preprocessor_class(tokenizer(family, proto), **options)
+    return family.causal_lm_class(backbone=backbone, preprocessor=preprocessor)
 
 
 def without_values(build: Callable[[], _Result]) -> _Result:
     """Build a model whose variables have no values yet, so that none are drawn at random.
 
-    Keras keeps a list of such variables for each thread, and would draw the values of all on it
-    when it next leaves a scope of its own; the list of a finished thread is never looked at again.
+    Keras keeps a list of such variables for each thread, and draws the values of all on it when it
+    next leaves one of its scopes; the list of a finished thread is never read again. This is a
+    detail of Keras 3, for which it has no public way.
+
+    Args:
+        build: Builds the model, in a thread made for it.
+
+    Returns:
+        The result of `build`.
     """
     distribution = keras.distribution.distribution()
 

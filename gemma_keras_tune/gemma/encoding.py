@@ -1,4 +1,4 @@
-"""Text to token ids, as a Gemma reads it."""
+"""Tokenizing text as a Gemma reads it."""
 
 import functools
 import itertools
@@ -8,15 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune.gemma.templates import (
-    END_OF_TEXT,
-    Segment,
-)
+from gemma_keras_tune.gemma.templates import END_OF_TEXT, Segment
 
 
 @functools.lru_cache(maxsize=1)
 def _processor(proto: bytes) -> Any:
-    """The SentencePiece model of the tokenizer that was used last: it takes a while to read."""
+    """Read a SentencePiece model, or return the last one: reading takes a while."""
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -36,7 +33,7 @@ class RowTokenizer:
         self.pad_id = int(tokenizer.pad_token_id)
 
     def encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of one row, `<bos>` first, and which of them are trained.
+        """Tokenize one row, `<bos>` first, and mark the tokens that are trained.
 
         Args:
             segments: Pieces of text in order; each is tokenized on its own.
@@ -50,7 +47,7 @@ class RowTokenizer:
     def encode_rows(
         self, rows: Iterable[Sequence[Segment]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids of many rows, flat.
+        """Tokenize many rows into flat arrays.
 
         Args:
             rows: The segments of each row. From a generator, they are not all held at once.
@@ -83,18 +80,3 @@ class RowTokenizer:
             np.insert(np.repeat(np.asarray(flags, bool), lengths), starts[:-1], False),
             np.diff(starts) + 1,
         )
-
-
-def encode(
-    tokenizer: keras.layers.Layer, segments: Sequence[Segment]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of one row, `<bos>` first, and which of them are trained.
-
-    Args:
-        tokenizer: A KerasHub tokenizer of a Gemma.
-        segments: Pieces of text in order; each is tokenized on its own.
-
-    Returns:
-        `ids` int32 and `trained` bool, both `[tokens]`.
-    """
-    return RowTokenizer(tokenizer).encode(segments)

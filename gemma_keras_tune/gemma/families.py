@@ -1,13 +1,7 @@
-"""The facts of each Gemma family, as data.
+"""Gemma families: the family of a model, and its weights by the rows of the table.
 
-One table says, for each family and each weight of the text tower: where it stands in the
-KerasHub model, its name in Hugging Face checkpoints and in GGUF files, how its axes map to Hugging
-Face's `[outputs, inputs]` matrices, and what GGUF adds to it. Some foreign tensors hold several
-weights of ours (keys and values, the gates of all experts): `Piece` says which part. Loading, LoRA,
-adapters and exports read this table; no other module knows a foreign tensor name.
-
-Sources: the KerasHub 0.32 model definitions, `transformers`' Gemma modules, llama.cpp's tensor name
-map (`gguf.constants`), and the parameter trees of the Gemma library for JAX (`gemma.gm.nn`).
+`tables` holds the facts; this module finds them in a model. Loading, LoRA, adapters and exports ask
+here: no other package compares the name of a family.
 """
 
 import dataclasses
@@ -18,7 +12,7 @@ import json
 import math
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import keras
@@ -26,118 +20,67 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.errors import GemmaTuneError, LoadError
-
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """The place of a weight in a foreign tensor that holds several.
-
-    Attributes:
-        index: Its place among them.
-        axis: The axis they are joined on.
-        stacked: Whether that axis is theirs alone; else they lie behind each other on it.
-    """
-
-    index: int
-    axis: int = 0
-    stacked: bool = True
+from gemma_keras_tune.errors import LoadError
+from gemma_keras_tune.gemma.head import Head
+from gemma_keras_tune.gemma.tables import (
+    BESIDE_EXPERTS,
+    KEYS_AND_VALUES,
+    TABLES,
+    FamilyTable,
+    FusedPart,
+    WeightSpec,
+)
 
 
-def join(pieces: Mapping[Piece | None, np.ndarray]) -> np.ndarray:
-    """The foreign tensor that holds these pieces.
+def join(parts: Mapping[FusedPart | None, np.ndarray]) -> np.ndarray:
+    """Join the parts of a foreign tensor.
 
     Args:
-        pieces: Every piece of one tensor, in the foreign layout; under `None` a whole one.
+        parts: Every part of one tensor, in the foreign layout; a whole tensor under `None`.
 
     Returns:
         The joined array.
     """
-    if None in pieces:
-        return pieces[None]
-    ordered = sorted((piece for piece in pieces if piece), key=lambda piece: piece.index)
-    arrays = [pieces[piece] for piece in ordered]
-    first = ordered[0]
-    together = np.stack if first.stacked else np.concatenate
-    return together(arrays, axis=first.axis)
+    if None in parts:
+        return parts[None]
+    ordered = sorted((part for part in parts if part), key=lambda part: part.index)
+    together = np.stack if ordered[0].stacked else np.concatenate
+    return together([parts[part] for part in ordered], axis=ordered[0].axis)
 
 
-def split(tensor: np.ndarray, piece: Piece, count: int) -> np.ndarray:
-    """One piece of a foreign tensor; the inverse of `join`.
+def joined_shape(shape: tuple[int, ...], part: FusedPart | None, count: int) -> tuple[int, ...]:
+    """Return the shape of the foreign tensor that `join` makes.
+
+    Args:
+        shape: Shape of one part, in the foreign layout.
+        part: The part, or `None` for a whole tensor.
+        count: Number of parts.
+
+    Returns:
+        The shape.
+    """
+    if part is None:
+        return shape
+    before, after = shape[: part.axis], shape[part.axis :]
+    return (*before, count, *after) if part.stacked else (*before, after[0] * count, *after[1:])
+
+
+def split(tensor: np.ndarray, part: FusedPart | None, count: int) -> np.ndarray:
+    """Cut one part out of a foreign tensor; the inverse of `join`.
 
     Args:
         tensor: The joined array.
-        piece: Which of them.
-        count: How many it holds.
+        part: The part to return, or `None` for a whole tensor.
+        count: Number of parts it holds.
 
     Returns:
-        The piece, in the foreign layout.
+        The part, in the foreign layout.
     """
-    if piece.stacked:
-        return np.take(tensor, piece.index, axis=piece.axis)
-    return np.split(tensor, count, axis=piece.axis)[piece.index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One row of the table: a weight that stands in every block, or once in the model.
-
-    Attributes:
-        keras: Dotted attribute path of its layer, from the block or the text model; `*` stands for
-            every index of a list of layers, which is also put in place of `{}` in the names.
-        hugging_face: Name in Hugging Face checkpoints, after the block's prefix.
-        gguf: Name in GGUF files, after the block's prefix.
-        kind: `"linear"`: LoRA can address it; `"matrix"`: laid out alike, but LoRA leaves it alone;
-            `"norm"`; `"embedding"`; or, where `keras` leads to the variable itself, `"vector"` (as
-            it is), `"scalar"` (one number) or `"experts"` (`[experts, inputs, outputs]`).
-        heads: For a linear layer, `"split"` when the kernel is `[heads, inputs, head_dim]`,
-            `"joined"` when it is `[heads, head_dim, outputs]`, else `None` for `[inputs, outputs]`.
-        jax: Path in the Gemma library's tree for JAX, after the block's prefix.
-        suffixes: What follows the Hugging Face name and the GGUF name.
-        piece: Its place in Hugging Face's tensor, where that holds several.
-        gguf_piece: The same in GGUF.
-        jax_piece: The same in the Gemma library for JAX.
-        jax_split: Where that library gives an axis of ours two: the attribute, from the block or
-            the text model, with the size of the inner one.
-        jax_axis: The axis of ours it splits.
-        jax_first: Whether the outer one stands before all others there.
-    """
-
-    keras: str
-    hugging_face: str
-    gguf: str
-    kind: str = "norm"
-    heads: str | None = None
-    jax: str | None = None
-    suffixes: tuple[str, str] = (".weight", ".weight")
-    piece: Piece | None = None
-    gguf_piece: Piece | None = None
-    jax_piece: Piece | None = None
-    jax_split: str | None = None
-    jax_axis: int = 1
-    jax_first: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """The turn format of a family.
-
-    Attributes:
-        start: Opens a turn; the role follows at once.
-        end: Closes a turn; the model must stop on it.
-        user: Name of the user's role.
-        model: Name of the model's role.
-        system: Name of the system role, or `None` where the system text opens the first user turn.
-    """
-
-    start: str
-    end: str
-    user: str = "user"
-    model: str = "model"
-    system: str | None = None
+    if part is None:
+        return tensor
+    if part.stacked:
+        return np.take(tensor, part.index, axis=part.axis)
+    return np.split(tensor, count, axis=part.axis)[part.index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,25 +90,25 @@ class Weight:
     Attributes:
         variable: The Keras variable.
         path: Stable id, for example `decoder_block_0/attention/query`.
-        entry: Its row of the table.
+        spec: Its row of the table.
         hugging_face: Full Hugging Face name, most with `.weight`. Weights with the same name are
-            `entry.piece`s of one tensor; `join` makes it.
-        gguf: Full GGUF name; `entry.gguf_piece` likewise.
-        gguf_offset: What GGUF adds to the stored value (1 for the norms of Gemma 1 to 3).
+            `spec.part`s of one tensor; `join` makes it.
+        gguf: Full GGUF name; `spec.gguf_part` likewise.
+        gguf_offset: The number GGUF adds to the value (1 for the norms of Gemma 1 to 3).
         output_axes: Axes of the variable that make the rows of the `[outputs, inputs]` matrix.
         input_axes: Axes that make its columns.
         jax: Full path in the Gemma library's tree for JAX, or `None` where the table has none;
-            `entry.jax_piece` likewise.
-        jax_transposed: Whether that library holds it with its last two axes exchanged.
-        jax_inner: Size of the inner one of the two axes it gives one of ours, or `None`.
-        layer: The Keras layer that holds it; the variable itself where there is none.
-        used: Whether the model reads it. Gemma 3n's checkpoints hold keys and values for layers
+            `spec.jax_part` likewise.
+        jax_transposed: True if that library holds it with its last two axes exchanged.
+        jax_inner: Size of the inner axis, if that library splits one of ours into two.
+        layer: The Keras layer that holds it, or the variable itself if no layer does.
+        used: True if the model reads it. Gemma 3n's checkpoints hold keys and values for layers
             that take those of an earlier layer.
     """
 
     variable: keras.Variable
     path: str
-    entry: Entry
+    spec: WeightSpec
     hugging_face: str
     gguf: str
     gguf_offset: float = 0.0
@@ -179,16 +122,16 @@ class Weight:
 
     @property
     def text_name(self) -> str:
-        """Its Hugging Face name in a text model, also where this one sees or hears."""
+        """Hugging Face name in a text model, also if this model sees or hears."""
         return self.hugging_face.replace("model.language_model.", "model.")
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """The shape in which Hugging Face and GGUF hold it, or its piece of a tensor."""
+        """Shape in Hugging Face and GGUF, of the weight or of its part of a tensor."""
         shape = tuple(self.variable.shape)
-        if self.entry.kind == "experts":
+        if self.spec.kind == "experts":
             return (shape[0], shape[2], shape[1])
-        if self.entry.kind == "scalar":
+        if self.spec.kind == "scalar":
             return (1,)
         if not self.output_axes:
             return shape
@@ -196,52 +139,52 @@ class Weight:
         return tuple(math.prod(shape[axis] for axis in group) for group in axes)
 
     def to_matrix(self, value: np.ndarray) -> np.ndarray:
-        """The value as Hugging Face and GGUF hold it: `[outputs, inputs]` for a linear layer."""
-        if self.entry.kind == "experts":
+        """Convert a value to Hugging Face's and GGUF's layout: `[outputs, inputs]` if linear."""
+        if self.spec.kind == "experts":
             return value.swapaxes(1, 2)
-        if self.entry.kind == "scalar":
+        if self.spec.kind == "scalar":
             return value.reshape(1)
         return to_matrix(value, self.output_axes, self.input_axes)
 
     def from_matrix(self, matrix: np.ndarray) -> np.ndarray:
-        """The value in the variable's shape, from Hugging Face's or GGUF's layout."""
-        if self.entry.kind == "experts":
+        """Convert a value from Hugging Face's or GGUF's layout to the variable's shape."""
+        if self.spec.kind == "experts":
             return matrix.swapaxes(1, 2)
         return from_matrix(matrix, tuple(self.variable.shape), self.output_axes, self.input_axes)
 
     @property
     def jax_shape(self) -> tuple[int, ...]:
-        """The shape in which the Gemma library for JAX holds it, or its piece of a tensor."""
-        if self.entry.kind == "scalar":
+        """Shape in the Gemma library for JAX, of the weight or of its part of an array."""
+        if self.spec.kind == "scalar":
             return (1,)
         shape = self._jax_split_shape
-        if self.entry.jax_first:
-            axis = self.entry.jax_axis
+        if self.spec.jax_first:
+            axis = self.spec.jax_axis
             shape = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         return (*shape[:-2], shape[-1], shape[-2]) if self.jax_transposed else shape
 
     @property
     def _jax_split_shape(self) -> tuple[int, ...]:
-        shape, axis = tuple(self.variable.shape), self.entry.jax_axis
+        shape, axis = tuple(self.variable.shape), self.spec.jax_axis
         if self.jax_inner is None:
             return shape
         return (*shape[:axis], shape[axis] // self.jax_inner, self.jax_inner, *shape[axis + 1 :])
 
     def to_jax(self, value: np.ndarray) -> np.ndarray:
-        """The value as the Gemma library for JAX holds it (or its piece of a tensor)."""
-        if self.entry.kind == "scalar":
+        """Convert a value to the layout of the Gemma library for JAX."""
+        if self.spec.kind == "scalar":
             return value.reshape(1)
         if self.jax_inner is not None:
             value = value.reshape(self._jax_split_shape)
-        if self.entry.jax_first:
-            value = np.moveaxis(value, self.entry.jax_axis, 0)
+        if self.spec.jax_first:
+            value = np.moveaxis(value, self.spec.jax_axis, 0)
         return value.swapaxes(-1, -2) if self.jax_transposed else value
 
     def from_jax(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `to_jax`."""
+        """Invert `to_jax`."""
         value = value.swapaxes(-1, -2) if self.jax_transposed else value
-        if self.entry.jax_first:
-            value = np.moveaxis(value, 0, self.entry.jax_axis)
+        if self.spec.jax_first:
+            value = np.moveaxis(value, 0, self.spec.jax_axis)
         return value.reshape(tuple(self.variable.shape))
 
 
@@ -270,39 +213,10 @@ class Linear:
     input_axes: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """The output head.
-
-    Attributes:
-        embedding: `[vocabulary, width]` variable, tied with the input embedding.
-        soft_cap: Soft cap on the logits, or `None`.
-    """
-
-    embedding: keras.Variable
-    soft_cap: float | None
-
-    def check_floating(self, error: type[GemmaTuneError]) -> None:
-        """Refuse an embedding that Keras has quantized: its integers are no logits' weights.
-
-        Args:
-            error: The error to raise.
-        """
-        dtype = str(self.embedding.dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            raise error(
-                "The output embedding must be of floating point, or all logits would be wrong. "
-                f"Received: one that is quantized ({dtype})",
-                next_step="Load the base anew and quantize it without its embedding, such as "
-                "`model.backbone.quantize('int8', filters=lambda layer: 'embedding' not in "
-                "layer.name)`.",
-            )
-
-
 def to_matrix(
     value: np.ndarray, output_axes: tuple[int, ...], input_axes: tuple[int, ...]
 ) -> np.ndarray:
-    """Any kernel as an `[outputs, inputs]` matrix; other arrays unchanged."""
+    """Reshape a kernel to an `[outputs, inputs]` matrix; return other arrays unchanged."""
     if not output_axes:
         return value
     rows = math.prod(value.shape[axis] for axis in output_axes)
@@ -315,7 +229,7 @@ def from_matrix(
     output_axes: tuple[int, ...],
     input_axes: tuple[int, ...],
 ) -> np.ndarray:
-    """The inverse of `to_matrix`."""
+    """Invert `to_matrix`."""
     if not output_axes:
         return matrix.reshape(shape)
     order = output_axes + input_axes
@@ -328,217 +242,74 @@ _AXES: dict[str | None, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "joined": ((2,), (0, 1)),
 }
 
-_LINEARS = (
-    Entry(
-        "attention.query_dense", "self_attn.q_proj", "attn_q", "linear", "split",
-        jax="attn/q_einsum/w",
-    ),
-    Entry(
-        "attention.key_dense", "self_attn.k_proj", "attn_k", "linear", "split",
-        jax="attn/kv_einsum/w", jax_piece=Piece(0),
-    ),
-    Entry(
-        "attention.value_dense", "self_attn.v_proj", "attn_v", "linear", "split",
-        jax="attn/kv_einsum/w", jax_piece=Piece(1),
-    ),
-    Entry(
-        "attention.output_dense", "self_attn.o_proj", "attn_output", "linear", "joined",
-        jax="attn/attn_vec_einsum/w",
-    ),
-    Entry(
-        "gating_ffw", "mlp.gate_proj", "ffn_gate", "linear",
-        jax="mlp/gating_einsum", jax_piece=Piece(0),
-    ),
-    Entry(
-        "gating_ffw_2", "mlp.up_proj", "ffn_up", "linear",
-        jax="mlp/gating_einsum", jax_piece=Piece(1),
-    ),
-    Entry("ffw_linear", "mlp.down_proj", "ffn_down", "linear", jax="mlp/linear"),
-)  # fmt: skip
-_GEMMA_NORMS = (
-    Entry("pre_attention_norm", "input_layernorm", "attn_norm"),
-    Entry("pre_ffw_norm", "post_attention_layernorm", "ffn_norm"),
-)
-_GEMMA2_NORMS = (
-    Entry("pre_attention_norm", "input_layernorm", "attn_norm", jax="pre_attention_norm/scale"),
-    Entry(
-        "post_attention_norm", "post_attention_layernorm", "post_attention_norm",
-        jax="post_attention_norm/scale",
-    ),
-    Entry("pre_ffw_norm", "pre_feedforward_layernorm", "ffn_norm", jax="pre_ffw_norm/scale"),
-    Entry(
-        "post_ffw_norm", "post_feedforward_layernorm", "post_ffw_norm", jax="post_ffw_norm/scale"
-    ),
-)  # fmt: skip
-_GEMMA3_NORMS = (
-    *_GEMMA2_NORMS,
-    Entry(
-        "attention.query_norm", "self_attn.q_norm", "attn_q_norm", jax="attn/_query_norm/scale"
-    ),
-    Entry("attention.key_norm", "self_attn.k_norm", "attn_k_norm", jax="attn/_key_norm/scale"),
-)  # fmt: skip
-_GEMMA_MODEL = (
-    Entry(
-        "token_embedding", "embed_tokens", "token_embd", "embedding",
-        jax="embedder/input_embedding",
-    ),
-    Entry("layer_norm", "norm", "output_norm", jax="final_norm/scale"),
-)  # fmt: skip
-
-# What Gemma 3n and 4 feed into each layer beside the token's embedding.
-_PER_LAYER_MODEL = (
-    Entry("per_layer_model_projection", "per_layer_model_projection", "per_layer_model_proj",
-          "matrix", jax="embedder/per_layer_input_projection/w",
-          jax_split="hidden_size_per_layer_input"),
-    Entry("per_layer_projection_norm", "per_layer_projection_norm", "per_layer_proj_norm",
-          jax="embedder/per_layer_projection_norm/scale"),
-)  # fmt: skip
-_PER_LAYER_BLOCK = (
-    Entry("per_layer_input_gate", "per_layer_input_gate", "inp_gate", "matrix",
-          jax="per_layer_mapping/per_layer_input_gate/w"),
-    Entry("post_per_layer_input_norm", "post_per_layer_input_norm", "post_norm",
-          jax="per_layer_mapping/post_per_layer_input_norm/scale"),
-)  # fmt: skip
-
-_GEMMA3N_BLOCK = (
-    Entry("attention.q_proj", "self_attn.q_proj", "attn_q", "linear",
-          jax="attn/q_einsum/w", jax_split="attention.head_dim", jax_first=True),
-    Entry("attention.k_proj", "self_attn.k_proj", "attn_k", "linear", jax="attn/kv_einsum/w",
-          jax_piece=Piece(0), jax_split="attention.head_dim", jax_first=True),
-    Entry("attention.v_proj", "self_attn.v_proj", "attn_v", "linear", jax="attn/kv_einsum/w",
-          jax_piece=Piece(1), jax_split="attention.head_dim", jax_first=True),
-    Entry("attention.o_proj", "self_attn.o_proj", "attn_output", "linear",
-          jax="attn/attn_vec_einsum/w", jax_split="attention.head_dim", jax_axis=0),
-    Entry("mlp.gate_proj", "mlp.gate_proj", "ffn_gate", "linear",
-          jax="mlp/gating_einsum", jax_piece=Piece(0)),
-    Entry("mlp.up_proj", "mlp.up_proj", "ffn_up", "linear",
-          jax="mlp/gating_einsum", jax_piece=Piece(1)),
-    Entry("mlp.down_proj", "mlp.down_proj", "ffn_down", "linear", jax="mlp/linear"),
-    Entry("attention.q_norm", "self_attn.q_norm", "attn_q_norm", jax="attn/query_norm/scale"),
-    Entry("attention.k_norm", "self_attn.k_norm", "attn_k_norm", jax="attn/key_norm/scale"),
-    Entry("input_layernorm", "input_layernorm", "attn_norm", jax="pre_attention_norm/scale"),
-    Entry("post_attention_layernorm", "post_attention_layernorm", "post_attention_norm",
-          jax="post_attention_norm/scale"),
-    Entry("pre_feedforward_layernorm", "pre_feedforward_layernorm", "ffn_norm",
-          jax="pre_ffw_norm/scale"),
-    Entry("post_feedforward_layernorm", "post_feedforward_layernorm", "post_ffw_norm",
-          jax="post_ffw_norm/scale"),
-    Entry("altup.correct_output_scale", "altup.correct_output_scale", "altup_correct_scale",
-          "vector", suffixes=("", ".weight"), jax="altup/correct_output_scale"),
-    Entry("altup.correction_coefs", "altup.correction_coefs", "altup_correct_coef", "matrix",
-          jax="altup/correction_coefs"),
-    Entry("altup.prediction_coefs", "altup.prediction_coefs", "altup_predict_coef", "matrix",
-          jax="altup/prediction_coefs", jax_split="altup.altup_num_inputs"),
-    Entry("altup.modality_router", "altup.modality_router", "altup_router", "matrix",
-          jax="altup/modality_router/w"),
-    Entry("altup.router_norm", "altup.router_norm", "altup_router_norm",
-          jax="altup/router_norm_layer/scale"),
-    Entry("laurel.linear_left", "laurel.linear_left", "laurel_l", "matrix",
-          jax="laurel/linear_left/w"),
-    Entry("laurel.linear_right", "laurel.linear_right", "laurel_r", "matrix",
-          jax="laurel/linear_right/w"),
-    Entry("laurel.post_laurel_norm", "laurel.post_laurel_norm", "laurel_post_norm",
-          jax="post_laurel_norm/scale"),
-    *_PER_LAYER_BLOCK,
-    Entry("per_layer_projection", "per_layer_projection", "proj", "matrix",
-          jax="per_layer_mapping/per_layer_projection/w"),
-)  # fmt: skip
-_GEMMA3N_MODEL = (
-    Entry("embed_tokens.embedding", "embed_tokens", "token_embd", "embedding",
-          jax="embedder/input_embedding"),
-    Entry("embed_tokens_per_layer.embedding", "embed_tokens_per_layer", "per_layer_token_embd",
-          "embedding", jax="embedder/per_layer_input_embedding",
-          jax_split="hidden_size_per_layer_input"),
-    *_PER_LAYER_MODEL,
-    Entry("altup_projections.*", "altup_projections.{}", "altup_proj", "matrix",
-          gguf_piece=Piece(0), jax="altup_projection_{0}/altup_projection_{0}"),
-    Entry("altup_unembed_projections.*", "altup_unembed_projections.{}", "altup_unembd_proj",
-          "matrix", gguf_piece=Piece(0),
-          jax="altup_unembed_projection_{0}/altup_unembed_projection_{0}"),
-    Entry("final_normalization", "norm", "output_norm", jax="final_norm/scale"),
-)  # fmt: skip
-
-
-def _in_jax(rows: tuple[Entry, ...], **names: str) -> tuple[Entry, ...]:
-    """Rows with other names in the Gemma library for JAX, by the last part of their Keras names."""
-    ends = ((row, row.keras.rpartition(".")[2]) for row in rows)
-    return tuple(dataclasses.replace(row, jax=names.get(end, row.jax)) for row, end in ends)
-
-
-# Rows from `post_ffw_norm_dense` on stand where a mixture of experts does.
-_GEMMA4_BLOCK = (
-    *_LINEARS,
-    *_in_jax(_GEMMA3_NORMS, query_norm="attn/query_norm/scale", key_norm="attn/key_norm/scale"),
-    *_in_jax(
-        _PER_LAYER_BLOCK,
-        per_layer_input_gate="per_layer_input_gate/w",
-        post_per_layer_input_norm="post_per_layer_input_norm/scale",
-    ),
-    Entry("per_layer_up_proj", "per_layer_projection", "proj", "matrix",
-          jax="per_layer_projection/w"),
-    Entry("layer_scalar", "layer_scalar", "layer_output_scale", "scalar",
-          suffixes=("", ".weight"), jax="skip_scale"),
-    Entry("post_ffw_norm_dense", "post_feedforward_layernorm_1", "post_ffw_norm_1",
-          jax="post_ffw2_norm/scale"),
-    Entry("pre_ffw_norm_moe", "pre_feedforward_layernorm_2", "pre_ffw_norm_2",
-          jax="pre_ffw_norm/scale"),
-    Entry("post_ffw_norm_moe_path", "post_feedforward_layernorm_2", "post_ffw_norm_2",
-          jax="post_ffw1_norm/scale"),
-    Entry("moe_router.per_dim_scale", "router.scale", "ffn_gate_inp.scale", "vector",
-          suffixes=("", ""), jax="mlp/router_scale"),
-    Entry("moe_router.proj", "router.proj", "ffn_gate_inp", "matrix", jax="mlp/router_logits/w"),
-    Entry("moe_expert_bank.gate_proj", "experts.gate_up_proj", "ffn_gate_up_exps", "experts",
-          suffixes=("", ".weight"), piece=Piece(0, 1, False), gguf_piece=Piece(0, 1, False),
-          jax="mlp/gating_einsum/w", jax_piece=Piece(0, 1)),
-    Entry("moe_expert_bank.up_proj", "experts.gate_up_proj", "ffn_gate_up_exps", "experts",
-          suffixes=("", ".weight"), piece=Piece(1, 1, False), gguf_piece=Piece(1, 1, False),
-          jax="mlp/gating_einsum/w", jax_piece=Piece(1, 1)),
-    Entry("moe_expert_bank.down_proj", "experts.down_proj", "ffn_down_exps", "experts",
-          suffixes=("", ".weight"), jax="mlp/linear/w"),
-    Entry("moe_expert_bank.per_expert_scale", "router.per_expert_scale", "ffn_down_exps.scale",
-          "vector", suffixes=("", ""), jax="mlp/per_expert_scale"),
-)  # fmt: skip
-_GEMMA4_MODEL = (
-    *_GEMMA_MODEL,
-    Entry("per_layer_token_embedding", "embed_tokens_per_layer", "per_layer_token_embd",
-          "embedding", jax="embedder/per_layer_embeddings",
-          jax_split="hidden_size_per_layer_input"),
-    *_in_jax(
-        _PER_LAYER_MODEL, per_layer_model_projection="embedder/per_layer_model_projection/w"
-    ),
-)  # fmt: skip
-# What that library calls otherwise in a block with experts: there its usual names are theirs.
-_BESIDE_EXPERTS = {
-    "mlp/gating_einsum": "mlp2/gating_einsum",
-    "mlp/linear": "mlp2/linear",
-    "pre_ffw_norm/scale": "pre_ffw2_norm/scale",
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """A Gemma family.
+class Family(FamilyTable):
+    """A Gemma family: its table, and the way to find its rows in a model."""
 
-    Attributes:
-        name: `"gemma"`, `"gemma2"`, `"gemma3"`, `"gemma3n"` or `"gemma4"`.
-        title: The name people use.
-        block: Rows of the table for each decoder block.
-        model: Rows that stand once.
-        turn: Turn format of the instruct models.
-        gguf_norm_offset: What GGUF adds to norm scales.
-        jax_complete: Whether the table carries the whole tree of the Gemma library for JAX.
-    """
+    @property
+    def backbone_class(self) -> Any:
+        """KerasHub's backbone, such as `keras_hub.models.Gemma3Backbone`."""
+        return getattr(keras_hub.models, f"{self.keras_hub}Backbone")
 
-    name: str
-    title: str
-    block: tuple[Entry, ...]
-    model: tuple[Entry, ...]
-    turn: Turn
-    gguf_norm_offset: float = 1.0
-    jax_complete: bool = False
+    @property
+    def causal_lm_class(self) -> Any:
+        """KerasHub's model that generates text.
+
+        Named, because `CausalLM.from_preset` takes any class of a backbone, and Gemma 4 has a
+        second one: the assistant of speculative decoding.
+        """
+        return getattr(keras_hub.models, f"{self.keras_hub}CausalLM")
+
+    @property
+    def preprocessor_class(self) -> Any:
+        """KerasHub's preprocessor of that model."""
+        return getattr(keras_hub.models, f"{self.keras_hub}CausalLMPreprocessor")
+
+    @property
+    def tokenizer_class(self) -> Any:
+        """KerasHub's tokenizer."""
+        return getattr(keras_hub.tokenizers, f"{self.keras_hub}Tokenizer")
+
+    @property
+    def config_names(self) -> tuple[str, ...]:
+        """Names of the family in a `config.json`: KerasHub's class, the types of `transformers`."""
+        types = (self.hugging_face.model_type, self.hugging_face.media_type)
+        return (f"{self.keras_hub}Backbone", *filter(None, types))
+
+    def builds(self, backbone: Any) -> bool:
+        """Tell if a KerasHub backbone is one of this family."""
+        return isinstance(backbone, self.backbone_class) and all(
+            getattr(backbone, name) == value for name, value in self.told_by.items()
+        )
+
+    def spec(self, name: str) -> WeightSpec:
+        """Return the row of a weight.
+
+        Args:
+            name: Its Hugging Face name in the table, such as `"self_attn.k_proj"`.
+
+        Returns:
+            The row.
+        """
+        return next(spec for spec in (*self.model, *self.block) if spec.hugging_face == name)
+
+    def gguf_name(self, name: str, block: int = 0) -> str:
+        """Return the full GGUF name of a weight.
+
+        Args:
+            name: Its Hugging Face name in the table, such as `"self_attn.k_proj"`.
+            block: Index of its decoder block, if it is in one.
+
+        Returns:
+            The name, such as `"blk.0.attn_k.weight"`.
+        """
+        spec = self.spec(name)
+        prefix = f"blk.{block}." if spec in self.block else ""
+        return f"{prefix}{spec.gguf}{spec.suffixes[1]}"
 
     def linears(self, model: keras.Model) -> tuple[Linear, ...]:
-        """The linear layers of the text tower that LoRA and adapters can address.
+        """List the linear layers of the text tower that LoRA and adapters can address.
 
         Args:
             model: A KerasHub Gemma `CausalLM` or backbone of this family.
@@ -547,34 +318,23 @@ class Family:
             `Linear`s in layer order. Layers that a block does not have (Gemma 4 shares keys and
             values) or never runs (Gemma 3n's shared ones) are left out.
         """
-        found = []
-        prefix = _hugging_face_prefix(model)
-        for index, block in enumerate(_blocks(model)):
-            for entry in self.block:
-                layer = _resolve(block, entry.keras)
-                target = entry.hugging_face.rpartition(".")[2]
-                if entry.kind != "linear" or layer is None:
-                    continue
-                if _shares_keys(block) and entry.hugging_face in _KEYS_AND_VALUES:
-                    continue
-                outputs, inputs = _AXES[entry.heads]
-                place = entry.keras.rpartition(".")[0].replace(".", "/")
-                found.append(
-                    Linear(
-                        layer=layer,
-                        path="/".join(filter(None, (block.name, place, layer.name))),
-                        target=target,
-                        block=index,
-                        hugging_face=f"{prefix}layers.{index}.{entry.hugging_face}",
-                        gguf=f"blk.{index}.{entry.gguf}",
-                        output_axes=outputs,
-                        input_axes=inputs,
-                    )
-                )
-        return tuple(found)
+        return tuple(
+            Linear(
+                layer=weight.layer,
+                path=f"{weight.path.rpartition('/')[0]}/{weight.layer.name}",
+                target=weight.spec.hugging_face.rpartition(".")[2],
+                block=block,
+                hugging_face=weight.hugging_face.removesuffix(".weight"),
+                gguf=weight.gguf.removesuffix(".weight"),
+                output_axes=weight.output_axes,
+                input_axes=weight.input_axes,
+            )
+            for block, weight in self._block_weights(model, "linear")
+            if weight.used
+        )
 
     def weights(self, model: keras.Model) -> tuple[Weight, ...]:
-        """The text tower's weights with their foreign names, the embedding first.
+        """List the text tower's weights with their foreign names, the embedding first.
 
         Args:
             model: A KerasHub Gemma `CausalLM` or backbone of this family.
@@ -582,19 +342,26 @@ class Family:
         Returns:
             A `Weight` for each row of the table that the model has.
         """
-        text = _text_model(model)
+        text, prefix = _text_model(model), _hugging_face_prefix(model)
+        rows = itertools.chain.from_iterable(_expand(text, row) for row in self.model)
+        once = (self._weight(text, row, prefix, "", "", "") for row in rows)
+        blocks = (weight for _, weight in self._block_weights(model))
+        return (*(weight for weight in once if weight is not None), *blocks)
+
+    def _block_weights(
+        self, model: keras.Model, kind: str | None = None
+    ) -> Iterator[tuple[int, Weight]]:
+        """Yield the weights of each decoder block with its index; of one kind alone, if given."""
         prefix = _hugging_face_prefix(model)
-        rows = [
-            self._weight(text, entry, prefix, "", "", "")
-            for entry in itertools.chain.from_iterable(_expand(text, row) for row in self.model)
-        ]
         for index, block in enumerate(_blocks(model)):
             names = (f"{prefix}layers.{index}.", f"blk.{index}.", f"layer_{index}/", block.name)
-            rows += [self._weight(block, entry, *names) for entry in self.block]
-        return tuple(row for row in rows if row is not None)
+            for row in self.block:
+                weight = self._weight(block, row, *names) if kind in (None, row.kind) else None
+                if weight is not None:
+                    yield index, weight
 
     def idle_names(self, model: keras.Model) -> frozenset[str]:
-        """Foreign names of keys and values that are stored for layers that take another's.
+        """Return foreign names of keys and values stored for layers that take those of another.
 
         Some checkpoints of Gemma 3n and 4 hold them; no model reads them.
 
@@ -608,56 +375,71 @@ class Family:
         return frozenset(
             name
             for index in range(len(_blocks(model)))
-            for entry in self.block
-            if index not in keyed and entry.hugging_face in _KEYS_AND_VALUES
+            for spec in self.block
+            if index not in keyed and spec.hugging_face in KEYS_AND_VALUES
             for name in (
-                f"model.layers.{index}.{entry.hugging_face}{entry.suffixes[0]}",
-                f"blk.{index}.{entry.gguf}{entry.suffixes[1]}",
+                f"model.layers.{index}.{spec.hugging_face}{spec.suffixes[0]}",
+                self.gguf_name(spec.hugging_face, index),
             )
         )
 
     def _weight(
-        self, owner: Any, entry: Entry, hugging_face: str, gguf: str, jax: str, place: str
+        self, owner: Any, spec: WeightSpec, hugging_face: str, gguf: str, jax: str, place: str
     ) -> Weight | None:
-        layer = _resolve(owner, entry.keras)
+        layer = _resolve(owner, spec.keras)
         if layer is None:
             return None
-        if self.jax_complete:
-            entry = _in_this_block(owner, entry)
-        in_matrix = entry.kind in ("linear", "matrix")
-        outputs, inputs = _AXES[entry.heads] if in_matrix else ((), ())
-        suffix, gguf_suffix = entry.suffixes
+        if self.jax:
+            spec = _in_this_block(owner, spec)
+        in_matrix = spec.kind in ("linear", "matrix")
+        outputs, inputs = _AXES[spec.heads] if in_matrix else ((), ())
+        suffix, gguf_suffix = spec.suffixes
         return Weight(
-            variable=_variable(layer, entry.kind),
-            path="/".join(filter(None, (place, entry.keras.replace(".", "/")))),
-            entry=entry,
-            hugging_face=f"{hugging_face}{entry.hugging_face}{suffix}",
-            gguf=f"{gguf}{entry.gguf}{gguf_suffix}",
-            gguf_offset=self.gguf_norm_offset if entry.kind == "norm" else 0.0,
+            variable=_variable(layer, spec.kind),
+            path="/".join(filter(None, (place, spec.keras.replace(".", "/")))),
+            spec=spec,
+            hugging_face=f"{hugging_face}{spec.hugging_face}{suffix}",
+            gguf=f"{gguf}{spec.gguf}{gguf_suffix}",
+            gguf_offset=self.gguf.norm_offset if spec.kind == "norm" else 0.0,
             output_axes=outputs,
             input_axes=inputs,
-            jax=f"{jax}{entry.jax}" if self.jax_complete and entry.jax else None,
-            jax_transposed=self._jax_transposed(layer, entry),
-            jax_inner=self._jax_inner(owner, entry),
+            jax=f"{jax}{spec.jax}" if self.jax and spec.jax else None,
+            jax_transposed=self._jax_transposed(layer, spec),
+            jax_inner=self._jax_inner(owner, spec),
             layer=layer,
-            used=not (_shares_keys(owner) and entry.hugging_face in _KEYS_AND_VALUES),
+            used=not (_shares_keys(owner) and spec.hugging_face in KEYS_AND_VALUES),
         )
 
-    def _jax_transposed(self, layer: Any, entry: Entry) -> bool:
-        if not self.jax_complete or "gating_einsum" not in (entry.jax or ""):
+    def _jax_transposed(self, layer: Any, spec: WeightSpec) -> bool:
+        if self.jax is None or "gating_einsum" not in (spec.jax or ""):
             return False
-        if entry.kind == "experts":
-            return True
-        # Gemma 2 2B alone was published the other way round.
-        return not (self.name == "gemma2" and _kernel(layer).shape[0] == _GEMMA2_2B_WIDTH)
+        return spec.kind == "experts" or stored_kernel(layer).shape[0] not in self.jax.untransposed
 
-    def _jax_inner(self, owner: Any, entry: Entry) -> int | None:
-        if not self.jax_complete or entry.jax_split is None:
+    def _jax_inner(self, owner: Any, spec: WeightSpec) -> int | None:
+        if self.jax is None or spec.jax_split is None:
             return None
-        return int(_resolve(owner, entry.jax_split))
+        return int(_resolve(owner, spec.jax_split))
+
+    def unlike(self, given: Mapping[str, Any], runtime: str, fixed: Mapping[str, Any]) -> list[str]:
+        """Name the settings of a model that a runtime cannot compute with.
+
+        Args:
+            given: `backbone_settings` of the model.
+            runtime: Name of the runtime, for the text.
+            fixed: Settings that this runtime alone has fixed, with their values; those that are
+                fixed for the whole family are added.
+
+        Returns:
+            A sentence for each setting that differs.
+        """
+        return [
+            f"{name} is {given[name]!r}; {runtime} computes with {expected!r}"
+            for name, expected in {**self.fixed, **fixed}.items()
+            if given.get(name, expected) != expected
+        ]
 
     def head(self, model: keras.Model) -> Head:
-        """The output embedding and its soft cap.
+        """Return the output head: the embedding, tied with the input's, and its soft cap.
 
         Args:
             model: A KerasHub Gemma `CausalLM` of this family.
@@ -668,55 +450,54 @@ class Family:
         Raises:
             LoadError: The logits are capped twice.
         """
-        backbone = _backbone(model)
-        if self.name == "gemma3n":
-            text = backbone.language_model
-            return Head(text.embed_tokens.embedding.embeddings, text.final_logit_soft_cap)
-        layer = backbone.token_embedding
+        text = _text_model(model)
+        layer = _resolve(text, self.spec("embed_tokens").keras)
+        cap = getattr(layer, "logit_soft_cap", getattr(text, "final_logit_soft_cap", None))
         # The task of Gemma 4 may cap, too.
-        caps = [layer.logit_soft_cap, getattr(model, "final_logit_cap", None)]
-        found = [cap for cap in caps if cap is not None]
-        if len(found) > 1:
+        task_cap = getattr(model, "final_logit_cap", None)
+        if cap is not None and task_cap is not None:
             raise LoadError(
-                f"The logits are capped twice, at {found[0]} by the backbone and at {found[1]} by "
+                f"The logits are capped twice, at {cap} by the backbone and at {task_cap} by "
                 "the task, which is not one cap.",
-                next_step="Make the `Gemma4CausalLM` without `final_logit_cap`.",
+                next_step=f"Make the `{self.keras_hub}CausalLM` without `final_logit_cap`.",
             )
-        return Head(layer.embeddings, found[0] if found else None)
+        return Head(layer.embeddings, task_cap if cap is None else cap, layer)
+
+    def empty_cache(self, model: keras.Model, rows: int, length: int) -> Any:
+        """Return an empty key/value cache, as the model's `call_with_cache` takes it.
+
+        Args:
+            model: A KerasHub Gemma `CausalLM` of this family.
+            rows: Rows of the batch.
+            length: Tokens of each row that it has room for.
+
+        Returns:
+            Zeros in the model's compute dtype: one array, or a tuple with one array or a pair of
+            them for each layer.
+        """
+        backbone: Any = _backbone(model)
+        layers = len(_blocks(model))
+        width = max(backbone.head_dim, getattr(backbone, "global_head_dim", None) or 0)
+        heads = backbone.num_key_value_heads
+        sizes = {"b": rows, "n": layers, "2": 2, "t": length, "h": heads, "d": width}
+        shape = [sizes[axis] for axis in self.cache_axes]
+
+        def empty() -> Any:
+            return ops.zeros(shape, model.compute_dtype)
+
+        if "n" in self.cache_axes:
+            return empty()
+        pairs = "2" not in self.cache_axes
+        return tuple((empty(), empty()) if pairs else empty() for _ in range(layers))
 
 
-_KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
-_GEMMA2_2B_WIDTH = 2304
-# Values looked at together: what lies beside the model stays small.
+FAMILIES: Mapping[str, Family] = {table.name: Family(**vars(table)) for table in TABLES}
+# Values examined together, so that little memory is needed beside the model.
 _CHUNK_VALUES = 1 << 22
-_OLD_TURN = Turn("<start_of_turn>", "<end_of_turn>")
-
-FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in (
-        Family("gemma", "Gemma 1", _LINEARS + _GEMMA_NORMS, _GEMMA_MODEL, _OLD_TURN),
-        Family(
-            "gemma2", "Gemma 2", _LINEARS + _GEMMA2_NORMS, _GEMMA_MODEL, _OLD_TURN,
-            jax_complete=True,
-        ),
-        Family(
-            "gemma3", "Gemma 3", _LINEARS + _GEMMA3_NORMS, _GEMMA_MODEL, _OLD_TURN,
-            jax_complete=True,
-        ),
-        Family(
-            "gemma3n", "Gemma 3n", _GEMMA3N_BLOCK, _GEMMA3N_MODEL, _OLD_TURN, gguf_norm_offset=0.0,
-            jax_complete=True,
-        ),
-        Family(
-            "gemma4", "Gemma 4", _GEMMA4_BLOCK, _GEMMA4_MODEL,
-            Turn("<|turn>", "<turn|>", system="system"), gguf_norm_offset=0.0, jax_complete=True,
-        ),
-    )
-}  # fmt: skip
 
 
 def family_of(model: keras.Model) -> Family:
-    """The family of a KerasHub Gemma.
+    """Return the family of a KerasHub Gemma.
 
     Args:
         model: A KerasHub `CausalLM` or backbone.
@@ -728,23 +509,17 @@ def family_of(model: keras.Model) -> Family:
         LoadError: It is not a Gemma that generates text.
     """
     backbone = _backbone(model)
-    models = keras_hub.models
-    if isinstance(backbone, models.Gemma3nBackbone):
-        return FAMILIES["gemma3n"]
-    if isinstance(backbone, models.Gemma4Backbone):
-        return FAMILIES["gemma4"]
-    if isinstance(backbone, models.Gemma3Backbone):
-        return FAMILIES["gemma3"]
-    if isinstance(backbone, models.GemmaBackbone):
-        return FAMILIES["gemma2" if backbone.use_post_ffw_norm else "gemma"]
-    raise LoadError(
-        f"Expected a KerasHub Gemma. Received: {type(model).__name__}",
-        next_step="Load one with `load(...)`, or pass a `keras_hub.models.Gemma…CausalLM`.",
-    )
+    found = next((family for family in FAMILIES.values() if family.builds(backbone)), None)
+    if found is None:
+        raise LoadError(
+            f"Expected a KerasHub Gemma. Received: {type(model).__name__}",
+            next_step="Load one with `load(...)`, or pass a `keras_hub.models.Gemma…CausalLM`.",
+        )
+    return found
 
 
 def context_length(model: keras.Model) -> int:
-    """The longest prompt and answer together that a model was made for.
+    """Return the longest prompt and response together that a model was made for.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
@@ -752,27 +527,17 @@ def context_length(model: keras.Model) -> int:
     Returns:
         Tokens.
     """
-    family, backbone = family_of(model).name, model.backbone
-    if family == "gemma3n":
-        return int(backbone.max_position_embeddings)
-    if family == "gemma4" and not backbone.hidden_size_per_layer_input:
-        return 2 * _LONG_CONTEXT  # the sizes without an "E" in their names
-    if family == "gemma3" and backbone.global_rope_scaling_factor != 1:
-        return _LONG_CONTEXT
-    return {"gemma3": 32_768, "gemma4": _LONG_CONTEXT}.get(family, 8192)
-
-
-_LONG_CONTEXT = 131_072
+    return family_of(model).context_length(_backbone(model))
 
 
 def backbone_settings(model: keras.Model) -> dict[str, Any]:
-    """The settings of a model's backbone, with the cap of its logits wherever the model keeps it.
+    """Return the settings of a backbone, with the cap of the logits also if the task has it.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
 
     Returns:
-        What the backbone's `get_config` gives; `final_logit_soft_cap` is that of the head.
+        The backbone's `get_config`; `final_logit_soft_cap` is that of the head.
     """
     config: dict[str, Any] = model.backbone.get_config()
     if "final_logit_soft_cap" in config:
@@ -781,7 +546,7 @@ def backbone_settings(model: keras.Model) -> dict[str, Any]:
 
 
 def backbone_inputs(backbone: keras.Model, token_ids: Any, padding_mask: Any) -> dict[str, Any]:
-    """What the backbone wants to be fed for a batch of text alone.
+    """Return the inputs of a backbone for a batch of text alone.
 
     Args:
         backbone: A KerasHub Gemma backbone.
@@ -829,11 +594,11 @@ _NO_MEDIA = (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """Origin of a model.
 
     Attributes:
-        source: What `load` was given.
-        instruct: Whether it is instruction-tuned; `None` where nothing says.
+        source: The argument of `load`.
+        instruct: True if it is instruction-tuned; `None` if nothing says.
     """
 
     source: str
@@ -875,25 +640,25 @@ def mark_origin(model: keras.Model, source: str, instruct: bool | None) -> None:
 
     Args:
         model: A KerasHub Gemma.
-        source: What it was loaded from.
-        instruct: Whether it is instruction-tuned, if known.
+        source: The argument of `load`.
+        instruct: True if it is instruction-tuned, if known.
     """
     _origins[model] = Origin(source, instruct)
 
 
 def origin_of(model: keras.Model) -> Origin | None:
-    """Where a model came from, or `None` for one this library did not load."""
+    """Return the origin of a model, or `None` for one this library did not load."""
     return _origins.get(model)
 
 
 def is_instruct(model: keras.Model) -> bool | None:
-    """Whether the model is instruction-tuned, or `None` where nothing says."""
+    """Tell if a model is instruction-tuned; `None` if nothing says."""
     origin = _origins.get(model)
     return origin.instruct if origin else None
 
 
 def fingerprint(model: keras.Model) -> str:
-    """A short hash of the base model: its sizes and a sample of its base weights.
+    """Compute a short hash of the base model: its sizes and a sample of its base weights.
 
     LoRA does not change it, nor does saving and loading in the same dtype.
 
@@ -906,7 +671,7 @@ def fingerprint(model: keras.Model) -> str:
     family = family_of(model)
     digest = hashlib.sha256()
     sizes = {
-        linear.hugging_face.partition("layers.")[2]: list(_kernel(linear.layer).shape)
+        linear.hugging_face.partition("layers.")[2]: list(stored_kernel(linear.layer).shape)
         for linear in family.linears(model)
     }
     digest.update(json.dumps([family.name, sizes], sort_keys=True).encode())
@@ -915,20 +680,20 @@ def fingerprint(model: keras.Model) -> str:
     sample = ops.take(embedding, rows, axis=0)
     digest.update(np.asarray(ops.cast(sample, "float32")).round(3).tobytes())
     for linear in family.linears(model)[:: max(1, len(family.linears(model)) // 8)]:
-        kernel = _kernel(linear.layer)
+        kernel = stored_kernel(linear.layer)
         part = ops.cast(kernel[tuple(slice(0, 4) for _ in kernel.shape)], "float32")
         digest.update(np.asarray(part).round(3).tobytes())
     return digest.hexdigest()[:16]
 
 
 def broken_weights(model: keras.Model) -> list[str]:
-    """The text tower's weights that hold NaN or infinite values, by their paths."""
+    """List the paths of the text tower's weights that hold NaN or infinite values."""
     weights = family_of(model).weights(model)
     return [weight.path for weight in weights if not all_finite(np.asarray(weight.variable))]
 
 
 def quantizations(model: keras.Model) -> dict[str, str]:
-    """How Keras quantized the text tower's weights: the mode, such as `"int8"`, by their paths."""
+    """Return the mode of each weight that Keras quantized, such as `"int8"`, by its path."""
     modes = {
         weight.path: getattr(weight.layer, "quantization_mode", None)
         for weight in family_of(model).weights(model)
@@ -937,20 +702,24 @@ def quantizations(model: keras.Model) -> dict[str, str]:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether an array holds no NaN and nothing infinite; little lies in memory beside it."""
+    """Tell if an array holds no NaN and nothing infinite; little memory is used beside it."""
     flat = values.reshape(-1)
     parts = range(0, flat.size, _CHUNK_VALUES)
     return all(np.isfinite(flat[start : start + _CHUNK_VALUES]).all() for start in parts)
 
 
-def _kernel(layer: Any) -> keras.Variable:
-    """The stored kernel. The public `kernel` of a layer with LoRA on is the merged one."""
+def stored_kernel(layer: Any) -> keras.Variable:
+    """Return a layer's kernel as it is stored.
+
+    The private `_kernel` is read here alone. The public `kernel` of a layer with LoRA on is the
+    merged one, computed anew at every look.
+    """
     return layer._kernel
 
 
 def _variable(layer: Any, kind: str) -> keras.Variable:
     if kind in ("linear", "matrix"):
-        return _kernel(layer)
+        return stored_kernel(layer)
     if kind == "embedding":
         return layer.embeddings
     return layer.scale if kind == "norm" else layer
@@ -970,33 +739,33 @@ def _text_model(model: keras.Model) -> Any:
 
 
 def _shares_keys(block: Any) -> bool:
-    """Whether a block takes the keys and values of an earlier one."""
+    """Tell if a block takes the keys and values of an earlier one."""
     return bool(getattr(block, "is_kv_shared_layer", False))
 
 
-def _in_this_block(block: Any, entry: Entry) -> Entry:
-    """The row with the name the Gemma library for JAX has for it in a Gemma 4's block."""
-    keys = entry.keras == "attention.key_dense"
+def _in_this_block(block: Any, spec: WeightSpec) -> WeightSpec:
+    """Return the row with the name that the Gemma library for JAX has for it in this block."""
+    keys = spec.keras == "attention.key_dense"
     if keys and getattr(block.attention, "value_dense", None) is None:
         # Keys serve as values.
-        return dataclasses.replace(entry, jax="attn/k_einsum/w", jax_piece=None)
-    if getattr(block, "moe_router", None) is not None and not entry.keras.endswith("_moe"):
-        return dataclasses.replace(entry, jax=_BESIDE_EXPERTS.get(str(entry.jax), entry.jax))
-    return entry
+        return dataclasses.replace(spec, jax="attn/k_einsum/w", jax_part=None)
+    if getattr(block, "moe_router", None) is not None and not spec.keras.endswith("_moe"):
+        return dataclasses.replace(spec, jax=BESIDE_EXPERTS.get(str(spec.jax), spec.jax))
+    return spec
 
 
-def _expand(owner: Any, entry: Entry) -> list[Entry]:
-    """One row for each layer of a list, where the row stands for a list."""
-    if not entry.keras.endswith(".*"):
-        return [entry]
-    layers = _resolve(owner, entry.keras.removesuffix(".*")) or ()
+def _expand(owner: Any, spec: WeightSpec) -> list[WeightSpec]:
+    """Return one row for each layer, if the row describes a list of layers."""
+    if not spec.keras.endswith(".*"):
+        return [spec]
+    layers = _resolve(owner, spec.keras.removesuffix(".*")) or ()
     return [
         dataclasses.replace(
-            entry,
-            keras=entry.keras.replace("*", str(index)),
-            hugging_face=entry.hugging_face.format(index),
-            jax=entry.jax and entry.jax.format(index),
-            gguf_piece=entry.gguf_piece and dataclasses.replace(entry.gguf_piece, index=index),
+            spec,
+            keras=spec.keras.replace("*", str(index)),
+            hugging_face=spec.hugging_face.format(index),
+            jax=spec.jax and spec.jax.format(index),
+            gguf_part=spec.gguf_part and dataclasses.replace(spec.gguf_part, index=index),
         )
         for index in range(len(layers))
     ]

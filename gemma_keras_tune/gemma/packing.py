@@ -19,7 +19,7 @@ Axes = tuple[int, ...]
 
 
 def packed_axes(model: Any) -> dict[int, Axes]:
-    """The kernels that are faster to compute with when packed.
+    """Find the kernels that are faster to compute with when packed.
 
     Args:
         model: A KerasHub Gemma `CausalLM` or its backbone.
@@ -48,17 +48,17 @@ def packed_axes(model: Any) -> dict[int, Axes]:
 
 
 def pack(values: Sequence[Any], axes: Sequence[Axes | None]) -> list[Any]:
-    """Arrays with their axes in the given order; `None` leaves one as it is."""
+    """Transpose arrays to the given orders of axes; `None` leaves one as it is."""
     return [v if a is None else ops.transpose(v, a) for v, a in zip(values, axes, strict=True)]
 
 
 def unpack(values: Sequence[Any], axes: Sequence[Axes | None]) -> list[Any]:
-    """The inverse of `pack`."""
+    """Invert `pack`."""
     inverse = [None if a is None else tuple(a.index(i) for i in range(len(a))) for a in axes]
     return pack(values, inverse)
 
 
 def axes_of(variables: Sequence[keras.Variable], model: Any) -> list[Axes | None]:
-    """For each variable, the order of axes to pack it in, or `None`."""
+    """Return for each variable the order of axes to pack it in, or `None`."""
     packed = packed_axes(model)
     return [packed.get(id(variable)) for variable in variables]

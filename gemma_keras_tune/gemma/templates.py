@@ -23,12 +23,14 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
+import jinja2
 import keras
 
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.gemma.families import family_of, is_instruct
+from gemma_keras_tune.gemma.families import FAMILIES, family_of, is_instruct
+from gemma_keras_tune.gemma.tables import Turn
 
 SIDECAR = "gemma_keras_tune.json"
 START_OF_TEXT = "<bos>"
@@ -49,7 +51,7 @@ SPECIAL_TOKENS = (
 
 
 class MessageLike(Protocol):
-    """What a template asks of a message."""
+    """A message, as templates read it."""
 
     @property
     def role(self) -> str:
@@ -69,7 +71,7 @@ class Segment:
 
     Attributes:
         text: The text, special tokens written out.
-        trained: Whether the model is taught to write it.
+        trained: True if the model is taught to write it.
     """
 
     text: str
@@ -77,7 +79,7 @@ class Segment:
 
 
 class Template(abc.ABC):
-    """How conversations are written for one model."""
+    """A way to write conversations for one model."""
 
     kind: ClassVar[str]
 
@@ -98,11 +100,11 @@ class Template(abc.ABC):
 
     @abc.abstractmethod
     def _segments(self, messages: Messages) -> list[Segment]:
-        """Segments of messages whose order has been checked."""
+        """Cut messages, whose order has been checked, into segments."""
 
     @abc.abstractmethod
     def chat_template(self) -> str | None:
-        """The template in Jinja, as Hugging Face and llama.cpp want it.
+        """Write the template in Jinja, as Hugging Face and llama.cpp want it.
 
         Returns:
             A Jinja template over `messages`, `bos_token` and `add_generation_prompt`, or `None`
@@ -115,10 +117,10 @@ class Template(abc.ABC):
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> "Template":
-        """The template that `to_config` described.
+        """Make the template that `to_config` described.
 
         Args:
-            config: What `to_config` returned, perhaps read back from JSON.
+            config: The result of `to_config`, perhaps read back from JSON.
 
         Returns:
             The template.
@@ -126,7 +128,24 @@ class Template(abc.ABC):
         Raises:
             TemplateError: It was a Python function, or the description cannot be understood.
         """
-        return _from_config(config)
+        settings = dict(config) if isinstance(config, Mapping) else {}
+        kind = settings.pop("kind", None)
+        if kind == FunctionTemplate.kind:
+            raise TemplateError(
+                f"The model was tuned with the Python function {settings.get('function')!r} as its "
+                "template, and a function cannot be saved.",
+                next_step="Pass the function again: `template=your_function`.",
+            )
+        classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
+        try:
+            if not all(isinstance(value, str) for value in settings.values()):
+                raise TypeError("a setting is no text")
+            return classes[kind](**settings)
+        except (KeyError, TypeError) as error:
+            raise TemplateError(
+                f"This is not the description of a template: {config!r}",
+                next_step=f"`kind` must be one of {sorted(classes)}, with its own settings.",
+            ) from error
 
     def segments(
         self, messages: Messages, *, generation_prompt: bool = False
@@ -137,8 +156,8 @@ class Template(abc.ABC):
 
         Args:
             messages: At most one system message, first; then user and assistant in turn.
-            generation_prompt: Whether the conversation ends with a user message and the text must
-                end where the answer begins. Otherwise it ends with the answer and its stop token.
+            generation_prompt: True if the conversation ends with a user message, and the text where
+                the response begins. Otherwise it ends with the response and its stop token.
 
         Returns:
             Segments, trained and untrained in turn.
@@ -150,7 +169,7 @@ class Template(abc.ABC):
         return _joined(self._segments(messages))
 
     def stop_token_ids(self, tokenizer: keras.layers.Layer) -> tuple[int, ...]:
-        """Ids of `stop_tokens`.
+        """Look up the ids of `stop_tokens`.
 
         Args:
             tokenizer: A KerasHub tokenizer.
@@ -159,7 +178,7 @@ class Template(abc.ABC):
             One id for each of `stop_tokens`.
 
         Raises:
-            TemplateError: A stop token is no single token of this tokenizer.
+            TemplateError: A stop token is not a single token of this tokenizer.
         """
         ids = {token: _token_id(tokenizer, token) for token in self.stop_tokens}
         missing = [token for token, found in ids.items() if found is None]
@@ -243,22 +262,17 @@ class TurnTemplate(Template):
         return f"{self.turn_start}{role}\n{content}{self.turn_end}"
 
     def chat_template(self) -> str:
-        """The format in Jinja, with the same result as the published template for text."""
-        return "".join(
-            [
-                "{{ bos_token }}",
-                "{%- set start = " + json.dumps(self.turn_start) + " -%}",
-                "{%- set end = " + json.dumps(self.turn_end) + " -%}",
-                _JINJA_SYSTEM[self.system],
-                _JINJA_TURNS,
-                "{%- if add_generation_prompt -%}",
-                '{{ start + "model\\n" + ' + json.dumps(self.answer_start) + " }}",
-                "{%- endif -%}",
-            ]
+        """Write the format in Jinja, with the same result as the published template for text."""
+        return _filled_in(
+            "turns.jinja",
+            system=self.system,
+            start=json.dumps(self.turn_start),
+            end=json.dumps(self.turn_end),
+            answer_start=json.dumps(self.answer_start),
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The format and its name as JSON data."""
+        """Return the format and its name as JSON data."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
@@ -291,7 +305,7 @@ class TextTemplate(Template):
 
         Raises:
             TemplateError: One is missing, unknown, repeated, or out of order; or a control token
-                stands where it would be spelled out.
+                is where it would be spelled out.
         """
         _check_placeholders(self.text)
         before, _, ending, following = self._cut
@@ -309,7 +323,7 @@ class TextTemplate(Template):
         return _first_stop(self._parts()[1]) or END_OF_TEXT
 
     def _parts(self) -> tuple[list[tuple[str, str]], str]:
-        """What stands before `{response}`, in `(kind, text)` pieces, and the text behind it."""
+        """Return the pieces before `{response}`, as `(kind, text)`, and the text after it."""
         pieces = _pieces(self.text.removeprefix(START_OF_TEXT))
         index = pieces.index(("field", "response"))
         after = "".join(text for _, text in pieces[index + 1 :])
@@ -351,35 +365,23 @@ class TextTemplate(Template):
         return parts
 
     def chat_template(self) -> str:
-        """The template in Jinja."""
+        """Write the template in Jinja."""
         before, spaces, ending, following = self._cut
         own_place = ("field", "system") in before
         fields = {
             "prompt": "message['content']" if own_place else "ns.system + message['content']",
             "system": "ns.system",
         }
-        prompt = " + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before)
-        blank = '""' if own_place else '"\\n\\n"'
-        answer = f"{json.dumps(spaces)} + message['content'] + {json.dumps(ending)}"
-        return "".join(
-            [
-                '{{ bos_token }}{%- set ns = namespace(system="") -%}',
-                "{%- for message in messages -%}",
-                "{%- if message['role'] == 'system' -%}",
-                "{%- set ns.system = message['content'] + " + blank + " -%}",
-                "{%- elif message['role'] == 'user' -%}{{ "
-                + prompt
-                + ' }}{%- set ns.system = "" -%}',
-                "{%- else -%}{{ " + answer + " }}",
-                "{%- if not loop.last -%}{{ "
-                + json.dumps(_newline(following))
-                + " }}{%- endif -%}",
-                "{%- endif -%}{%- endfor -%}",
-            ]
+        return _filled_in(
+            "text.jinja",
+            blank='""' if own_place else '"\\n\\n"',
+            prompt=" + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before),
+            answer=f"{json.dumps(spaces)} + message['content'] + {json.dumps(ending)}",
+            newline=json.dumps(_newline(following)),
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The text and its label as JSON data."""
+        """Return the text and its label as JSON data."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
@@ -434,51 +436,46 @@ class FunctionTemplate(Template):
         return text
 
     def chat_template(self) -> None:
-        """There is none."""
+        """Return `None`: Python cannot be written in Jinja."""
         return None
 
     def to_config(self) -> dict[str, Any]:
-        """The function's name, which `from_config` refuses to run."""
+        """Return the function's name, which `from_config` refuses to run."""
         return {"kind": self.kind, "function": self.name, "stop": self.stop}
 
 
-_JINJA_SYSTEM = {
-    "turn": (
-        "{%- set prefix = '' -%}{%- set turns = messages -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{{ start + 'system\\n' + (messages[0]['content'] | trim) + end + '\\n' }}"
-        "{%- set turns = messages[1:] -%}{%- endif -%}"
-    ),
-    "first_user": (
-        "{%- set prefix = '' -%}{%- set turns = messages -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{%- set prefix = messages[0]['content'] + '\\n\\n' -%}"
-        "{%- set turns = messages[1:] -%}{%- endif -%}"
-    ),
-}
-_JINJA_TURNS = (
-    "{%- for message in turns -%}"
-    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-    "{%- endif -%}"
-    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
-    "{{ start + role + '\\n' + (prefix if loop.first else '')"
-    " + (message['content'] | trim) + end + '\\n' }}"
-    "{%- endfor -%}"
-)
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Jinja with other marks, which leaves alone the Jinja of the templates that it fills in."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        autoescape=False,  # no HTML
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def _filled_in(file: str, **values: str) -> str:
+    """Fill in a `.jinja` file of this package; line breaks and indents of the file are left out."""
+    text = _environment().get_template(file).render(values)
+    return "".join(line.strip() for line in text.splitlines())
+
 
 TemplateSpec = str | Callable[[Messages], str] | Template
 
 
-def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
-    """The template a user means, checked against the model's tokenizer.
+def get_template(model: keras.Model, spec: TemplateSpec = "auto") -> Template:
+    """Find the template a user means, and check it against the model's tokenizer.
 
     Args:
+        model: A KerasHub Gemma `CausalLM`.
         spec: `"auto"`; a name of `TEMPLATES`; a string with `{prompt}` and `{response}`; a function
             from messages to the text before the answer; or a `Template`. `"auto"` is the template
             attached to the model, when it was tuned here; else `"plain"` when it is known to be
             pretrained (`load` knows); else the turn format of its family.
-        model: A KerasHub Gemma `CausalLM`.
 
     Returns:
         The template.
@@ -505,7 +502,7 @@ def get_template(spec: TemplateSpec, model: keras.Model) -> Template:
 
 
 def special_tokens(tokenizer: keras.layers.Layer) -> tuple[str, ...]:
-    """Special tokens of a tokenizer as text: control signs to the model, suspect in a user's text.
+    """List the special tokens of a tokenizer as text: control signs, suspect in a user's text.
 
     Args:
         tokenizer: A KerasHub tokenizer of a Gemma.
@@ -517,7 +514,7 @@ def special_tokens(tokenizer: keras.layers.Layer) -> tuple[str, ...]:
 
 
 def _token_id(tokenizer: keras.layers.Layer, token: str) -> int | None:
-    """Its id, where this text is one token."""
+    """Return the id of a text that is one token."""
     found = int(tokenizer.token_to_id(token))
     return found if tokenizer.id_to_token(found) == token else None
 
@@ -526,7 +523,7 @@ _attached: "weakref.WeakKeyDictionary[keras.Model, Template]" = weakref.WeakKeyD
 
 
 def attach_template(model: keras.Model, template: Template | None) -> None:
-    """Remember what a model was tuned with; `None` forgets it.
+    """Remember the template a model was tuned with; `None` forgets it.
 
     Args:
         model: The model.
@@ -539,35 +536,22 @@ def attach_template(model: keras.Model, template: Template | None) -> None:
 
 
 def template_of(model: keras.Model) -> Template | None:
-    """The template a model was tuned with, or `None`.
+    """Return the template a model was tuned with, or `None`.
 
     Args:
         model: A model.
 
     Returns:
-        What `attach_template` was given, also by `tune` and `load`.
+        The template from `attach_template`, which `tune` and `load` call, too.
     """
     return _attached.get(model)
 
 
-def write_template(folder: str | os.PathLike[str], template: Template) -> pathlib.Path:
-    """Record a template beside the weights of a preset or adapter.
-
-    Args:
-        folder: An existing folder.
-        template: The template.
-
-    Returns:
-        The file written.
-    """
-    return write_sidecar(folder, {"template": template.to_config()})
-
-
 def read_template(folder: str | os.PathLike[str]) -> Template | None:
-    """The template recorded in a folder, or `None` when there is none.
+    """Read the template recorded in a folder, or `None` if there is none.
 
     Args:
-        folder: A folder `write_template` wrote to, or any other.
+        folder: Folder of a preset, an adapter or an export, or any other.
 
     Returns:
         The template, if one is recorded.
@@ -600,7 +584,7 @@ def write_sidecar(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> 
 
 
 def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record this library keeps beside the weights, empty when there is none.
+    """Read the record this library keeps beside the weights; empty if there is none.
 
     Args:
         folder: Any folder.
@@ -617,35 +601,14 @@ def read_sidecar(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return read_json_object(path, TemplateError, "Delete it, or restore it from a copy.")
 
 
-def _from_config(config: Mapping[str, Any]) -> Template:
-    settings = dict(config) if isinstance(config, Mapping) else {}
-    kind = settings.pop("kind", None)
-    if kind == FunctionTemplate.kind:
-        raise TemplateError(
-            f"The model was tuned with the Python function {settings.get('function')!r} as its "
-            "template, and a function cannot be saved.",
-            next_step="Pass the function again: `template=your_function`.",
-        )
-    classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
-    try:
-        if not all(isinstance(value, str) for value in settings.values()):
-            raise TypeError("a setting is no text")
-        return classes[kind](**settings)
-    except (KeyError, TypeError) as error:
-        raise TemplateError(
-            f"This is not the description of a template: {config!r}",
-            next_step=f"`kind` must be one of {sorted(classes)}, with its own settings.",
-        ) from error
-
-
 def _auto(model: keras.Model) -> Template:
     # Where nothing says, an instruct model is the likelier: small sets are tuned on them.
     if is_instruct(model) is False:
         return PLAIN
-    family = family_of(model).name
-    if family == "gemma4" and not model.backbone.hidden_size_per_layer_input:
-        return TEMPLATES["gemma4_no_thought"]
-    return TEMPLATES[family]
+    family = family_of(model)
+    if family.turn.no_thought and not model.backbone.hidden_size_per_layer_input:
+        return TEMPLATES[family.name + _NO_THOUGHT]
+    return TEMPLATES[family.name]
 
 
 def _by_name(spec: str) -> Template:
@@ -764,18 +727,20 @@ def _newline(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
+def _turns(name: str, turn: Turn, answer_start: str = "") -> TurnTemplate:
+    system: Literal["turn", "first_user"] = "turn" if turn.system_role else "first_user"
+    return TurnTemplate(name, turn.start, turn.end, system, answer_start)
+
+
+_NO_THOUGHT = "_no_thought"
 PLAIN = TextTemplate("{prompt}\n{response}", label="plain")
 
 TEMPLATES: Mapping[str, Template] = {
     "plain": PLAIN,
-    "gemma": TurnTemplate("gemma", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma2": TurnTemplate("gemma2", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma3": TurnTemplate("gemma3", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma3n": TurnTemplate("gemma3n", "<start_of_turn>", "<end_of_turn>", "first_user"),
-    "gemma4": TurnTemplate("gemma4", "<|turn>", "<turn|>", "turn"),
-    # The larger Gemma 4 always open a thought; the published template opens and closes it for them
-    # when thinking is off.
-    "gemma4_no_thought": TurnTemplate(
-        "gemma4_no_thought", "<|turn>", "<turn|>", "turn", "<|channel>thought\n<channel|>"
-    ),
+    **{f.name: _turns(f.name, f.turn) for f in FAMILIES.values()},
+    **{
+        f"{f.name}{_NO_THOUGHT}": _turns(f"{f.name}{_NO_THOUGHT}", f.turn, f.turn.no_thought)
+        for f in FAMILIES.values()
+        if f.turn.no_thought
+    },
 }

@@ -1,4 +1,4 @@
-"""SentencePiece models out of what other formats keep of a tokenizer.
+"""SentencePiece models, put together from the tokenizers of other formats.
 
 Every Gemma's tokenizer is byte-pair encoding by SentencePiece. GGUF keeps its pieces, `tokenizers`
 its pieces and merges; from either the model is put together again that gives the same ids.
@@ -45,7 +45,7 @@ def sentencepiece_messages() -> Any:
 def sentencepiece_model(
     pieces: Sequence[str], scores: Iterable[float], types: Iterable[int]
 ) -> bytes:
-    """A SentencePiece model as Gemma's are: byte-pair encoding with byte fallback.
+    """Build a SentencePiece model like Gemma's: byte-pair encoding with byte fallback.
 
     Args:
         pieces: The pieces in the order of their ids, `<pad>`, `<eos>`, `<bos>`, `<unk>` first.
@@ -75,7 +75,7 @@ def sentencepiece_model(
 
 
 def scores_of_merges(pieces: Iterable[str], merges: Iterable[tuple[str, str]]) -> list[float]:
-    """Scores that merge pieces in the order of the merges.
+    """Compute scores that merge pieces in the order of the merges.
 
     Args:
         pieces: The pieces.
@@ -91,7 +91,7 @@ def scores_of_merges(pieces: Iterable[str], merges: Iterable[tuple[str, str]]) -
 
 
 def folder_vocabulary(folder: pathlib.Path, rows: int) -> bytes:
-    """The SentencePiece model of a Hugging Face folder, with the tokens that were added to it.
+    """Read the SentencePiece model of a Hugging Face folder, with the tokens added to it.
 
     Args:
         folder: A folder with `tokenizer.model`, `tokenizer.json` or both.

@@ -150,7 +150,7 @@ def generate_answers(
     """
     tokenizer = tokenizer_of(model)
     with use_adapter(model, adapter):
-        resolved = get_template(template, model)
+        resolved = get_template(model, template)
         written = generate_ids(
             model,
             encode_prompts(prompts, resolved, tokenizer),

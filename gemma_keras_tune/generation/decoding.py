@@ -1,4 +1,4 @@
-"""The compiled part of family: prompts into a key/value cache, and writing from there.
+"""Compiled decoding: reading prompts into a key/value cache, and writing from there.
 
 Greedy answers are written several tokens at a time where text repeats itself, by prompt lookup
 decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding). It is speculative
@@ -10,28 +10,28 @@ weights takes most of its time. Every row goes on at its own pace.
 """
 
 import functools
-import math
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from gemma_keras_tune.gemma.families import Head, family_of
+from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.packing import axes_of, unpack
 
-# Tokens guessed for a row at a pass, at most; all tokens of a pass, beyond which a CPU takes longer
-# to compute them than they save; and the tokens of prompt and answer that a program has room for,
-# under which little is repeated.
+# The most tokens guessed for a row in one pass.
 MAX_GUESSES = 7
+# The most tokens of all rows in one pass: on a CPU, more take longer than they save.
 TOKENS_AT_ONCE = 64
+# The shortest cache with guesses, in tokens: shorter texts repeat little.
 MIN_ROOM = 128
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 
 def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
-    """The model with packed weights for its variables.
+    """Bind packed weights to the variables of a model.
 
     Loops enter it in their body: unpacked outside, a kernel would be packed anew in every turn.
     """
@@ -40,7 +40,7 @@ def bound(model: keras.Model, weights: list[Any]) -> keras.StatelessScope:
 
 
 def guesses(sampler: Any, rows: int, room: int) -> int:
-    """Tokens guessed for each of some rows at a pass: none for short texts or a sampler's draws."""
+    """Return the tokens to guess for each row in a pass; 0 for short texts and for samplers."""
     if sampler is not None or room < MIN_ROOM:
         return 0
     return max(0, min(TOKENS_AT_ONCE // rows - 1, MAX_GUESSES))
@@ -90,7 +90,7 @@ def write(
 def read_prompts(
     model: keras.Model, weights: list[Any], chunk: int, tokens: Any, starts: Any, chunks: Any
 ) -> Any:
-    """The key/value cache after all but the last token of the prompts. Arguments as in `write`."""
+    """Read all but the last token of the prompts into a cache. Arguments as in `write`."""
     import jax
 
     rows, buffer = tokens.shape
@@ -127,7 +127,7 @@ def write_on(
         stops: As in `write`.
 
     Returns:
-        The state after it. What stands behind the last token of a row means nothing.
+        The new state. Tokens after the last one of a row mean nothing.
     """
     import jax
 
@@ -160,7 +160,7 @@ def write_on(
 
 
 def _last_and_guessed(tokens: Any, at: Any, starts: Any, count: int) -> Any:
-    """The last token of each row, and tokens that may follow: `[batch, 1 + count]` int32.
+    """Return the last token of each row, and guesses that follow: `[batch, 1 + count]` int32.
 
     They are what followed where the last two tokens, or the last, stood for the last time. If that
     runs into the end of the text, it is repeated from there.
@@ -186,7 +186,7 @@ def _last_and_guessed(tokens: Any, at: Any, starts: Any, count: int) -> Any:
 
 
 def _right_and_to_stop(asked: Any, chosen: Any, stops: Any) -> tuple[Any, Any]:
-    """How many tokens of each row are right, and how many there are up to a stop: each `[batch]`.
+    """Count the right tokens of each row, and the tokens up to a stop: each `[batch]`.
 
     A token is right if all guesses before it were. Without a stop it is more than there are.
 
@@ -203,7 +203,7 @@ def _right_and_to_stop(asked: Any, chosen: Any, stops: Any) -> tuple[Any, Any]:
 
 
 def _row_by_row(step: Step) -> Step:
-    """A pass in which every row has a place of its own, `[batch]`, and a cache for a batch of one.
+    """Turn a step into one where each row has its own place, and a cache for a batch of one.
 
     Rows share the weights, so XLA makes the same matrix products of it.
     """
@@ -219,7 +219,7 @@ def _row_by_row(step: Step) -> Step:
 def _choose(
     model: keras.Model, sampler: Any, logits: Any, hidden: Any, random_state: Any
 ) -> tuple[Any, Any]:
-    """The token after each token, `[batch, tokens]` int32, and the sampler's state after it.
+    """Choose the token after each token, `[batch, tokens]` int32, and give the sampler's new state.
 
     Args:
         model: The model, its variables bound to traced values.
@@ -233,15 +233,15 @@ def _choose(
         return chosen[:, None], random_state
     head = family_of(model).head(model)
     if keras.backend.is_float_dtype(head.embedding.dtype):
-        flat = _largest(head, ops.reshape(hidden, (-1, hidden.shape[-1])))
+        flat = head.largest(ops.reshape(hidden, (-1, hidden.shape[-1])))
         return ops.reshape(flat, hidden.shape[:2]), random_state
     return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
 
 
 def _drawn(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
-    """A token drawn for each row, `[batch]` int32; logits are `[batch, vocabulary]`."""
+    """Draw a token for each row, `[batch]` int32; logits are `[batch, vocabulary]`."""
     kept_apart = [len(v.shape) for v in sampler.variables] != [len(v.shape) for v in random_state]
-    if kept_apart:  # every row draws with a state of its own
+    if kept_apart:  # every row draws with its own state
         import jax
 
         chosen, kept = jax.vmap(functools.partial(_draw, sampler))(logits[:, None], random_state)
@@ -258,63 +258,27 @@ def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
     return ops.cast(chosen, "int32"), kept
 
 
-def _largest(head: Head, hidden: Any) -> Any:
-    """The first token of the largest logit in each row, faster than through the logits on a CPU.
-
-    There this is the largest part of a step. The embedding times the hidden states, in this order,
-    takes two thirds of the time of the other; and finding the largest block of the vocabulary
-    before the place in it takes a tenth of XLA's own argmax over a long axis.
-    """
-    weights = ops.cast(head.embedding, hidden.dtype)
-    logits = ops.matmul(weights, ops.transpose(hidden))
-    if head.soft_cap is not None:
-        logits = ops.tanh(logits / head.soft_cap) * head.soft_cap
-    vocabulary, rows = logits.shape
-    width = math.gcd(vocabulary, 4096)
-    blocks = ops.reshape(logits, (vocabulary // width, width, rows))
-    block = ops.argmax(ops.max(blocks, axis=1), axis=0)
-    best = blocks[block, :, ops.arange(rows)]
-    return ops.cast(block * width + ops.argmax(best, axis=-1), "int32")
-
-
 def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
-    """One forward pass over a key/value cache, and the empty cache.
+    """Return a forward pass over a key/value cache, and the empty cache.
 
     The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
     real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
     `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
     them out.
     """
-    family = family_of(model).name
-    backbone = model.backbone
-    heads, width = backbone.num_key_value_heads, backbone.head_dim
-
-    def empty(*shape: int) -> Any:
-        return ops.zeros(shape, model.compute_dtype)
-
-    if family in ("gemma", "gemma2"):
-        layers = backbone.transformer_layers
-        return _gemma_step(backbone), tuple(empty(rows, 2, buffer, heads, width) for _ in layers)
-    cache: Any
-    if family == "gemma3":
-        one = (rows, buffer, heads, width)
-        cache = tuple((empty(*one), empty(*one)) for _ in backbone.transformer_layers)
-    elif family == "gemma3n":
-        cache = empty(rows, backbone.num_hidden_layers, 2, heads, buffer, width)
-    else:
-        width = max(width, backbone.global_head_dim or 0)
-        cache = empty(rows, backbone.num_layers, 2, buffer, heads, width)
+    cache = family_of(model).empty_cache(model, rows, buffer)
+    forward: Any = model.call_with_cache
+    if "padding_mask" not in inspect.signature(forward).parameters:
+        return _gemma_step(model.backbone), cache
 
     def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
-        return model.call_with_cache(
-            token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask
-        )
+        return forward(token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask)
 
     return step, cache
 
 
 def _gemma_step(backbone: Any) -> Step:
-    """`GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
+    """Return `GemmaCausalLM.call_with_cache` with a padding mask, which it does not take."""
 
     def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
         x = backbone.token_embedding(ids)

@@ -14,6 +14,7 @@ from keras import ops
 from gemma_keras_tune.adapters.lora import lora_on
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of, model_lock
+from gemma_keras_tune.gemma.head import soft_capped
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.answers import values_of
 
@@ -201,14 +202,11 @@ class Scorer:
         import jax.numpy as jnp
 
         head = family_of(self.model).head(self.model)
-        if not keras.backend.is_float_dtype(head.embedding.dtype):  # quantized
-            logits = self.model.backbone.token_embedding(hidden[None, None], reverse=True)
-            return ops.cast(logits[0, 0], "float32")
+        if not head.is_floating:
+            return ops.cast(head.logits(hidden[None, None])[0, 0], "float32")
         embedding = ops.cast(head.embedding, hidden.dtype)
         logits = jnp.einsum("d,vd->v", hidden, embedding, preferred_element_type="float32")
-        if head.soft_cap is None:
-            return logits
-        return ops.tanh(logits / head.soft_cap) * head.soft_cap
+        return soft_capped(logits, head.soft_cap)
 
 
 def _losses(logits: Any, label: Any) -> Any:

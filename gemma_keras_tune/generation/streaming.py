@@ -61,7 +61,7 @@ def stream(
     """
     check_backend()
     with use_adapter(model, adapter):
-        resolved = get_template(template, model)
+        resolved = get_template(model, template)
     tokenizer: Any = answers.tokenizer_of(model)
     row = answers.encode_prompts([prompt], resolved, tokenizer)[0]
     answers.check_numbers([row], max_new_tokens=max_new_tokens, every=every)

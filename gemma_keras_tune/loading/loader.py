@@ -1,4 +1,4 @@
-"""From the name of a model to a KerasHub model: `load`."""
+"""Loading a KerasHub model by its name, folder, file or handle: `load`."""
 
 import dataclasses
 import difflib
@@ -27,13 +27,19 @@ from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
 from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.formats.hugging_face.reader import (
     INDEX,
-    TEXT_MODEL_TYPES,
     WEIGHTS,
     is_plain,
     load_hugging_face,
 )
 from gemma_keras_tune.gemma.building import set_attention_scale
-from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    broken_weights,
+    family_of,
+    is_instruct,
+    mark_origin,
+)
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"
@@ -44,9 +50,6 @@ _PARTS = 4
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 
-_CAUSAL_LMS = ("GemmaCausalLM", "Gemma3CausalLM", "Gemma3nCausalLM", "Gemma4CausalLM")
-_BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backbone")
-_MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _LITERT = (".litertlm", ".tflite", ".task")
@@ -87,7 +90,7 @@ _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKE
 
 
 def load(source: Any, *, dtype: str = "auto") -> keras.Model:
-    """Load a Gemma from wherever it lies.
+    """Load a Gemma from a preset, a hub, a folder, a file or a package.
 
     Args:
         source: One of
@@ -156,7 +159,7 @@ def _automatic_dtype() -> str:
 
 
 def _checked(model: keras.Model) -> keras.Model:
-    """A model that is known to be a KerasHub Gemma that writes text."""
+    """Check that a model is a KerasHub Gemma that generates text, and return it."""
     family_of(model)
     if not isinstance(model, keras_hub.models.CausalLM):
         raise LoadError(
@@ -189,7 +192,7 @@ def _load_package(name: str, dtype: str) -> keras.Model:
 
 
 def _package_file() -> pathlib.Path:
-    """The assembled GGUF file in the user's cache folder, checked against its hash."""
+    """Return the assembled GGUF file in the user's cache folder, checked against its hash."""
     folder = platformdirs.user_cache_path("gemma_keras_tune", appauthor=False)
     target = folder / "gemma-3-270m-q4_k_m.gguf"
     if target.is_file() and sha256(target) == _SHA256:
@@ -208,7 +211,7 @@ def _package_file() -> pathlib.Path:
 
 
 def _package_parts() -> list[pathlib.Path]:
-    """The files of the package, found by their names: its code is never run."""
+    """Find the files of the package by their names: its code is never run."""
     found, missing = [], []
     for number in range(_PARTS):
         distribution = f"{_DISTRIBUTION}-part{number + 1}"
@@ -302,7 +305,7 @@ def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
 
 
 def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
-    """The GGUF files in a folder that hold models: no adapters, no later parts of split ones."""
+    """List the GGUF files in a folder that hold models: no adapters, no later parts."""
     files = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
     return [file for file in files if is_model(file)] if len(files) > 1 else files
 
@@ -318,15 +321,14 @@ def _refuse_broken(model: keras.Model, source: str) -> None:
 
 
 def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
-    """A folder with `config.json`: KerasHub's or Hugging Face's."""
+    """Load a folder with `config.json`: KerasHub's or Hugging Face's."""
     config = _folder_config(path)
-    _check_gemma(str(path), config)
+    family = _gemma_of(str(path), config)
     _check_files(path, config)
-    owner = _causal_lm(config)
     try:
         if "registered_name" not in config:
-            return load_hugging_face(path, config, owner, dtype=dtype)
-        model: keras.Model = owner.from_preset(str(path.resolve()), dtype=dtype)
+            return load_hugging_face(path, config, family, dtype=dtype)
+        model: keras.Model = family.causal_lm_class.from_preset(str(path.resolve()), dtype=dtype)
     except LoadError:
         raise
     except Exception as error:
@@ -339,16 +341,8 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     return model
 
 
-def _causal_lm(config: Mapping[str, Any]) -> type[keras_hub.models.CausalLM]:
-    """The class that generates, for a config `_check_gemma` let through.
-
-    Named here, because `CausalLM.from_preset` takes any class of that backbone, and Gemma 4 has a
-    second one: the assistant of speculative decoding.
-    """
-    found = config.get("class_name") or config["model_type"]
-    family = re.match("gemma(3n|3|4)?", str(found).lower())
-    owner = "Gemma" + ((family and family[1]) or "") + "CausalLM"
-    return getattr(keras_hub.models, owner)
+def _causal_lms() -> list[Any]:
+    return list(dict.fromkeys(family.causal_lm_class for family in FAMILIES.values()))
 
 
 def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
@@ -375,27 +369,31 @@ def _parsed(file: pathlib.Path) -> Mapping[str, Any]:
     return read_json_object(file, LoadError, "Copy or download the model again.")
 
 
-def _check_gemma(source: str, config: Mapping[str, Any]) -> None:
-    """Refuse another model before its weights are read or downloaded."""
+def _gemma_of(source: str, config: Mapping[str, Any]) -> Family:
+    """Find the family of a config, and refuse another model before its weights are read."""
+    known: dict[str, Family] = {}
+    for family in FAMILIES.values():
+        by_keras, *by_type = family.config_names
+        names = [by_keras] if "registered_name" in config else by_type
+        known = dict.fromkeys(names, family) | known  # Gemma 2 has the classes of Gemma 1
     if "registered_name" in config:
         found = str(config.get("class_name"))
-        known: tuple[str, ...] = _BACKBONES
         embeds = (config.get("config") or {}).get("is_embedding_model")
     else:
         found = str(config.get("model_type"))
-        known = _MODEL_TYPES
         text = config.get("text_config") or config
         embeds = text.get("use_bidirectional_attention") in (True, "all")
     if found not in known:
         raise LoadError(
             f"{source} is not a Gemma that generates text. Received: {found}",
-            next_step=f"Known are {', '.join(known)}.",
+            next_step=f"Known are {', '.join(sorted(known))}.",
         )
     if embeds:
         raise LoadError(
             f"{source} is a Gemma that computes embeddings and generates no text.",
             next_step="Pass a Gemma made for generation, such as 'gemma3_270m'.",
         )
+    return known[found]
 
 
 def _check_files(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -449,7 +447,7 @@ def _folder_instruct(path: pathlib.Path) -> bool | None:
 
 
 def _not_found(path: pathlib.Path) -> LoadError:
-    presets = [name for owner in _CAUSAL_LMS for name in getattr(keras_hub.models, owner).presets]
+    presets = [name for owner in _causal_lms() for name in owner.presets]
     names = [*presets, *(PACKAGE_PREFIX + model for model in PACKAGE_MODELS)]
     looks_like_path = path.suffix == ".gguf" or len(path.parts) > 1
     if path.parent.is_dir():
@@ -469,14 +467,14 @@ def _not_found(path: pathlib.Path) -> LoadError:
 
 
 def _preset_handle(name: str) -> str:
-    known = [owner for owner in _CAUSAL_LMS if name in getattr(keras_hub.models, owner).presets]
+    known = [owner for owner in _causal_lms() if name in owner.presets]
     if not known:
         raise LoadError(
             f"The preset {name!r} is not a Gemma that generates text.",
             next_step="Known are, for example, 'gemma3_270m', 'gemma3_instruct_1b' and "
             "'gemma2_instruct_2b_en'.",
         )
-    return str(getattr(keras_hub.models, known[0]).presets[name]["kaggle_handle"])
+    return str(known[0].presets[name]["kaggle_handle"])
 
 
 def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
@@ -490,11 +488,11 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
     try:
         # KerasHub takes every failure here for a missing file.
         config = _parsed(pathlib.Path(_download_config(scheme, rest)))
-        _check_gemma(source, config)
+        family = _gemma_of(source, config)
         if scheme == "hf" and "registered_name" not in config:
             model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
         else:
-            model = _causal_lm(config).from_preset(source, dtype=dtype)
+            model = family.causal_lm_class.from_preset(source, dtype=dtype)
             _refuse_broken(_checked(model), source)
             # A model tuned here may have been uploaded; KerasHub's own presets have no record.
             record = _download_record(scheme, rest) if source == handle else None
@@ -511,7 +509,7 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
 
 
 def _handle_instruct(source: str, handle: str) -> bool | None:
-    """KerasHub's own presets say it in their names; a user's handle may not."""
+    """Read from a handle if it is instruct: KerasHub's own presets say so in their names."""
     if _INSTRUCT.search(source):
         return True
     return False if source != handle else None
@@ -533,7 +531,7 @@ def _download_folder(repository: str) -> str:
 
 
 def _download_record(scheme: str, rest: str) -> pathlib.Path | None:
-    """The folder with the record of this library, where the hub has one."""
+    """Download the record of this library, if the hub has one, and return its folder."""
     client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
     if scheme == "hf":
         folder = pathlib.Path(client.snapshot_download(repo_id=rest, allow_patterns=[SIDECAR]))

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gemma_keras_tune.gemma.head import soft_capped_and_slope
+
 Array = jax.Array
 
 # Blocks of about this many vocabulary rows keep the matmuls large and the logits small.
@@ -130,10 +132,7 @@ def _finish(maximum: Array, log_sum: Array, label_logits: Array) -> tuple[Array,
 def _logits(hidden: Array, rows: Array, soft_cap: float | None) -> tuple[Array, Array | None]:
     """Capped logits in float32 and the slope of the cap at each."""
     logits = jnp.einsum("pd,vd->pv", hidden, rows, preferred_element_type=jnp.float32)
-    if soft_cap is None:
-        return logits, None
-    bent = jnp.tanh(logits / soft_cap)
-    return soft_cap * bent, 1.0 - bent * bent
+    return soft_capped_and_slope(logits, soft_cap)
 
 
 def _label_logits(
@@ -141,10 +140,8 @@ def _label_logits(
 ) -> tuple[Array, Array, Array]:
     rows = jnp.take(embedding, labels, axis=0)
     logits = jnp.einsum("pd,pd->p", hidden, rows, preferred_element_type=jnp.float32)
-    if soft_cap is None:
-        return logits, jnp.ones_like(logits), rows
-    bent = jnp.tanh(logits / soft_cap)
-    return soft_cap * bent, 1.0 - bent * bent, rows
+    capped, slope = soft_capped_and_slope(logits, soft_cap)
+    return capped, jnp.ones_like(logits) if slope is None else slope, rows
 
 
 def _blocks(embedding: Array, block_rows: int) -> tuple[Array, Array | None]:

@@ -128,7 +128,7 @@ def tokenize_pairs(
         PairsWarning: Rows were left out or cut, as `overlong` asks.
     """
     source = read_pairs(pairs)
-    template = get_template(template, model)
+    template = get_template(model, template)
     encoder = RowTokenizer(model.preprocessor.tokenizer)
     limit = _Limit(max_length, overlong)
     spool = _Spool()
@@ -737,7 +737,7 @@ def make_dataset(
         response_column=response_column,
         system_column=system_column,
     )
-    chosen = get_template(template, model)
+    chosen = get_template(model, template)
     tokens = tokenize_pairs(
         source,
         model,

@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune.errors import PairsError
-from gemma_keras_tune.gemma.encoding import encode
+from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.pairs.reader import read_pairs
 
@@ -115,11 +115,11 @@ def preview(
             "trained on.",
             next_step="Pass a list, or a function that returns a fresh iterator each time.",
         )
-    chosen = get_template(template, model)
+    chosen = get_template(model, template)
     tokenizer = model.preprocessor.tokenizer
     shown = []
     for pair in itertools.islice(source, rows):
-        ids, trained = encode(tokenizer, chosen.segments(pair.messages))
+        ids, trained = RowTokenizer(tokenizer).encode(chosen.segments(pair.messages))
         shown.append(PreviewRow(pair.row, ids, _pieces(tokenizer, ids), trained))
     if len(shown) < rows:
         source.raise_for_problems()

@@ -384,7 +384,7 @@ def _prepare(
     settings: dict[str, Any],
 ) -> _Run:
     """Read and tokenize the pairs, resolve the plan, and choose the batches."""
-    template = get_template(settings["template"], model)
+    template = get_template(model, settings["template"])
     settings = {**settings, "template": template_setting(template)}
     split, seed = settings["validation_split"], settings["seed"]
     sources = _read(pairs, validation_data, split, seed, columns)

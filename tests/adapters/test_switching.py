@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
         for linear in lora_linears(model):
             a, b, _ = get_factors(linear)
             set_factors(linear, a, random.normal(0, 0.6, b.shape).astype("float32"))
-        gkt.attach_template(model, gkt.get_template("{prompt} " + name + "\n{response}", model))
+        gkt.attach_template(model, gkt.get_template(model, "{prompt} " + name + "\n{response}"))
         made[name] = gkt.save_adapter(model, root / name)
     return made
 
@@ -170,7 +170,7 @@ def test_each_brings_its_template(model: Any, folders: dict[str, pathlib.Path]) 
         assert words()[1:2] == expected
         with gkt.use_adapter(model, None):
             assert words() == []
-    gkt.attach_template(model, gkt.get_template("{prompt} mine\n{response}", model))
+    gkt.attach_template(model, gkt.get_template(model, "{prompt} mine\n{response}"))
     gkt.set_adapter(model, "two")
     gkt.set_adapter(model, "wide")
     assert words()[1:2] == ["mine"]
@@ -296,7 +296,7 @@ def test_what_is_exported_is_the_one_asked_for(
         folder = exported(model, name, adapter=adapter)
         for key, value in load_file(folder / "model.safetensors").items():
             np.testing.assert_allclose(value, expected[key], atol=1e-7, err_msg=key)
-        assert read_receipt(folder).template == gkt.get_template("auto", single).name
+        assert read_receipt(folder).template == gkt.get_template(single).name
     receipt = read_receipt(tmp_path / "base")
     assert receipt.adapter is None and receipt.packages["safetensors"]
     preset = gkt.save_preset(model, tmp_path / "preset", adapter="one")
@@ -362,7 +362,7 @@ def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
 @pytest.mark.slow
 def test_the_base_keeps_the_template_it_was_loaded_with():
     model = tiny_model("gemma3")
-    own = gkt.get_template("Q: {prompt}\nA: {response}", model)
+    own = gkt.get_template(model, "Q: {prompt}\nA: {response}")
     gkt.attach_template(model, own)
     gkt.tune(model, tiny_pairs(4), epochs=1, rank=2, template="plain", verbose=0)
     assert gkt.template_of(model).name == "plain"

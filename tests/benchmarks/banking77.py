@@ -198,7 +198,7 @@ def tuned(train: Rows, epochs: int, seed: int) -> keras.Model:
 
 def log_chances(model: keras.Model, queries: list[str]) -> np.ndarray:
     """`[queries, classes]`: the logarithm of how likely the model finds the word of each class."""
-    template = gkt.get_template(TEMPLATE, model)
+    template = gkt.get_template(model, TEMPLATE)
     scorer = Scorer(model)
     words = [scorer.encoder.encode([Segment(f" {w}", True)])[0][1:] for w in WORDS.values()]
     assert all(len(ids) == 1 for ids in words), "a word is no single token"

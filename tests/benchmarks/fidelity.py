@@ -59,7 +59,7 @@ class Reference:
 
     def __init__(self, model: Any, prompts: list[str]) -> None:
         self.prompts = prompts
-        template = gkt.template_of(model) or gkt.get_template("auto", model)
+        template = gkt.template_of(model) or gkt.get_template(model)
         tokenizer = model.preprocessor.tokenizer
         self.stops = np.array(sorted(template.stop_token_ids(tokenizer)))
         from gemma_keras_tune.generation.answers import encode_prompts

@@ -364,7 +364,7 @@ def test_a_rate_under_the_target_stops_a_script(
 
 def test_examples_are_drawn_from_different_answers_and_fit() -> None:
     model = tiny_model("gemma3", num_layers=1)
-    encoder, template = RowTokenizer(model.preprocessor.tokenizer), get_template("auto", model)
+    encoder, template = RowTokenizer(model.preprocessor.tokenizer), get_template(model)
     rows = [(f"question {n}", "yes") for n in range(20)] + [("other", "no"), ("long " * 400, "?")]
     pairs = list(read_pairs(rows))
     chosen = choose_examples(pairs, encoder, template, count=4, tokens=200)

@@ -45,7 +45,7 @@ def test_a_receipt_says_what_was_written(model, folder):
     receipt = read_receipt(folder)
     assert (receipt.format, receipt.dtype, receipt.family) == ("adapter", "float32", "gemma3")
     assert (receipt.adapter["rank"], receipt.adapter["alpha"]) == (2, gkt.lora_config(model).alpha)
-    assert receipt.stop_tokens == gkt.get_template("auto", model).stop_tokens
+    assert receipt.stop_tokens == gkt.get_template(model).stop_tokens
     assert receipt.packages["keras"]
     names = {file.path for file in receipt.files}
     assert names == {path.name for path in folder.iterdir()} - {FILE_NAME}

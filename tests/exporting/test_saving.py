@@ -33,7 +33,7 @@ def tuned(family="gemma3", rank=2, **options):
     for linear in lora_linears(model):
         a, b, _ = get_factors(linear)
         set_factors(linear, random.normal(0, 0.3, a.shape), random.normal(0, 0.3, b.shape))
-    attach_template(model, get_template("Q: {prompt}\nA: {response}", model))
+    attach_template(model, get_template(model, "Q: {prompt}\nA: {response}"))
     return model
 
 

@@ -34,7 +34,7 @@ def stopping_model(family: str, stop: str) -> tuple[Any, str]:
     """A random model that writes a few tokens and then its stop token, and its answer."""
     model = testing.tiny_model(family)
     ending = "" if stop == "<eos>" else stop
-    template = gkt.get_template("{prompt}:{response}" + ending, model)
+    template = gkt.get_template(model, "{prompt}:{response}" + ending)
     gkt.attach_template(model, template)
     embedding = family_of(model).head(model).embedding
     values = np.array(embedding)

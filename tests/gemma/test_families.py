@@ -9,7 +9,16 @@ import pytest
 import twins
 
 from gemma_keras_tune.errors import LoadError
-from gemma_keras_tune.gemma.families import Family, Weight, family_of, join, split
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    Weight,
+    backbone_settings,
+    context_length,
+    family_of,
+    join,
+    split,
+)
 from gemma_keras_tune.testing import tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -52,14 +61,14 @@ def test_maps_are_inverse(weights: tuple[Weight, ...]) -> None:
 
 
 def test_weights_with_one_name_are_its_pieces(weights: tuple[Weight, ...]) -> None:
-    pieces = {"hugging_face": "piece", "gguf": "gguf_piece", "jax": "jax_piece"}
+    pieces = {"hugging_face": "part", "gguf": "gguf_part", "jax": "jax_part"}
     for name, piece in pieces.items():
         groups: dict[str, dict[Any, np.ndarray]] = collections.defaultdict(dict)
         for weight in weights:
             if getattr(weight, name) is None:
                 continue
             value = np.asarray(weight.variable)
-            found = getattr(weight.entry, piece)
+            found = getattr(weight.spec, piece)
             change = weight.to_jax if name == "jax" else weight.to_matrix
             parts = groups[getattr(weight, name)]
             assert found not in parts, (name, weight.path)
@@ -93,9 +102,9 @@ def test_the_gemma_library_for_jax_has_all_but_gemma_1(
     model: Any, weights: tuple[Weight, ...]
 ) -> None:
     family = family_of(model)
-    assert family.jax_complete == (family.name != "gemma")
+    assert bool(family.jax) == (family.name != "gemma")
     for weight in weights:
-        assert bool(weight.jax) == family.jax_complete, weight.path
+        assert bool(weight.jax) == bool(family.jax), weight.path
 
 
 @pytest.mark.slow
@@ -110,7 +119,7 @@ def test_names_and_shapes_are_those_of_transformers(
     for weight in weights:
         if weight.used:
             name = weight.hugging_face.replace("model.language_model.", "model.")
-            groups[name][weight.entry.piece] = weight.to_matrix(np.asarray(weight.variable))
+            groups[name][weight.spec.part] = weight.to_matrix(np.asarray(weight.variable))
     shapes = {
         name: (parts[None] if None in parts else join(parts)).shape
         for name, parts in groups.items()
@@ -142,6 +151,41 @@ def test_keys_that_are_stored_and_never_read(name: str, blocks: tuple[int, ...])
             f"blk.{block}.{gguf}.weight",
         )
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "tokens"),
+    [
+        ("gemma", {}, 8192),
+        ("gemma2", {}, 8192),
+        ("gemma3", {}, 32_768),
+        ("gemma3", {"global_rope_scaling_factor": 8.0}, 131_072),
+        ("gemma3n", {"max_position_embeddings": 256}, 256),
+        ("gemma4", {}, 131_072),
+        ("gemma4", {"moe": True}, 262_144),
+    ],
+)
+def test_context_length(name: str, sizes: dict[str, Any], tokens: int) -> None:
+    assert context_length(tiny_model(name, **sizes)) == tokens
+
+
+def test_settings_that_a_runtime_has_fixed_are_named() -> None:
+    model = tiny_model("gemma3", use_post_ffw_norm=False)
+    family, given = family_of(model), backbone_settings(model)
+    assert family.unlike(given, "it", {"head_dim": 256, "of another": 1}) == [
+        "use_post_ffw_norm is False; it computes with True",
+        "head_dim is 8; it computes with 256",
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_classes_are_those_of_one_model(name: str) -> None:
+    family, model = FAMILIES[name], tiny_model(name)
+    assert family_of(model) is family
+    assert type(model) is family.causal_lm_class
+    assert type(model.backbone) is family.backbone_class
+    assert type(model.preprocessor) is family.preprocessor_class
+    assert type(model.preprocessor.tokenizer) is family.tokenizer_class
 
 
 def transformers_shapes(model: Any, family: Family) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import jinja2
 import pytest
 
 from gemma_keras_tune.errors import LoraError, PairsWarning, TemplateError
-from gemma_keras_tune.gemma import templates
+from gemma_keras_tune.gemma import families, templates
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import (
     PLAIN,
@@ -26,7 +26,6 @@ from gemma_keras_tune.gemma.templates import (
     read_template,
     template_of,
     write_sidecar,
-    write_template,
 )
 from gemma_keras_tune.loading.loader import _handle_instruct
 from gemma_keras_tune.pairs.reader import Message
@@ -215,18 +214,18 @@ def test_config_round_trip(template):
 
 
 def test_a_function_is_saved_by_name_and_refused_on_load(tmp_path):
-    template = get_template(shout, bare_model())
+    template = get_template(bare_model(), shout)
     assert text(template, ASK, generation_prompt=True) == " HI \n:"
     assert trained(template, ANSWERED) == [" Hello.\n<eos>"]
     assert template.chat_template() is None
-    write_template(tmp_path, template)
+    write_sidecar(tmp_path, {"template": template.to_config()})
     with pytest.raises(TemplateError, match=r"shout.*cannot be saved"):
         read_template(tmp_path)
 
 
 def test_a_function_must_return_text():
     with pytest.raises(TemplateError, match=r"as a string\. Received: int"):
-        get_template(lambda messages: 3, bare_model()).segments(ANSWERED)
+        get_template(bare_model(), lambda messages: 3).segments(ANSWERED)
 
 
 def shout(messages):
@@ -242,7 +241,7 @@ def test_unknown_config(config):
 def test_sidecar_is_merged_and_written_whole(tmp_path):
     assert read_template(tmp_path) is None
     write_sidecar(tmp_path, {"base": "x"})
-    write_template(tmp_path, TEMPLATES["gemma4"])
+    write_sidecar(tmp_path, {"template": TEMPLATES["gemma4"].to_config()})
     assert read_template(tmp_path) == TEMPLATES["gemma4"]
     assert read_sidecar(tmp_path)["base"] == "x"
     with pytest.raises(TypeError):
@@ -266,12 +265,12 @@ def bare_model(tokenizer=None):
 
 def test_names_strings_and_templates_are_understood():
     model = bare_model(tiny_tokenizer("gemma3"))
-    assert get_template("gemma3", model) is TEMPLATES["gemma3"]
-    assert get_template("{prompt}: {response}", model) == TextTemplate("{prompt}: {response}")
-    assert get_template(PLAIN, model) is PLAIN
+    assert get_template(model, "gemma3") is TEMPLATES["gemma3"]
+    assert get_template(model, "{prompt}: {response}") == TextTemplate("{prompt}: {response}")
+    assert get_template(model, PLAIN) is PLAIN
     for wrong in ("chatml", 3):
         with pytest.raises(TemplateError, match=r"\{prompt\}"):
-            get_template(wrong, model)
+            get_template(model, wrong)
 
 
 @pytest.mark.parametrize(
@@ -285,16 +284,16 @@ def test_names_strings_and_templates_are_understood():
 )
 def test_auto_follows_the_generation(monkeypatch, family, instruct, per_layer, expected):
     monkeypatch.setattr(templates, "is_instruct", lambda model: instruct)
-    monkeypatch.setattr(templates, "family_of", lambda model: types.SimpleNamespace(name=family))
+    monkeypatch.setattr(templates, "family_of", lambda model: families.FAMILIES[family])
     model = bare_model()
     model.backbone = types.SimpleNamespace(hidden_size_per_layer_input=per_layer)
-    assert get_template("auto", model) is TEMPLATES[expected]
+    assert get_template(model) is TEMPLATES[expected]
 
 
 def test_a_stop_token_the_tokenizer_lacks_is_refused():
     template = dataclasses.replace(TEMPLATES["gemma3"], turn_end="<no_such_token>")
     with pytest.raises(TemplateError, match="'<no_such_token>' is not one token"):
-        get_template(template, bare_model(tiny_tokenizer("gemma3")))
+        get_template(bare_model(tiny_tokenizer("gemma3")), template)
 
 
 OPENING = "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n"
@@ -399,7 +398,7 @@ def test_attached_template_wins_and_does_not_keep_the_model():
     model = bare_model()
     assert template_of(model) is None
     attach_template(model, TEMPLATES["gemma4"])
-    assert get_template("auto", model) is TEMPLATES["gemma4"]
+    assert get_template(model) is TEMPLATES["gemma4"]
     attach_template(model, None)
     assert template_of(model) is None
     attach_template(model, PLAIN)

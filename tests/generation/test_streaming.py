@@ -46,7 +46,7 @@ def test_it_ends_at_the_stop_token_and_does_not_print_it(model: Any) -> None:
     tokenizer = model.preprocessor.tokenizer
     stop = tokenizer.id_to_token(int(answer.ids[5]))
     first = next(i for i, token in enumerate(answer.ids) if token == answer.ids[5])
-    template = gkt.get_template("auto", model)
+    template = gkt.get_template(model)
     ids = template.stop_token_ids(tokenizer)
 
     class Stopping(type(template)):  # type: ignore[misc]

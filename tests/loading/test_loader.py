@@ -22,7 +22,7 @@ from gemma_keras_tune.gemma.templates import (
     attach_template,
     get_template,
     template_of,
-    write_template,
+    write_sidecar,
 )
 from gemma_keras_tune.loading import loader
 from gemma_keras_tune.loading.loader import load
@@ -353,10 +353,12 @@ def test_local_preset(model, preset):
 
 def test_local_preset_brings_its_template(model, preset, tmp_path):
     folder = copy_of(preset, tmp_path / "tuned")
-    write_template(folder, get_template("Q: {prompt}\nA: {response}", model))
+    write_sidecar(
+        folder, {"template": get_template(model, "Q: {prompt}\nA: {response}").to_config()}
+    )
     assert template_of(load(folder)).stop_token == "<eos>"
     with pytest.warns(UserWarning, match="its template is left out"):
-        write_template(folder, get_template(lambda messages: "x", model))
+        write_sidecar(folder, {"template": get_template(model, lambda messages: "x").to_config()})
         assert template_of(load(str(folder))) is None
 
 
@@ -630,10 +632,10 @@ def test_hub_handles_tell_instruct():
 @pytest.mark.parametrize(
     ("named", "owner"),
     [
-        ({"class_name": "GemmaBackbone"}, "GemmaCausalLM"),
-        ({"class_name": "Gemma3Backbone"}, "Gemma3CausalLM"),
-        ({"class_name": "Gemma3nBackbone"}, "Gemma3nCausalLM"),
-        ({"class_name": "Gemma4Backbone"}, "Gemma4CausalLM"),
+        ({"registered_name": "x", "class_name": "GemmaBackbone"}, "GemmaCausalLM"),
+        ({"registered_name": "x", "class_name": "Gemma3Backbone"}, "Gemma3CausalLM"),
+        ({"registered_name": "x", "class_name": "Gemma3nBackbone"}, "Gemma3nCausalLM"),
+        ({"registered_name": "x", "class_name": "Gemma4Backbone"}, "Gemma4CausalLM"),
         ({"model_type": "gemma2"}, "GemmaCausalLM"),
         ({"model_type": "gemma3_text"}, "Gemma3CausalLM"),
         ({"model_type": "gemma3n"}, "Gemma3nCausalLM"),
@@ -641,7 +643,7 @@ def test_hub_handles_tell_instruct():
     ],
 )
 def test_the_class_that_generates_is_not_left_to_chance(named, owner):
-    assert loader._causal_lm(named).__name__ == owner
+    assert loader._gemma_of("x", named).causal_lm_class.__name__ == owner
 
 
 def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
@@ -660,7 +662,7 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
 @pytest.mark.parametrize("scheme", ["hf", "kaggle"])
 def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, monkeypatch):
     tuned = load(preset)
-    attach_template(tuned, get_template("Q: {prompt}\nA: {response}", tuned))
+    attach_template(tuned, get_template(tuned, "Q: {prompt}\nA: {response}"))
     write_record(tuned, tmp_path)
     here = str(tmp_path)
     client = types.SimpleNamespace(

@@ -275,8 +275,8 @@ def test_own_column_names_are_taken_at_every_step(model):
 def test_make_dataset_attaches_its_template():
     model = testing.tiny_model()
     gkt.make_dataset(testing.tiny_pairs(2), model, template="Q: {prompt}\nA: {response}")
-    assert gkt.template_of(model) == gkt.get_template("Q: {prompt}\nA: {response}", model)
-    assert gkt.get_template("auto", model) == gkt.template_of(model)
+    assert gkt.template_of(model) == gkt.get_template(model, "Q: {prompt}\nA: {response}")
+    assert gkt.get_template(model) == gkt.template_of(model)
 
 
 def test_sizes_that_are_no_sizes_are_refused(model):

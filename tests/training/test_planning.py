@@ -97,8 +97,8 @@ def by_function(messages):
 def test_a_template_is_kept_by_name_or_text_where_it_has_one(model):
     named = {"gemma3": "gemma3", "plain": "plain", PLAIN: PLAIN}
     for spec, kept in named.items():
-        assert template_setting(gkt.get_template(spec, model)) == kept
-    function = template_setting(gkt.get_template(by_function, model))
+        assert template_setting(gkt.get_template(model, spec)) == kept
+    function = template_setting(gkt.get_template(model, by_function))
     assert isinstance(function, gkt.Template)
     assert template_setting(function) == function == template_setting(by_function)
 

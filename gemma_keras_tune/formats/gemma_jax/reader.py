@@ -22,8 +22,10 @@ from gemma_keras_tune.gemma.families import (
     Weight,
     backbone_settings,
     family_of,
+    joined_shape,
     split,
 )
+from gemma_keras_tune.gemma.tables import KEYS_AND_VALUES
 from gemma_keras_tune.gemma.templates import SIDECAR, read_sidecar
 
 PARAMETERS = "params"
@@ -32,8 +34,6 @@ BACKBONE_KEY = "backbone"
 # The rows the library's embeddings have. Its Gemma 2 has some for tokens that do not exist; its
 # Gemma 3 and 3n have none for the ids Hugging Face keeps for pictures and sounds.
 VOCABULARIES = {256_000: 256_128, 262_208: 262_144, 262_400: 262_144}
-# Of a layer's keys and values.
-_KEYS = ("attn/kv_einsum/w", "attn/k_einsum/w", "attn/key_norm/scale")
 
 _NOT_RECORDED = (
     "name",
@@ -108,7 +108,7 @@ def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
         raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
     family, config = FAMILIES.get(str(record.get("family"))), record.get(BACKBONE_KEY)
     missing = [name for name in (TOKENIZER,) if not (folder / name).is_file()]
-    if family is None or not family.jax_complete or not isinstance(config, dict):
+    if family is None or not family.jax or not isinstance(config, dict):
         missing.append(f"{SIDECAR} with the model's settings")
     if missing:
         raise LoadError(
@@ -172,15 +172,17 @@ def unread_weights(model: Any) -> dict[str, Shape]:
         Shapes by path in the tree; empty for the other families.
     """
     family = family_of(model)
-    if family.name != "gemma4":
+    if family.jax is None or not family.jax.keeps_unread_keys:
         return {}
     given = model.backbone.get_config()
     kinds, shared = given["layer_types"], given["num_kv_shared_layers"]
-    shapes = _tree_shapes(family.weights(model))
+    weights = family.weights(model)
+    shapes = _tree_shapes(weights)
+    keys = [str(w.spec.jax) for w in weights if w.spec.hugging_face in KEYS_AND_VALUES]
     found = {}
     for layer in range(len(kinds) - shared, len(kinds)):
         alike = [i for i in range(len(kinds) - shared) if kinds[i] == kinds[layer]]
-        for name in _KEYS:
+        for name in dict.fromkeys(keys):
             for source in alike[-1:]:
                 if f"layer_{source}/{name}" in shapes:
                     found[f"layer_{layer}/{name}"] = shapes[f"layer_{source}/{name}"]
@@ -195,11 +197,9 @@ def _tree_shapes(weights: Sequence[Weight]) -> dict[str, Shape]:
 
 def _tree_shape(weight: Weight, count: int) -> Shape:
     shape = weight.jax_shape
-    if weight.entry.kind == "embedding":
+    if weight.spec.kind == "embedding":
         shape = (VOCABULARIES.get(shape[0], shape[0]), *shape[1:])
-    piece = weight.entry.jax_piece
-    # All that hold several stack them on an axis of their own.
-    return shape if piece is None else (*shape[: piece.axis], count, *shape[piece.axis :])
+    return joined_shape(shape, weight.spec.jax_part, count)
 
 
 def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
@@ -209,8 +209,7 @@ def _assign(weights: Sequence[Weight], tree: Mapping[str, Any]) -> None:
             weight.variable.assign(np.zeros(weight.variable.shape))
             continue
         value = np.asarray(tree[str(weight.jax)])
-        if weight.entry.jax_piece is not None:
-            value = split(value, weight.entry.jax_piece, counts[str(weight.jax)])
-        if weight.entry.kind == "embedding":
+        value = split(value, weight.spec.jax_part, counts[str(weight.jax)])
+        if weight.spec.kind == "embedding":
             value = value[: weight.variable.shape[0]]
         weight.variable.assign(weight.from_jax(value))

@@ -39,12 +39,12 @@ from gemma_keras_tune.formats.weights import (
 from gemma_keras_tune.gemma.families import (
     FAMILIES,
     Family,
-    Piece,
     Weight,
     backbone_settings,
     family_of,
     join,
 )
+from gemma_keras_tune.gemma.tables import FusedPart
 from gemma_keras_tune.gemma.templates import write_sidecar
 
 
@@ -88,12 +88,12 @@ def _tensors(
     """Each tensor of the tree and its path, as soon as all its pieces are there."""
     weights = family_of(model).weights(model)
     counts = _counts(weights)
-    found: dict[str, dict[Piece | None, np.ndarray]] = collections.defaultdict(dict)
+    found: dict[str, dict[FusedPart | None, np.ndarray]] = collections.defaultdict(dict)
     done = itertools.count(1)  # `enumerate` would hold on to the last value
     for weight, value in merged_weights(model):
         name = str(weight.jax)
         if weight.used:
-            found[name][weight.entry.jax_piece] = _stored(weight, value, dtype)
+            found[name][weight.spec.jax_part] = _stored(weight, value, dtype)
         del value
         progress(weight.path, next(done), len(weights))
         if name in found and len(found[name]) == counts[name]:
@@ -112,7 +112,7 @@ def _counts(weights: Sequence[Weight]) -> collections.Counter[str]:
 
 def _stored(weight: Weight, value: np.ndarray, dtype: str) -> np.ndarray:
     value = weight.to_jax(value)
-    if weight.entry.kind == "embedding":
+    if weight.spec.kind == "embedding":
         value = _with_its_rows(value)
     return rounded(weight.path, value, dtype)
 
@@ -121,24 +121,20 @@ def _supported(model: Any) -> Family:
     family = family_of(model)
     instead = "Export a Hugging Face folder with `format='safetensors'`, or save the adapter with "
     instead += "`save_adapter`."
-    if not family.jax_complete:
-        *known, last = [known.title for known in FAMILIES.values() if known.jax_complete]
+    if family.jax is None:
+        *known, last = [known.title for known in FAMILIES.values() if known.jax]
         raise ExportError(
             f"{family.title} cannot be written for the Gemma library for JAX.",
             next_step=f"It is written for {', '.join(known)} and {last}. {instead}",
         )
     given = backbone_settings(model)
-    problems = [
-        f"{name} is {given[name]!r}; the library computes with {expected!r}"
-        for name, expected in _fixed(family).items()
-        if given.get(name, expected) != expected
-    ]
-    if family.name == "gemma3n":
-        problems += _unlike_gemma3n(given)
-    if family.name in ("gemma3n", "gemma4"):
+    problems = family.unlike(given, "the library", family.jax.fixed)
+    if family.widths_by_layer:
+        problems += _unlike_one_width(given)
+    if "num_kv_shared_layers" in given:
         problems += _unlike_sharing(given)
     heads = given.get("num_query_heads", given.get("num_attention_heads"))
-    if heads == given["num_key_value_heads"] and family.name != "gemma4":
+    if heads == given["num_key_value_heads"] and not family.jax.one_key_head_a_query:
         problems.append(
             f"every query head has a key of its own: no published {family.title} is built so, and "
             "the library holds keys otherwise then"
@@ -150,47 +146,8 @@ def _supported(model: Any) -> Family:
     return family
 
 
-def _fixed(family: Family) -> dict[str, Any]:
-    """Settings that the library's models of this family share, whatever their size."""
-    if family.name == "gemma3n":
-        return {
-            "altup_num_inputs": 4,
-            "altup_active_idx": 0,
-            "altup_correct_scale": True,
-            "attention_bias": False,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": None,
-        }
-    if family.name == "gemma4":
-        return {
-            "attention_logit_soft_cap": None,
-            "final_logit_soft_cap": 30.0,
-            "use_sliding_window_attention": True,
-            "local_rope_scaling_factor": 1.0,
-            "global_rope_scaling_factor": 1.0,
-            "local_rope_wavelength": None,
-            "global_rope_wavelength": None,
-            "layer_norm_epsilon": 1e-6,
-            "use_bidirectional_attention": False,
-            "is_embedding_model": False,
-            # Of models with experts, or with keys that serve as values, it computes other logits.
-            "enable_moe_block": False,
-            "num_global_key_value_heads": None,
-        }
-    fixed: dict[str, Any] = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
-    if family.name == "gemma2":
-        return fixed | {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
-    return fixed | {
-        "attention_logit_soft_cap": None,
-        "final_logit_soft_cap": None,
-        "use_query_key_norm": True,
-        "use_bidirectional_attention": False,
-        "is_embedding_model": False,
-    }
-
-
-def _unlike_gemma3n(given: Mapping[str, Any]) -> Iterator[str]:
-    """Name what no size or setting of the library's Gemma 3n can express."""
+def _unlike_one_width(given: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes by layer, or of the two embeddings, for which the library's model has one number."""
     if len(set(given["intermediate_size"])) > 1:
         yield f"the layers differ in width: intermediate_size is {given['intermediate_size']}"
     tokens = given["text_vocab_size"]

@@ -50,9 +50,10 @@ def write(
             is a Gemma 3n.
     """
     family = family_of(model)
-    if family.name == "gemma3n":
+    if not family.gguf.adapters:
         raise ExportError(
-            "llama.cpp computes something else with an adapter of Gemma 3n than the model does.",
+            f"llama.cpp computes something else with an adapter of {family.title} than the model "
+            "does.",
             next_step="Export the merged model with `format='gguf'`.",
         )
     kind = _kind(dtype)

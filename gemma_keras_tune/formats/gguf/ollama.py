@@ -58,7 +58,7 @@ def write(
     Raises:
         ExportError: The template is a Python function, or GGUF cannot carry the model.
     """
-    text = modelfile(get_template("auto", model))
+    text = modelfile(get_template(model))
     gguf_writer.write(model, folder, dtype=dtype, progress=progress, **options)
     (folder / MODELFILE).write_text(text, encoding="utf-8")
 

@@ -18,7 +18,7 @@ import pathlib
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import gguf
@@ -26,13 +26,21 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-import scipy.special
 
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.formats.hugging_face.settings import EPSILON
+from gemma_keras_tune.formats.gguf.settings import BROKEN, MAX_SIZE, ROPE_FACTORS, backbone_config
 from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
+from gemma_keras_tune.gemma.families import (
+    FAMILIES,
+    Family,
+    Weight,
+    all_finite,
+    joined_shape,
+    mark_origin,
+    split,
+)
+from gemma_keras_tune.gemma.tables import SENTENCEPIECE
 from gemma_keras_tune.gemma.templates import Template, attach_template
 from gemma_keras_tune.gemma.vocabularies import (
     CONTROL,
@@ -52,8 +60,6 @@ INSTRUCT_KEY = "gemma_keras_tune.instruct"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
-# Far beyond any Gemma; a header that says more is damaged, and nothing is built after it.
-_MAX_SIZE = 1 << 24
 # The fewest bytes that a metadata entry and a tensor's entry take.
 _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 # Values dequantized at a time: memory beside the result stays under some 20 MB.
@@ -61,13 +67,10 @@ _CHUNK_VALUES = 1 << 20
 # Values handed over at a time of a larger embedding: XLA goes over all of it for each.
 _BLOCK_VALUES = 1 << 24
 # The frequencies of the rotary embedding are computed, not learnt.
-_COMPUTED = ("rope_freqs.weight",)
+_COMPUTED = (ROPE_FACTORS,)
 _SPLIT_COUNT = "split.count"
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_BROKEN = "Download or convert it again: the file is damaged or was cut off."
-_TOKENIZERS = ("llama", "gemma4")
-# A factor beyond it slows a rotary frequency to a standstill; converters write 1e30.
-_STANDSTILL = 1e20
+_TOKENIZERS = tuple(dict.fromkeys(family.gguf.tokenizer for family in FAMILIES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +171,7 @@ def read_header(path: str | os.PathLike[str]) -> GgufFile:
     for part in rest:
         twice = sorted(tensors.keys() & part.tensors.keys())
         if twice:
-            raise LoadError(f"{part.path} holds tensors of another part.", twice, _BROKEN)
+            raise LoadError(f"{part.path} holds tensors of another part.", twice, BROKEN)
         tensors |= part.tensors
     return GgufFile(first.path, first.metadata, tensors)
 
@@ -205,7 +208,7 @@ def _read_header(path: pathlib.Path) -> GgufFile:
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, OverflowError, MemoryError, RecursionError) as error:
-        raise LoadError(f"{path} is not a sound GGUF file: {error}", next_step=_BROKEN) from error
+        raise LoadError(f"{path} is not a sound GGUF file: {error}", next_step=BROKEN) from error
 
 
 def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.Model:
@@ -237,7 +240,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
         raise LoadError(
             f"{file.path}: the metadata describe no model that KerasHub can build.",
             [f"{type(error).__name__}: {error}"],
-            next_step=_BROKEN,
+            next_step=BROKEN,
         ) from error
     _assign(file, family.weights(backbone), family.idle_names(backbone))
     mark_origin(model, str(path), instruct=is_instruct(file))
@@ -346,7 +349,7 @@ class _Parser:
         return GgufFile(self.path, metadata, found)
 
     def _data_start(self, alignment: Any) -> int:
-        if not isinstance(alignment, int) or not 0 < alignment <= _MAX_SIZE:
+        if not isinstance(alignment, int) or not 0 < alignment <= MAX_SIZE:
             raise ValueError(f"general.alignment is {alignment!r}")
         return -(-self.file.tell() // alignment) * alignment
 
@@ -442,283 +445,13 @@ def _family(file: GgufFile) -> Family:
     return family
 
 
-def backbone_config(file: GgufFile, family: Family) -> dict[str, Any]:
-    """The arguments of the KerasHub backbone that the metadata describe.
-
-    Args:
-        file: The header; of its tensors the embedding alone is looked at.
-        family: Its family.
-
-    Returns:
-        Arguments of `backbone_class(family)`.
-
-    Raises:
-        LoadError: Something is missing or out of range; all of it is listed.
-    """
-    values = _Metadata(file, family.name)
-    layers, width = _layers(values), values.count("embedding_length")
-    heads = values.count("attention.head_count")
-    config: dict[str, Any] = {
-        "num_layers": layers,
-        "num_query_heads": heads,
-        "num_key_value_heads": values.each("attention.head_count_kv", layers, heads)[0],
-        "hidden_dim": width,
-        "intermediate_dim": values.each("feed_forward_length", layers)[0],
-        "head_dim": values.count("attention.key_length"),
-        "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon", 1e-6),
-    }
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        values.problems.append("the tensor token_embd.weight is missing or no matrix")
-    else:
-        config["vocabulary_size"] = embedding.shape[0]
-    _FAMILY_CONFIGS[family.name](values, config)
-    if values.problems:
-        raise LoadError(
-            f"{file.path}: the metadata describe no {family.title} that KerasHub can build.",
-            values.problems,
-            next_step=_BROKEN,
-        )
-    return config
-
-
-class _Metadata:
-    """Values under the architecture's prefix; problems are collected in `problems`."""
-
-    def __init__(self, file: GgufFile, prefix: str) -> None:
-        self.file = file
-        self.metadata = file.metadata
-        self.prefix = prefix
-        self.problems: list[str] = []
-
-    def number(self, key: str, default: float | None = None) -> float:
-        name = f"{self.prefix}.{key}"
-        value = self.metadata.get(name, default)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not math.isfinite(value):
-            what = "is missing" if value is None else f"must be a number, not {value!r}"
-            self.problems.append(f"{name} {what}")
-            return 1
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value) or not 1 <= value <= _MAX_SIZE:
-            self.problems.append(f"{self.prefix}.{key} must be a whole number, not {value!r}")
-            return 1
-        return int(value)
-
-    def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
-        """A count for each layer, where the file may say one for all."""
-        name = f"{self.prefix}.{key}"
-        found = self.metadata.get(name)
-        if not isinstance(found, np.ndarray):
-            return [self.count(key, default)] * layers
-        whole = np.issubdtype(found.dtype, np.integer) and len(found) == layers
-        if not whole or not np.all((found >= 0) & (found <= _MAX_SIZE)):
-            self.problems.append(f"{name} must be {layers} whole numbers, not {found[:8]!r}")
-            return [1] * layers
-        return [int(value) for value in found]
-
-    def flags(self, key: str, layers: int) -> list[bool]:
-        name = f"{self.prefix}.{key}"
-        found = self.metadata.get(name)
-        if not isinstance(found, np.ndarray) or found.dtype != bool or len(found) != layers:
-            self.problems.append(f"{name} must be {layers} flags, one for each layer")
-            return [True] * layers
-        return [bool(value) for value in found]
-
-    def expect(self, key: str, value: float) -> None:
-        found = self.number(key, value)
-        if not math.isclose(found, value, rel_tol=1e-6):
-            self.problems.append(
-                f"{self.prefix}.{key} is {found:g}, and KerasHub's model has {value:g}"
-            )
-
-
-def _layers(values: _Metadata) -> int:
-    """Number of layers, counted from the tensors: nothing is laid out after a number alone."""
-    told = values.count("block_count")
-    blocks = {name.split(".")[1] for name in values.file.tensors if name.startswith("blk.")}
-    if len(blocks) != told:
-        values.problems.append(
-            f"{values.prefix}.block_count is {told}, tensors of {len(blocks)} are there"
-        )
-    return max(1, len(blocks))
-
-
-def _gemma(values: _Metadata, config: dict[str, Any]) -> None:
-    # KerasHub gives Gemma 1 and 2 the width of both gates together.
-    config["intermediate_dim"] *= 2
-    values.expect("attention.layer_norm_rms_epsilon", EPSILON)
-    values.expect("rope.freq_base", 10_000.0)
-
-
-def _gemma2(values: _Metadata, config: dict[str, Any]) -> None:
-    _gemma(values, config)
-    config |= {
-        # 27B alone scales its queries by the width of the model; no key says so.
-        "query_head_dim_normalize": config["num_layers"] != 46,
-        "use_post_ffw_norm": True,
-        "use_post_attention_norm": True,
-        "attention_logit_soft_cap": values.number("attn_logit_softcapping", 50.0),
-        "final_logit_soft_cap": values.number("final_logit_softcapping", 30.0),
-        "use_sliding_window_attention": True,
-        "sliding_window_size": values.count("attention.sliding_window", 4096),
-    }
-
-
-def _gemma3(values: _Metadata, config: dict[str, Any]) -> None:
-    values.expect("attention.layer_norm_rms_epsilon", EPSILON)
-    values.expect("rope.freq_base", 1_000_000.0)
-    values.expect("rope.freq_base_swa", 10_000.0)
-    scaling = values.metadata.get("gemma3.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        values.problems.append(f"gemma3.rope.scaling.type must be 'linear', not {scaling!r}")
-    config |= {
-        "image_size": None,
-        # 27B alone scales its queries by the width of the model; no key says so.
-        "query_head_dim_normalize": config["num_layers"] != 62,
-        "use_query_key_norm": True,
-        "use_post_ffw_norm": True,
-        "use_post_attention_norm": True,
-        "use_sliding_window_attention": True,
-        "sliding_window_size": values.count("attention.sliding_window", 1024),
-        "global_rope_scaling_factor": float(values.number("rope.scaling.factor", 1.0)),
-    }
-
-
-def _gemma3n(values: _Metadata, config: dict[str, Any]) -> None:
-    layers, tensors = config["num_layers"], values.file.tensors
-    found = [tensors.get(name) for name in ("per_layer_token_embd.weight", "blk.0.laurel_l.weight")]
-    rows, rank = (info.shape[0] if info else 1 for info in found)
-    values.expect("rope.freq_base_swa", 10_000.0)
-    local = [i % 5 != 4 for i in range(layers)]  # what llama.cpp computes with
-    if "gemma3n.attention.sliding_window_pattern" in values.metadata:
-        local = values.flags("attention.sliding_window_pattern", layers)
-    given = {
-        "text_vocab_size": config.get("vocabulary_size", 1),
-        "text_hidden_size": config["hidden_dim"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": config["num_query_heads"],
-        "num_key_value_heads": config["num_key_value_heads"],
-        "head_dim": config["head_dim"],
-        "intermediate_size": values.each("feed_forward_length", layers),
-        "rms_norm_eps": config["layer_norm_epsilon"],
-        "layer_types": [
-            "sliding_attention" if is_local else "full_attention" for is_local in local
-        ],
-        "sliding_window": values.count("attention.sliding_window"),
-        "max_position_embeddings": values.count("context_length"),
-        "vocab_size_per_layer_input": rows,
-        "hidden_size_per_layer_input": values.count("embedding_length_per_layer_input"),
-        "altup_num_inputs": values.count("altup.num_inputs"),
-        "altup_active_idx": int(values.number("altup.active_idx", 0)),
-        "altup_coef_clip": 120.0,
-        "laurel_rank": rank,
-        "num_kv_shared_layers": int(values.number("attention.shared_kv_layers", 0)),
-        "activation_sparsity_pattern": _sparse_parts(values, layers),
-        "final_logit_soft_cap": float(values.number("final_logit_softcapping", 30.0)),
-        "rope_theta": float(values.number("rope.freq_base", 1_000_000.0)),
-        "rope_local_base_freq": 10_000.0,
-        "hidden_activation": "gelu_approximate",
-        "pad_token_id": 0,
-    }
-    config.clear()
-    config.update(given)
-
-
-def _sparse_parts(values: _Metadata, layers: int) -> list[float]:
-    """Fraction of each layer's feed-forward that is cut; the file holds its normal quantiles."""
-    name = "gemma3n.activation_sparsity_scale"
-    found: Any = values.metadata.get(name)
-    numeric = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.floating)
-    if not numeric or len(found) != layers or np.isnan(found).any():
-        values.problems.append(f"{name} must be {layers} numbers, one for each layer")
-        return [0.0] * layers
-    return [round(float(part), 6) for part in scipy.special.ndtr(found.astype("float64"))]
-
-
-def _gemma4(values: _Metadata, config: dict[str, Any]) -> None:
-    layers = config["num_layers"]
-    local = values.flags("attention.sliding_window_pattern", layers)
-    shared = int(values.number("attention.shared_kv_layers", 0))
-    widths = values.each("feed_forward_length", layers)
-    doubled = [widths[0] * (1 + (i >= layers - shared)) for i in range(layers)]
-    if widths not in ([widths[0]] * layers, doubled):
-        values.problems.append(
-            "gemma4.feed_forward_length must be one width, doubled at most in the "
-            f"{shared} layers that share keys and values, not {widths}"
-        )
-    heads = values.each("attention.head_count_kv", layers, config["num_query_heads"])
-    near = next((h for h, is_local in zip(heads, local, strict=True) if is_local), max(heads))
-    experts = int(values.number("expert_count", 0))
-    cap = values.number("final_logit_softcapping", 0)
-    config |= {
-        "image_size": None,
-        "layer_types": [
-            "sliding_attention" if is_local else "full_attention" for is_local in local
-        ],
-        "num_key_value_heads": near,
-        "num_global_key_value_heads": _heads_without_values(values, local, heads),
-        "head_dim": values.count("attention.key_length_swa", config["head_dim"]),
-        "global_head_dim": config["head_dim"],
-        "intermediate_dim": widths[0],
-        "use_double_wide_mlp": widths != [widths[0]] * layers,
-        "sliding_window_size": values.count("attention.sliding_window"),
-        "num_kv_shared_layers": shared,
-        "hidden_size_per_layer_input": int(values.number("embedding_length_per_layer_input", 0)),
-        "final_logit_soft_cap": float(cap) or None,
-        "global_rope_wavelength": float(values.number("rope.freq_base", 1_000_000.0)),
-        "local_rope_wavelength": float(values.number("rope.freq_base_swa", 10_000.0)),
-        "global_rope_partial_rotary_factor": _turned_part(values.file),
-        "enable_moe_block": experts > 0,
-    }
-    if experts:
-        config |= {
-            "num_experts": values.count("expert_count"),
-            "num_experts_per_token": values.count("expert_used_count"),
-            "expert_intermediate_dim": values.count("expert_feed_forward_length"),
-        }
-
-
-def _heads_without_values(
-    values: _Metadata, local: Sequence[bool], heads: Sequence[int]
-) -> int | None:
-    """Number of key heads in global layers whose keys serve as values; else `None`."""
-    names = values.file.tensors
-    for block, (is_local, count) in enumerate(zip(local, heads, strict=True)):
-        keys = f"blk.{block}.attn_k.weight" in names
-        if not is_local and keys and f"blk.{block}.attn_v.weight" not in names:
-            return count
-    return None
-
-
-def _turned_part(file: GgufFile) -> float:
-    """Fraction of each global-attention head that RoPE rotates."""
-    info = file.tensors.get("rope_freqs.weight")
-    if info is None or info.kind != gguf.GGMLQuantizationType.F32:
-        return 1.0
-    factors = file.read("rope_freqs.weight")
-    return float((factors < _STANDSTILL).mean())
-
-
-_FAMILY_CONFIGS: dict[str, Callable[[_Metadata, dict[str, Any]], None]] = {
-    "gemma": _gemma,
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "gemma3n": _gemma3n,
-    "gemma4": _gemma4,
-}
-
-
 def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> None:
     parts = parts_of_tensors(weights)
     _check_tensors(file, parts, idle)
     broken: list[str] = []
     # The largest first: what is read and not yet handed over is then never beside the whole model.
     for weight in sorted(weights, key=lambda w: -math.prod(w.variable.shape)):
-        if weight.entry.kind == "embedding" and math.prod(weight.variable.shape) > _BLOCK_VALUES:
+        if weight.spec.kind == "embedding" and math.prod(weight.variable.shape) > _BLOCK_VALUES:
             if not _assign_in_blocks(file, weight):
                 broken.append(weight.gguf)
             continue
@@ -726,16 +459,14 @@ def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> N
         matrix = file.read(weight.gguf, np.float32 if weight.gguf_offset else dtype)
         if not all_finite(matrix):
             broken.append(weight.gguf)
-        piece = weight.entry.gguf_piece
-        if piece is not None:
-            matrix = split(matrix, piece, len(parts[weight.gguf]))
+        matrix = split(matrix, weight.spec.gguf_part, len(parts[weight.gguf]))
         if weight.gguf_offset:
             matrix = matrix - np.float32(weight.gguf_offset)
         value = weight.from_matrix(matrix)
         weight.variable.assign(value.astype(dtype, copy=False))
     if broken:
         raise LoadError(
-            f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=_BROKEN
+            f"{file.path} holds NaN or infinite values.", dict.fromkeys(broken), next_step=BROKEN
         )
 
 
@@ -786,22 +517,8 @@ def parts_of_tensors(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
 
 
 def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
-    """The shape of the tensor that holds some weights.
-
-    Args:
-        parts: All weights in it.
-
-    Returns:
-        Its shape as numpy has it.
-    """
-    shape, piece = list(parts[0].matrix_shape), parts[0].entry.gguf_piece
-    if piece is None:
-        return tuple(shape)
-    if piece.stacked:
-        shape.insert(piece.axis, len(parts))
-    else:
-        shape[piece.axis] *= len(parts)
-    return tuple(shape)
+    """Return the shape of the tensor that holds these weights, all of them."""
+    return joined_shape(parts[0].matrix_shape, parts[0].spec.gguf_part, len(parts))
 
 
 def _check_tensors(
@@ -846,16 +563,18 @@ def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
         )
     names = ("tokens", "scores", "token_type")
     parts: dict[str, Any] = {name: file.metadata.get(prefix + name) for name in names}
-    problems = _vocabulary_problems(parts, file.tensors["token_embd.weight"].shape[0])
+    problems = _vocabulary_problems(
+        parts, file.tensors[_family(file).gguf_name("embed_tokens")].shape[0]
+    )
     if problems:
         raise LoadError(
             f"{file.path}: the tokenizer is incomplete.",
             [f"{prefix}{problem}" for problem in problems],
-            next_step=_BROKEN,
+            next_step=BROKEN,
         )
     merges = file.metadata.get(prefix + "merges")
     scores = parts["scores"].tolist()
-    if kind == "gemma4" and merges is not None and len(set(scores)) == 1:
+    if kind != SENTENCEPIECE and merges is not None and len(set(scores)) == 1:
         scores = _scores_of_merges(file, parts["tokens"], merges)
     return parts["tokens"], scores, parts["token_type"].tolist()
 
@@ -869,7 +588,7 @@ def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> l
     if not isinstance(merges, list) or [len(pair) for pair in pairs] != [2] * len(merges):
         raise LoadError(
             f"{file.path}: tokenizer.ggml.merges must be pairs of pieces with a space between.",
-            next_step=_BROKEN,
+            next_step=BROKEN,
         )
     return scores_of_merges(
         [token.decode("utf-8") for token in tokens], [(left, right) for left, right in pairs]

@@ -14,7 +14,6 @@ import json
 import math
 import pathlib
 import re
-import statistics
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,24 +29,22 @@ from gemma_keras_tune.formats.gguf.reader import (
     TEMPLATE_KEY,
     GgufFile,
     TensorInfo,
-    backbone_config,
     parts_of_tensors,
     tensor_shape,
 )
+from gemma_keras_tune.formats.gguf.settings import backbone_config, rope_factors, sizes
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
 from gemma_keras_tune.formats.weights import Progress, merged_weights, rounded, warn_of_media
-from gemma_keras_tune.gemma.building import backbone_class
 from gemma_keras_tune.gemma.families import (
     Family,
-    Piece,
     Weight,
     backbone_settings,
-    context_length,
     family_of,
     is_instruct,
     join,
     origin_of,
 )
+from gemma_keras_tune.gemma.tables import GGUF_PRECISE, SENTENCEPIECE, FusedPart
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 from gemma_keras_tune.gemma.vocabularies import (
     BYTE,
@@ -85,8 +82,6 @@ _VISIBLE_TOKENS = (
     "<tool_response|>", '<|"|>',
 )  # fmt: skip
 _NO_SCORE = -1000.0
-# Small matrices that llama.cpp's own converter leaves in float32.
-_PRECISE = ("altup_correct_coef", "altup_predict_coef")
 _IDS = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
 # Where the backbone's settings say nothing that a text model's file must carry.
 _SILENT = ("name", "trainable", "dtype", "image_size", "vision_encoder", "dropout")
@@ -140,11 +135,11 @@ def write(
         for key, value in _metadata(model, family, kind).items():
             _add(writer, key, value)
         kinds = {weight.gguf: _tensor_kind(weight, kind) for weight in weights}
-        extra = _rope_factors(model) if family.name == "gemma4" else {}
+        extra = rope_factors(model, family)
         rows = _rows(model)
         shapes = {
             name: (rows, held[0].matrix_shape[1])
-            if held[0].entry.kind == "embedding"
+            if held[0].spec.kind == "embedding"
             else tensor_shape(held)
             for name, held in parts_of_tensors(weights).items()
         }
@@ -198,11 +193,8 @@ def _file_kind(model: keras.Model, dtype: str, quantization: str | None) -> str:
 
 def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
     """The keys of the file; whole numbers become uint32, others float32."""
-    own = {"gemma3n": _gemma3n_sizes, "gemma4": _gemma4_sizes}.get(family.name)
-    given = own(model) if own else _sizes(model, family)
-    sizes = {f"{family.name}.{key}": value for key, value in given.items()}
-    if own is None:  # the others refuse by name what the file cannot say
-        _check_sizes(model, family, sizes)
+    described = {f"{family.name}.{key}": value for key, value in sizes(model, family).items()}
+    _check_settings(model, family, described)
     origin = origin_of(model)
     name = pathlib.PurePath(origin.source).stem if origin else family.title
     metadata: dict[str, Any] = {
@@ -212,205 +204,48 @@ def _metadata(model: Any, family: Family, kind: str) -> dict[str, Any]:
         "general.license.link": _TERMS,
         "general.file_type": int(_FILE_TYPES[kind]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **sizes,
-        **_tokenizer(model),
+        **described,
+        **_tokenizer(model, family),
     }
     return metadata | _template(model)
 
 
-def _sizes(model: Any, family: Family) -> dict[str, Any]:
-    backbone = model.backbone
-    config = backbone.get_config()
-    wide = family.name in ("gemma", "gemma2")
-    sizes: dict[str, Any] = {
-        "context_length": context_length(model),
-        "embedding_length": config["hidden_dim"],
-        "block_count": config["num_layers"],
-        # KerasHub gives Gemma 1 and 2 the width of both gates together.
-        "feed_forward_length": config["intermediate_dim"] // (2 if wide else 1),
-        "attention.head_count": config["num_query_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
-    }
-    if family.name == "gemma2":
-        sizes |= {
-            "attn_logit_softcapping": float(config["attention_logit_soft_cap"] or 0),
-            "final_logit_softcapping": float(config["final_logit_soft_cap"] or 0),
-            "attention.sliding_window": config["sliding_window_size"],
-        }
-    if family.name == "gemma3":
-        sizes |= {
-            "rope.freq_base": 1_000_000.0,
-            "rope.freq_base_swa": 10_000.0,
-            "attention.sliding_window": config["sliding_window_size"],
-        }
-        factor = float(config["global_rope_scaling_factor"])
-        if factor != 1:
-            sizes |= {
-                "rope.scaling.type": "linear",
-                "rope.scaling.factor": factor,
-            }
-    return sizes
-
-
-# What llama.cpp computes with, where its metadata have no word for it.
-_GEMMA4_FIXED: Mapping[str, Any] = {
-    "attention_logit_soft_cap": None,
-    "use_sliding_window_attention": True,
-    "local_rope_scaling_factor": 1.0,
-    "global_rope_scaling_factor": 1.0,
-    "use_bidirectional_attention": False,
-    "is_embedding_model": False,
-}
-
-
-# What llama.cpp's Gemma 3n has in numbers: layers with a sparse feed-forward, layers with keys of
-# their own, and every how many layers one sees everything.
-_GEMMA3N_SPARSE, _GEMMA3N_KEYED, _GEMMA3N_PERIOD = 10, 20, 5
-
-
-def _gemma3n_sizes(model: Any) -> dict[str, Any]:
-    config = backbone_settings(model)
-    layers = config["num_hidden_layers"]
-    local = [kind == "sliding_attention" for kind in config["layer_types"]]
-    fixed = {
-        "altup_num_inputs": 4,
-        "altup_active_idx": 0,
-        "altup_correct_scale": True,
-        "laurel_rank": 64,
-        "hidden_size_per_layer_input": 256,
-        "num_kv_shared_layers": layers - _GEMMA3N_KEYED,
-        "layer_types": [
-            "full_attention" if i % _GEMMA3N_PERIOD == _GEMMA3N_PERIOD - 1 else "sliding_attention"
-            for i in range(layers)
-        ],
-        "activation_sparsity_pattern": [
-            0.95 if i < _GEMMA3N_SPARSE else 0.0 for i in range(layers)
-        ],
-        "rope_local_base_freq": 10_000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "final_logit_soft_cap": 30.0,
-    }
-    problems = [
-        f"{name} is {config[name]!r}; llama.cpp computes with {expected!r}"
-        for name, expected in fixed.items()
-        if config[name] != expected
-    ]
+def _check_settings(model: Any, family: Family, described: Mapping[str, Any]) -> None:
+    """Refuse a model that the metadata would make another model of."""
+    given = backbone_settings(model)
+    problems = family.unlike(given, "llama.cpp", family.gguf.fixed(given))
+    if not problems and "layer_types" not in family.hugging_face.fields:
+        problems = _read_back(given, family, described, family.weights(model))
     if problems:
-        raise _unsaid("Gemma 3n", problems)
-    sparsity = statistics.NormalDist()
-    return {
-        "context_length": context_length(model),
-        "embedding_length": config["text_hidden_size"],
-        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
-        "block_count": layers,
-        "feed_forward_length": list(config["intermediate_size"]),
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "attention.sliding_window": config["sliding_window"],
-        "attention.sliding_window_pattern": local,
-        "attention.shared_kv_layers": config["num_kv_shared_layers"],
-        "altup.num_inputs": config["altup_num_inputs"],
-        "altup.active_idx": config["altup_active_idx"],
-        "activation_sparsity_scale": [
-            sparsity.inv_cdf(part) if part else -math.inf
-            for part in config["activation_sparsity_pattern"]
-        ],
-        "rope.freq_base": float(config["rope_theta"]),
-        "rope.freq_base_swa": float(config["rope_local_base_freq"]),
-        "final_logit_softcapping": float(config["final_logit_soft_cap"]),
-    }
+        raise ExportError(
+            f"GGUF has no words for some settings of this {family.title}.",
+            problems,
+            "Export a Keras preset or a Hugging Face folder instead.",
+        )
 
 
-def _gemma4_sizes(model: Any) -> dict[str, Any]:
-    config = backbone_settings(model)
-    problems = [
-        f"{name} is {config[name]!r}; llama.cpp computes with {expected!r}"
-        for name, expected in _GEMMA4_FIXED.items()
-        if config[name] != expected
-    ]
-    if problems:
-        raise _unsaid("Gemma 4", problems)
-    local = [kind == "sliding_attention" for kind in config["layer_types"]]
-    wide = config["global_head_dim"] or config["head_dim"]
-    heads, few = config["num_key_value_heads"], config["num_global_key_value_heads"]
-    width = config["intermediate_dim"]
-    alone = config["num_layers"] - config["num_kv_shared_layers"]
-    doubled = config["use_double_wide_mlp"] and config["num_kv_shared_layers"]
-    sizes: dict[str, Any] = {
-        "context_length": context_length(model),
-        "embedding_length": config["hidden_dim"],
-        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
-        "block_count": config["num_layers"],
-        "feed_forward_length": [width * (1 + (i >= alone)) for i in range(len(local))]
-        if doubled
-        else width,
-        "attention.head_count": config["num_query_heads"],
-        "attention.head_count_kv": [heads if near else few for near in local] if few else heads,
-        "attention.key_length": wide,
-        "attention.value_length": wide,
-        "attention.key_length_swa": config["head_dim"],
-        "attention.value_length_swa": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
-        "attention.sliding_window": config["sliding_window_size"],
-        "attention.sliding_window_pattern": local,
-        "attention.shared_kv_layers": config["num_kv_shared_layers"],
-        "rope.dimension_count": wide,
-        "rope.dimension_count_swa": config["head_dim"],
-        "rope.freq_base": float(config["global_rope_wavelength"] or 1_000_000),
-        "rope.freq_base_swa": float(config["local_rope_wavelength"] or 10_000),
-    }
-    if config["final_logit_soft_cap"]:
-        sizes["final_logit_softcapping"] = float(config["final_logit_soft_cap"])
-    if config["enable_moe_block"]:
-        sizes |= {
-            "expert_count": config["num_experts"],
-            "expert_used_count": config["num_experts_per_token"],
-            "expert_feed_forward_length": config["expert_intermediate_dim"],
-        }
-    return sizes
-
-
-def _rope_factors(model: Any) -> dict[str, np.ndarray]:
-    """RoPE factors of Gemma 4: a part of each global head rotates, the rest does not (1e30)."""
-    config = backbone_settings(model)
-    half = (config["global_head_dim"] or config["head_dim"]) // 2
-    turned = int(half * config["global_rope_partial_rotary_factor"])
-    return {"rope_freqs.weight": np.array([1.0] * turned + [1e30] * (half - turned), np.float32)}
-
-
-def _unsaid(title: str, problems: list[str]) -> ExportError:
-    return ExportError(
-        f"GGUF has no words for some settings of this {title}.",
-        problems,
-        "Export a Keras preset or a Hugging Face folder instead.",
-    )
-
-
-def _check_sizes(model: Any, family: Family, sizes: Mapping[str, Any]) -> None:
-    """Read the metadata back: what they cannot say would make another model of the file."""
+def _read_back(
+    given: Mapping[str, Any],
+    family: Family,
+    described: Mapping[str, Any],
+    weights: Iterable[Weight],
+) -> list[str]:
+    """Name the settings that the metadata do not give back."""
     tensors = {
         weight.gguf: TensorInfo(weight.gguf, weight.matrix_shape, _Kind.F32, 0, 0, pathlib.Path())
-        for weight in family.weights(model)
+        for weight in weights
     }
-    described = backbone_config(GgufFile(pathlib.Path(), sizes, tensors), family)
-    defaults = inspect.signature(backbone_class(family)).parameters
+    found = backbone_config(GgufFile(pathlib.Path(), described, tensors), family)
+    defaults = inspect.signature(family.backbone_class).parameters
     problems = []
-    for name, value in backbone_settings(model).items():
+    for name, value in given.items():
         if name in _SILENT:
             continue
         default = defaults[name].default if name in defaults else value
-        expected = described.get(name, default)
+        expected = found.get(name, default)
         if not _same(value, expected):
             problems.append(f"{name} is {value!r}; llama.cpp computes with {expected!r}")
-    if problems:
-        raise _unsaid(family.title, problems)
+    return problems
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -418,7 +253,7 @@ def _same(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) if numbers else a == b
 
 
-def _tokenizer(model: Any) -> dict[str, Any]:
+def _tokenizer(model: Any, family: Family) -> dict[str, Any]:
     """The SentencePiece model taken apart, padded to the rows of the embedding."""
     proto = sentencepiece_messages().ModelProto.FromString(model.preprocessor.tokenizer.proto)
     rows = _rows(model)
@@ -444,10 +279,12 @@ def _tokenizer(model: Any) -> dict[str, Any]:
         scores.append(_NO_SCORE)
         types.append(UNUSED)
     prefix = "tokenizer.ggml."
-    kind_of_tokenizer: dict[str, Any] = {prefix + "model": "llama", prefix + "pre": "default"}
-    if family_of(model).name == "gemma4":
+    kind_of_tokenizer: dict[str, Any] = {prefix + "model": family.gguf.tokenizer}
+    if family.gguf.tokenizer == SENTENCEPIECE:
+        kind_of_tokenizer[prefix + "pre"] = "default"
+    else:
         merges = [" ".join(pair) for pair in merge_rules(proto.pieces)]
-        kind_of_tokenizer = {prefix + "model": "gemma4", prefix + "merges": merges}
+        kind_of_tokenizer[prefix + "merges"] = merges
     return {
         **kind_of_tokenizer,
         prefix + "tokens": tokens,
@@ -465,7 +302,7 @@ def _template(model: keras.Model) -> dict[str, Any]:
     instruct = is_instruct(model)
     if instruct is False and template_of(model) is None:
         return {INSTRUCT_KEY: False}
-    template = get_template("auto", model)
+    template = get_template(model)
     metadata: dict[str, Any] = {TEMPLATE_KEY: json.dumps(template.to_config())}
     if instruct is not None:
         metadata[INSTRUCT_KEY] = instruct
@@ -500,16 +337,14 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def _rows(model: Any) -> int:
     """Tokens of the file. Gemma 3n's embedding has more, for images and sounds."""
     rows = int(family_of(model).head(model).embedding.shape[0])
-    if family_of(model).name != "gemma3n":
-        return rows
-    return min(rows, int(model.backbone.get_config()["vocab_size_per_layer_input"]))
+    return min(rows, int(backbone_settings(model).get("vocab_size_per_layer_input") or rows))
 
 
 def _tensor_kind(weight: Weight, kind: str) -> gguf.GGMLQuantizationType:
     shape = weight.matrix_shape
-    if len(shape) < 2 or weight.entry.gguf in _PRECISE:
+    if len(shape) < 2 or weight.spec.gguf in GGUF_PRECISE:
         return _Kind.F32
-    if kind == "Q4_0" and weight.entry.kind == "embedding":
+    if kind == "Q4_0" and weight.spec.kind == "embedding":
         kind = "Q8_0"
     if kind in QUANTIZATIONS and shape[-1] % gguf.GGML_QUANT_SIZES[_Kind[kind]][0]:
         kind = "F16"
@@ -545,12 +380,12 @@ def _write_tensors(
 
 def _tensor(group: Iterable[tuple[Weight, np.ndarray]]) -> np.ndarray:
     """A tensor out of its pieces, or the one weight it holds."""
-    pieces: dict[Piece | None, np.ndarray] = {}
+    pieces: dict[FusedPart | None, np.ndarray] = {}
     for weight, value in group:
         matrix, offset = weight.to_matrix(value), weight.gguf_offset
         if offset:
             matrix = np.asarray(matrix, np.float32) + offset
-        pieces[weight.entry.gguf_piece] = matrix
+        pieces[weight.spec.gguf_part] = matrix
     return join(pieces)
 
 

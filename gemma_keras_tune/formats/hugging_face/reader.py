@@ -3,8 +3,8 @@
 KerasHub reads what Hugging Face publishes: Gemma 1 to 3, and the models of 3n and 4 that see and
 hear. What it does not know are the text models of 3n and 4 (`gemma3n_text`, `gemma4_text`); it
 takes any matrix for any other with as many values, and passes over settings it has no argument for.
-So text models are built after `hugging_face_settings` and filled after `families`, each weight
-checked before the first is taken, and KerasHub's reading of the others is compared with both.
+So text models are built by `settings` and filled by the family's table, each weight checked before
+the first is taken, and KerasHub's reading of the others is compared with both.
 """
 
 import collections
@@ -29,18 +29,11 @@ from gemma_keras_tune.formats.hugging_face.settings import (
 )
 from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import FAMILIES, Piece, Weight, family_of, split
+from gemma_keras_tune.gemma.families import Family, Weight, family_of, joined_shape, split
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-TEXT_MODEL_TYPES = {
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gemma3n_text": "gemma3n",
-    "gemma4_text": "gemma4",
-}
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
@@ -152,7 +145,9 @@ def _check_tensors(
     idle = family.idle_names(model)
     problems = shape_problems(
         {
-            known.get(name, name): _shape(parts)
+            known.get(name, name): joined_shape(
+                parts[0].matrix_shape, parts[0].spec.part, len(parts)
+            )
             for name, parts in groups.items()
             # Checkpoints may leave out what is never read.
             if name in known or parts[0].used
@@ -166,7 +161,7 @@ def _check_tensors(
         if name in groups and tensor.dtype not in _DTYPES
     ]
     if not problems:
-        problems = _head_problems(config, tensors)
+        problems = _head_problems(config, next(iter(groups)), tensors)
     if problems:
         raise LoadError(
             f"The weights in {folder} do not fit the model its config.json describes.",
@@ -175,13 +170,15 @@ def _check_tensors(
         )
 
 
-def _head_problems(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _head_problems(
+    config: Mapping[str, Any], embedding: str, tensors: Mapping[str, Tensor]
+) -> list[str]:
     """KerasHub's Gemmas write with the embedding they read with."""
     text = config.get("text_config") or {}
     if config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False:
         return []
     head = next((tensor for name, tensor in tensors.items() if name.endswith(_HEAD)), None)
-    if head is not None and _same(head, tensors["model.embed_tokens.weight"]):
+    if head is not None and _same(head, tensors[embedding]):
         return []
     return [f"tie_word_embeddings is false, and {_HEAD} is not the embedding: KerasHub ties them"]
 
@@ -199,23 +196,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return all(parts[0][rows].tobytes() == parts[1][rows].tobytes() for rows in ranges)
 
 
-def _shape(parts: Sequence[Weight]) -> tuple[int, ...]:
-    shape = list(parts[0].matrix_shape)
-    piece = parts[0].entry.piece
-    if piece is not None:
-        shape[piece.axis] *= len(parts)
-    return tuple(shape)
-
-
 def load_hugging_face(
-    folder: pathlib.Path, config: Mapping[str, Any], owner: type[Any], *, dtype: str
+    folder: pathlib.Path, config: Mapping[str, Any], family: Family, *, dtype: str
 ) -> keras.Model:
     """Open a folder.
 
     Args:
         folder: The folder.
         config: Its `config.json`, that of a Gemma.
-        owner: KerasHub's class for it, which reads the models that see and hear.
+        family: The family it names.
         dtype: Keras dtype of the weights.
 
     Returns:
@@ -226,15 +215,15 @@ def load_hugging_face(
             fit them.
     """
     tensors = read_tensors(folder)
-    text = config if config["model_type"] in TEXT_MODEL_TYPES else config.get("text_config") or {}
+    sees = config["model_type"] == family.hugging_face.media_type
+    text = config.get("text_config") or {} if sees else config
     _check_depth(folder, text, tensors)
-    if text is config:
-        return _load_text_model(folder, config, tensors, dtype)
-    family = FAMILIES[config["model_type"]]
+    if not sees:
+        return _load_text_model(folder, family, config, tensors, dtype)
     backbone_arguments(folder, family, text)  # before anything is built
     whole = {**config, "text_config": completed(family, text)}
     with _with_config(folder, whole) as place:
-        model: keras.Model = owner.from_preset(str(place), dtype=dtype)
+        model: keras.Model = family.causal_lm_class.from_preset(str(place), dtype=dtype)
     check_reading(folder, family, text, model.backbone.get_config())
     _check_tensors(folder, config, model, tensors)
     return model
@@ -258,9 +247,12 @@ def _with_config(folder: pathlib.Path, config: Mapping[str, Any]) -> Iterator[pa
 
 
 def _load_text_model(
-    folder: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: str
+    folder: pathlib.Path,
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: str,
 ) -> keras.Model:
-    family = FAMILIES[TEXT_MODEL_TYPES[config["model_type"]]]
     backbone = empty_backbone(family, backbone_arguments(folder, family, config), dtype)
     _check_tensors(folder, config, backbone, tensors)
     weights = family.weights(backbone)
@@ -289,7 +281,7 @@ def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
     counts = collections.Counter(weight.hugging_face for weight in weights)
     files = collections.defaultdict(list)
     for weight in weights:
-        tensor = tensors.get(_text_name(weight.hugging_face))
+        tensor = tensors.get(weight.text_name)
         if tensor is None:
             weight.variable.assign(np.zeros(weight.variable.shape, "float32"))
         else:
@@ -298,7 +290,5 @@ def _assign(weights: Sequence[Weight], tensors: Mapping[str, Tensor]) -> None:
         with safe_open(file, "np") as opened:
             for weight, name in held:
                 value = opened.get_tensor(name)
-                piece: Piece | None = weight.entry.piece
-                if piece is not None:
-                    value = split(value, piece, counts[weight.hugging_face])
+                value = split(value, weight.spec.part, counts[weight.hugging_face])
                 weight.variable.assign(weight.from_matrix(value))

@@ -1,7 +1,8 @@
 """The settings of Hugging Face's `config.json` and those of KerasHub's backbones, both ways.
 
-What a config leaves out is what transformers takes for it. What KerasHub cannot compute is refused
-by name: its own reader passes over most of it and builds another model without a word.
+The names and values of each family are in `gemma.tables`. A field that a config leaves out has
+transformers' default. A setting that KerasHub cannot compute is refused by name: its own reader
+ignores most of them and builds another model without a word.
 """
 
 import pathlib
@@ -10,147 +11,78 @@ from typing import Any
 
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.gemma.families import Family
+from gemma_keras_tune.gemma.tables import FULL, GELU, SLIDING
 
-# transformers' name of a setting, and KerasHub's.
-FIELDS: Mapping[str, Mapping[str, str]] = {
-    "gemma3n": {
-        "vocab_size": "text_vocab_size",
-        "hidden_size": "text_hidden_size",
-        "final_logit_softcapping": "final_logit_soft_cap",
-        **{
-            name: name
-            for name in (
-                "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                "intermediate_size", "layer_types", "sliding_window", "rms_norm_eps",
-                "max_position_embeddings", "vocab_size_per_layer_input",
-                "hidden_size_per_layer_input", "altup_num_inputs", "altup_active_idx",
-                "altup_coef_clip", "altup_correct_scale", "laurel_rank", "num_kv_shared_layers",
-                "activation_sparsity_pattern", "attention_bias", "attention_dropout",
-            )
-        },
-    },
-    "gemma4": {
-        "vocab_size": "vocabulary_size",
-        "hidden_size": "hidden_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_query_heads",
-        "num_key_value_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "global_head_dim": "global_head_dim",
-        "num_global_key_value_heads": "num_global_key_value_heads",
-        "intermediate_size": "intermediate_dim",
-        "layer_types": "layer_types",
-        "sliding_window": "sliding_window_size",
-        "rms_norm_eps": "layer_norm_epsilon",
-        "final_logit_softcapping": "final_logit_soft_cap",
-        "vocab_size_per_layer_input": "vocab_size_per_layer_input",
-        "hidden_size_per_layer_input": "hidden_size_per_layer_input",
-        "num_kv_shared_layers": "num_kv_shared_layers",
-        "use_double_wide_mlp": "use_double_wide_mlp",
-        "enable_moe_block": "enable_moe_block",
-        "num_experts": "num_experts",
-        "moe_intermediate_size": "expert_intermediate_dim",
-        "top_k_experts": "num_experts_per_token",
-    },
-}  # fmt: skip
-_OLDER_FIELDS = {
-    "vocab_size": "vocabulary_size",
-    "hidden_size": "hidden_dim",
-    "intermediate_size": "intermediate_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_query_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "layer_norm_epsilon",
-}
-_CAPPED_FIELDS = _OLDER_FIELDS | {
-    "attn_logit_softcapping": "attention_logit_soft_cap",
-    "final_logit_softcapping": "final_logit_soft_cap",
-    "sliding_window": "sliding_window_size",
-}
-_FIELDS: Mapping[str, Mapping[str, str]] = {
-    "gemma": _OLDER_FIELDS,
-    "gemma2": _CAPPED_FIELDS,
-    "gemma3": _CAPPED_FIELDS,
-    **FIELDS,
-}
-# What transformers takes where a config says nothing; published ones leave some of it out.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "gemma": {"rms_norm_eps": 1e-6},
-    "gemma2": {
-        "rms_norm_eps": 1e-6,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "sliding_window": 4096,
-    },
-    "gemma3": {
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "rms_norm_eps": 1e-6,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "sliding_window": 4096,
-    },
-    "gemma3n": {},
-    "gemma4": {
-        "num_global_key_value_heads": None,
-        "num_experts": None,
-        "moe_intermediate_size": None,
-        "top_k_experts": None,
-        "enable_moe_block": False,
-        "use_double_wide_mlp": False,
-    },
-}
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_ROPE_KINDS = {_FULL: "rope_theta", _SLIDING: "rope_local_base_freq"}
-_THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
+_ROPE_FIELDS = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 _PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
-# Every second or sixth layer uses full attention.
-_PERIODS = {"gemma2": 2, "gemma3": 6}
-# KerasHub's Gemma 1 to 3 take `layer_norm_epsilon` for the last norm alone.
-EPSILON = 1e-6
-_TANH = "gelu_pytorch_tanh"
+# The window of models without one.
+_ENDLESS = 131_072
 _AGAIN = "Copy or download the folder again."
 _OTHER = "Tune the model it was made of, or open it with transformers."
 
 
 def settings(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of transformers' configuration of a Gemma 3n or 4.
+    """Return the fields of transformers' configuration of a text model.
 
     Args:
-        given: What the KerasHub backbone is built from.
+        given: The arguments of the KerasHub backbone.
         family: Its family.
 
     Returns:
-        Fields by name. What transformers has no field for is not looked at.
+        Fields by name. Settings that transformers has no field for are not examined.
     """
-    fields = {theirs: given[ours] for theirs, ours in FIELDS[family.name].items()}
-    if family.name == "gemma3n":
-        # The names of before transformers 5, which later ones still read.
-        return fields | {name: given[name] for name in _ROPE_KINDS.values()}
-    shared = given["num_global_key_value_heads"] is not None
-    return fields | {
-        "attention_k_eq_v": shared,
+    fields: dict[str, Any] = {
+        theirs: given[ours] if ours else None for theirs, ours in family.hugging_face.fields.items()
+    }
+    if family.gates > 1:
+        fields["intermediate_size"] //= family.gates
+    if "query_pre_attn_scalar" in fields:
+        by_head = given["query_head_dim_normalize"]
+        share = given["hidden_dim"] / given["num_query_heads"]
+        fields["query_pre_attn_scalar"] = given["head_dim"] if by_head else share
+    if "sliding_window" in fields and not given.get("use_sliding_window_attention", True):
+        fields["sliding_window"] = _ENDLESS
+    if "num_global_key_value_heads" in fields:
+        fields |= _sizes_of_global_layers(given)
+    fields |= _rope_fields(given, family)
+    if family.hugging_face.period_field:
+        sliding = given["use_sliding_window_attention"]
+        period = family.full_attention_period if sliding else 1
+        fields |= {
+            family.hugging_face.period_field: period,
+            "layer_types": layer_types(given["num_layers"], period or 1),
+            "use_bidirectional_attention": False,
+        }
+    factor = family.ropes[FULL].factor
+    if factor and given[factor] != 1:
+        fields["rope_scaling"] = {"rope_type": "linear", "factor": float(given[factor])}
+    return fields
+
+
+def _sizes_of_global_layers(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_k_eq_v": given["num_global_key_value_heads"] is not None,
         "global_head_dim": given["global_head_dim"] or given["head_dim"],
         "vocab_size_per_layer_input": given["vocab_size_per_layer_input"]
         or given["vocabulary_size"],
         "top_k_experts": given["num_experts_per_token"] if given["enable_moe_block"] else None,
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "proportional",
-                "rope_theta": given["global_rope_wavelength"] or 1_000_000.0,
-                "partial_rotary_factor": given["global_rope_partial_rotary_factor"],
-            },
-            "sliding_attention": {
-                "rope_type": "default",
-                "rope_theta": given["local_rope_wavelength"] or 10_000.0,
-            },
-        },
     }
+
+
+def _rope_fields(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The rotary embedding; in the names of before transformers 5, if those suffice."""
+    thetas = {
+        kind: (given[rope.setting] if rope.setting else None) or rope.theta
+        for kind, rope in family.ropes.items()
+    }
+    if not any(rope.share for rope in family.ropes.values()):
+        return {_ROPE_FIELDS[kind]: theta for kind, theta in thetas.items()}
+    parameters: dict[str, dict[str, Any]] = {}
+    for kind, rope in family.ropes.items():
+        turned = {"partial_rotary_factor": given[rope.share]} if rope.share else {}
+        rope_type = "proportional" if rope.share else "default"
+        parameters[kind] = {"rope_type": rope_type, "rope_theta": thetas[kind], **turned}
+    return {"rope_parameters": parameters}
 
 
 def backbone_arguments(
@@ -164,13 +96,13 @@ def backbone_arguments(
         config: The settings of the text model: `config.json`, or `text_config` in it.
 
     Returns:
-        Arguments of `backbone_class(family)`.
+        Arguments of `family.backbone_class`.
 
     Raises:
         LoadError: Settings are missing, or mean what KerasHub cannot compute. All are named.
     """
     filled = _filled(family, config)
-    fields = _FIELDS[family.name]
+    fields = {theirs: ours for theirs, ours in family.hugging_face.fields.items() if ours}
     missing = [f"{name} is missing" for name in fields if name not in filled]
     if missing:
         raise LoadError(
@@ -184,23 +116,47 @@ def backbone_arguments(
             problems,
             _OTHER,
         )
-    arguments = {ours: filled[theirs] for theirs, ours in fields.items()}
-    if family.name == "gemma3n":
-        return arguments | _gemma3n(filled, ropes)
-    if family.name == "gemma4":
-        return _gemma4(arguments, filled, ropes)
-    return arguments | _older(family, filled, ropes)
+    arguments = {ours: filled[theirs] for theirs, ours in fields.items()} | dict(family.built_with)
+    for kind, rope in family.ropes.items():
+        if rope.setting:
+            arguments[rope.setting] = ropes[kind]["rope_theta"]
+        if rope.factor:
+            linear = ropes[kind]["rope_type"] == "linear"
+            arguments[rope.factor] = float(ropes[kind].get("factor", 1.0)) if linear else 1.0
+        if rope.share:
+            arguments[rope.share] = ropes[kind].get("partial_rotary_factor", 1.0)
+    _adapt_sizes(family, filled, arguments)
+    return arguments
+
+
+def _adapt_sizes(family: Family, config: Mapping[str, Any], arguments: dict[str, Any]) -> None:
+    """Change arguments that KerasHub wants in another way than a config has them."""
+    widths = config["intermediate_size"]
+    if family.gates > 1:
+        arguments["intermediate_dim"] = family.gates * widths
+    if family.widths_by_layer and not isinstance(widths, list):
+        arguments["intermediate_size"] = [widths] * config["num_hidden_layers"]
+    if "pad_token_id" in arguments:
+        arguments["pad_token_id"] = config.get("pad_token_id") or 0
+    if family.full_attention_period:
+        scalar = config["query_pre_attn_scalar"]
+        arguments["query_head_dim_normalize"] = scalar == config["head_dim"]
+        arguments["use_sliding_window_attention"] = SLIDING in config["layer_types"]
+    if "num_global_key_value_heads" in arguments and not config.get("attention_k_eq_v"):
+        arguments["num_global_key_value_heads"] = None
+    if "enable_moe_block" in arguments and not arguments["enable_moe_block"]:
+        del arguments["num_experts_per_token"]
 
 
 def _filled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    filled = {**_DEFAULTS[family.name], **config}
-    period = _PERIODS.get(family.name)
+    table = family.hugging_face
+    filled = {**table.defaults, **config}
+    period = family.full_attention_period
     if period and not filled.get("layer_types") and "num_hidden_layers" in filled:
-        if family.name == "gemma3":
-            period = filled.get("sliding_window_pattern") or period
+        period = filled.get(table.period_field or "") or period
         filled["layer_types"] = layer_types(filled["num_hidden_layers"], period)
-    if family.name == "gemma4":
-        # Saved by transformers 5, the layers that see everything have sizes of their own.
+    if "global_head_dim" in table.fields:
+        # Saved by transformers 5, the layers with full attention have their own sizes.
         for layer in (config.get("per_layer_config") or {}).values():
             filled["global_head_dim"] = layer.get("head_dim", filled.get("global_head_dim"))
             filled["num_global_key_value_heads"] = layer.get("num_key_value_heads")
@@ -209,31 +165,34 @@ def _filled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_types(layers: int, period: int) -> list[str]:
-    """Attention type of each layer: every `period`-th uses full attention, others a sliding window.
+    """Return the attention type of each layer: full for every `period`-th, else a sliding window.
 
     Args:
         layers: Number of layers.
-        period: Distance of layers with full attention; with 1 all have it.
+        period: Distance between layers with full attention; with 1 all have it.
 
     Returns:
         transformers' name for each layer.
     """
-    return [_SLIDING if (layer + 1) % period else _FULL for layer in range(layers)]
+    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
 
 
 def _ropes(family: Family, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rotary embedding of each kind of attention, however the config spells it."""
     given = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
-    if _FULL in scaling or _SLIDING in scaling:
+    if FULL in scaling or SLIDING in scaling:
         given, scaling = scaling, {}
-    if family.name in ("gemma", "gemma2"):
-        theta = config.get("rope_theta") or _LOCAL_THETA
-        return {_FULL: _rope(theta, scaling, given)}
-    local = _rope(config.get("rope_local_base_freq") or _LOCAL_THETA, given.get(_SLIDING) or {})
-    stretch = _PROPORTIONAL if family.name == "gemma4" and not given else {}
-    theta = config.get("rope_theta") or _THETA
-    return {_FULL: _rope(theta, stretch, given.get(_FULL) or {}, scaling), _SLIDING: local}
+    full = family.ropes[FULL]
+    theta = config.get("rope_theta") or full.theta
+    if len(family.ropes) == 1:
+        return {FULL: _rope(theta, scaling, given)}
+    local_theta = config.get("rope_local_base_freq") or family.ropes[SLIDING].theta
+    stretch = _PROPORTIONAL if full.share and not given else {}
+    return {
+        FULL: _rope(theta, stretch, given.get(FULL) or {}, scaling),
+        SLIDING: _rope(local_theta, given.get(SLIDING) or {}),
+    }
 
 
 def _rope(theta: float, *given: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,25 +209,24 @@ def _not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
         yield "quantization_config: quantized weights cannot be read"
     if config.get("attention_bias"):
         yield "attention_bias is true, and KerasHub's attention has none"
-    # Gemma 1 was published with "gelu", which transformers, too, takes for the approximation.
-    old = family.name == "gemma"
-    for name in ("hidden_act", "hidden_activation") if old else ("hidden_activation",):
-        if config.get(name) not in (None, _TANH, *(["gelu"] if old else [])):
-            yield f"{name} is {config[name]!r}, and KerasHub computes {_TANH!r}"
-    if family.name not in FIELDS and config["rms_norm_eps"] != EPSILON:
-        yield f"rms_norm_eps is {config['rms_norm_eps']!r}, and KerasHub's blocks have {EPSILON!r}"
-    if family.name in _PERIODS:
-        yield from _attention_not_computed(family, config)
+    for name, known in family.hugging_face.activations.items():
+        if config.get(name) not in (None, *known):
+            yield f"{name} is {config[name]!r}, and KerasHub computes {GELU!r}"
+    epsilon = family.fixed.get("layer_norm_epsilon", config["rms_norm_eps"])
+    if config["rms_norm_eps"] != epsilon:
+        yield f"rms_norm_eps is {config['rms_norm_eps']!r}, and KerasHub's blocks have {epsilon!r}"
+    if family.full_attention_period:
+        yield from _attention_not_computed(family.full_attention_period, config)
 
 
-def _attention_not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    layers, period = config["num_hidden_layers"], _PERIODS[family.name]
-    if config["layer_types"] not in (layer_types(layers, period), [_FULL] * layers):
+def _attention_not_computed(period: int, config: Mapping[str, Any]) -> Iterator[str]:
+    layers = config["num_hidden_layers"]
+    if config["layer_types"] not in (layer_types(layers, period), [FULL] * layers):
         yield (
             f"layer_types is {config['layer_types']}, and of KerasHub's layers the "
             f"{period}th, {2 * period}th and so on see everything"
         )
-    elif _SLIDING in config["layer_types"] and not config["sliding_window"]:
+    elif SLIDING in config["layer_types"] and not config["sliding_window"]:
         yield f"sliding_window is {config['sliding_window']!r}, and there are layers that slide"
     scalar, head, share = config["query_pre_attn_scalar"], config["head_dim"], _share(config)
     if scalar not in (head, share):
@@ -284,72 +242,19 @@ def _share(config: Mapping[str, Any]) -> int:
 
 def _ropes_not_computed(family: Family, ropes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for kind, rope in ropes.items():
-        theta = _LOCAL_THETA if kind == _SLIDING or len(ropes) == 1 else _THETA
-        if family.name not in FIELDS and rope["rope_theta"] != theta:
-            yield f"rope_theta of {kind} is {rope['rope_theta']:g}, and KerasHub's is {theta:g}"
+        ours = family.ropes[kind]
+        if not ours.setting and rope["rope_theta"] != ours.theta:
+            theta = rope["rope_theta"]
+            yield f"rope_theta of {kind} is {theta:g}, and KerasHub's is {ours.theta:g}"
         known = ["default"]
-        if family.name == "gemma3":
+        if ours.factor:
             known.append("linear")
-        if family.name == "gemma4" and kind == _FULL:
+        if ours.share:
             known.append("proportional")
         if rope["rope_type"] not in known:
             yield f"rope_type of {kind} is {rope['rope_type']!r}, and KerasHub computes {known}"
         elif rope["rope_type"] == "proportional" and rope.get("factor", 1.0) != 1.0:
             yield f"factor of {kind} is {rope['factor']!r}, and KerasHub's is 1"
-
-
-def _older(
-    family: Family, config: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    # KerasHub gives Gemma 1 and 2 the width of both gates together.
-    doubled = {"intermediate_dim": 2 * config["intermediate_size"]}
-    if family.name == "gemma":
-        return doubled
-    arguments = {
-        "query_head_dim_normalize": config["query_pre_attn_scalar"] == config["head_dim"],
-        "use_post_ffw_norm": True,
-        "use_post_attention_norm": True,
-        "use_sliding_window_attention": _SLIDING in config["layer_types"],
-    }
-    if family.name == "gemma2":
-        return doubled | arguments
-    return arguments | {
-        "image_size": None,
-        "use_query_key_norm": True,
-        "local_rope_scaling_factor": _factor(ropes[_SLIDING]),
-        "global_rope_scaling_factor": _factor(ropes[_FULL]),
-    }
-
-
-def _factor(rope: Mapping[str, Any]) -> float:
-    return float(rope.get("factor", 1.0)) if rope["rope_type"] == "linear" else 1.0
-
-
-def _gemma3n(config: Mapping[str, Any], ropes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    widths, layers = config["intermediate_size"], config["num_hidden_layers"]
-    return {
-        **{name: ropes[kind]["rope_theta"] for kind, name in _ROPE_KINDS.items()},
-        "intermediate_size": widths if isinstance(widths, list) else [widths] * layers,
-        "hidden_activation": "gelu_approximate",
-        "pad_token_id": config.get("pad_token_id") or 0,
-    }
-
-
-def _gemma4(
-    arguments: dict[str, Any],
-    config: Mapping[str, Any],
-    ropes: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    if not config.get("attention_k_eq_v"):
-        arguments["num_global_key_value_heads"] = None
-    if not arguments["enable_moe_block"]:
-        del arguments["num_experts_per_token"]
-    return arguments | {
-        "image_size": None,
-        "global_rope_wavelength": ropes[_FULL]["rope_theta"],
-        "local_rope_wavelength": ropes[_SLIDING]["rope_theta"],
-        "global_rope_partial_rotary_factor": ropes[_FULL].get("partial_rotary_factor", 1.0),
-    }
 
 
 def check_reading(
@@ -366,7 +271,7 @@ def check_reading(
     Raises:
         LoadError: KerasHub computes another model. Every difference is named.
     """
-    theirs = {ours: name for name, ours in _FIELDS[family.name].items()}
+    theirs = {ours: name for name, ours in family.hugging_face.fields.items()}
     meant = backbone_arguments(folder, family, config)
     problems = [
         f"{theirs.get(name, name)} is {value!r}, and KerasHub computes with {given[name]!r}"
@@ -392,5 +297,5 @@ def completed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
         The settings, more of them.
     """
     ropes = _ropes(family, config)
-    written = {name: ropes[kind]["rope_theta"] for kind, name in _ROPE_KINDS.items()}
+    written = {name: ropes[kind]["rope_theta"] for kind, name in _ROPE_FIELDS.items()}
     return _filled(family, config) | written

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.hugging_face.reader import INDEX
-from gemma_keras_tune.formats.hugging_face.settings import EPSILON, FIELDS, layer_types, settings
+from gemma_keras_tune.formats.hugging_face.settings import settings
 from gemma_keras_tune.formats.hugging_face.tokenizer import write_json, write_tokenizer
 from gemma_keras_tune.formats.weights import (
     DTYPES,
@@ -37,16 +37,9 @@ from gemma_keras_tune.gemma.families import (
     is_instruct,
     join,
 )
+from gemma_keras_tune.gemma.tables import FULL, GELU
 from gemma_keras_tune.gemma.templates import Template, get_template, template_of
 
-_MODEL_TYPES = {
-    "gemma": ("gemma", "GemmaForCausalLM"),
-    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "gemma3n": ("gemma3n_text", "Gemma3nForCausalLM"),
-    "gemma4": ("gemma4_text", "Gemma4ForCausalLM"),
-}
-_LONG_POSITIONS = 131_072
 _BOS, _EOS, _PAD = 2, 1, 0
 
 
@@ -104,19 +97,17 @@ def _template(model: keras.Model) -> Template | None:
     """The prompt format; `None` for a pretrained model that was not tuned."""
     if is_instruct(model) is False and template_of(model) is None:
         return None
-    return get_template("auto", model)
+    return get_template(model)
 
 
 def _config(model: Any, family: Family) -> dict[str, Any]:
     given = backbone_settings(model)
     _refuse_settings(given, family)
-    model_type, architecture = _MODEL_TYPES[family.name]
-    sizes = settings(given, family) if family.name in FIELDS else _older_settings(given, family)
     return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
+        "architectures": [family.hugging_face.architecture],
+        "model_type": family.hugging_face.model_type,
+        "hidden_act": GELU,
+        "hidden_activation": GELU,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "max_position_embeddings": context_length(model),
@@ -124,109 +115,13 @@ def _config(model: Any, family: Family) -> dict[str, Any]:
         "use_cache": True,
         "bos_token_id": _BOS,
         "pad_token_id": _PAD,
-        **sizes,
+        **settings(given, family),
     }
-
-
-def _older_settings(given: dict[str, Any], family: Family) -> dict[str, Any]:
-    old = family.name in ("gemma", "gemma2")
-    config: dict[str, Any] = {
-        "vocab_size": given["vocabulary_size"],
-        "hidden_size": given["hidden_dim"],
-        # KerasHub gives Gemma 1 and 2 the width of both gates together.
-        "intermediate_size": given["intermediate_dim"] // (2 if old else 1),
-        "num_hidden_layers": given["num_layers"],
-        "num_attention_heads": given["num_query_heads"],
-        "num_key_value_heads": given["num_key_value_heads"],
-        "head_dim": given["head_dim"],
-        "rms_norm_eps": EPSILON,
-        "rope_theta": 10_000.0,
-    }
-    if family.name != "gemma":
-        config |= _later_config(given)
-    if family.name == "gemma3":
-        config |= _gemma3_config(given)
-    return config
-
-
-def _later_config(given: dict[str, Any]) -> dict[str, Any]:
-    scalar = given["head_dim"]
-    if not given["query_head_dim_normalize"]:
-        scalar = given["hidden_dim"] / given["num_query_heads"]
-    window = given["sliding_window_size"]
-    if not given["use_sliding_window_attention"]:
-        window = _LONG_POSITIONS
-    return {
-        "query_pre_attn_scalar": scalar,
-        "attn_logit_softcapping": given["attention_logit_soft_cap"],
-        "final_logit_softcapping": given["final_logit_soft_cap"],
-        "sliding_window": window,
-    }
-
-
-def _gemma3_config(given: dict[str, Any]) -> dict[str, Any]:
-    period = 6 if given["use_sliding_window_attention"] else 1
-    config: dict[str, Any] = {
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": period,
-        "layer_types": layer_types(given["num_layers"], period),
-        "use_bidirectional_attention": False,
-    }
-    factor = float(given["global_rope_scaling_factor"])
-    if factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return config
-
-
-# What each family computes with, where its Hugging Face configuration has no field.
-_FIXED: dict[str, dict[str, Any]] = {
-    "gemma": {
-        "layer_norm_epsilon": EPSILON,
-        "query_head_dim_normalize": True,
-        "use_post_ffw_norm": False,
-        "use_post_attention_norm": False,
-        "attention_logit_soft_cap": None,
-        "final_logit_soft_cap": None,
-        "use_sliding_window_attention": False,
-    },
-    "gemma2": {
-        "layer_norm_epsilon": EPSILON,
-        "use_post_ffw_norm": True,
-        "use_post_attention_norm": True,
-    },
-    "gemma3": {
-        "layer_norm_epsilon": EPSILON,
-        "use_post_ffw_norm": True,
-        "use_post_attention_norm": True,
-        "use_query_key_norm": True,
-        "local_rope_scaling_factor": 1.0,
-        "use_bidirectional_attention": False,
-        "is_embedding_model": False,
-    },
-    "gemma3n": {
-        "hidden_activation": "gelu_approximate",
-        "rope_scaling": None,
-        "pad_token_id": _PAD,
-    },
-    "gemma4": {
-        "attention_logit_soft_cap": None,
-        "use_sliding_window_attention": True,
-        "local_rope_scaling_factor": 1.0,
-        "global_rope_scaling_factor": 1.0,
-        "use_bidirectional_attention": False,
-        "is_embedding_model": False,
-    },
-}
 
 
 def _refuse_settings(given: dict[str, Any], family: Family) -> None:
-    problems = [
-        f"{name} is {given[name]!r}; transformers computes with {expected!r}"
-        for name, expected in _FIXED[family.name].items()
-        if name in given and given[name] != expected
-    ]
-    if family.name == "gemma4" and given["layer_types"][-1] != "full_attention":
+    problems = family.unlike(given, "transformers", family.hugging_face.fixed)
+    if "layer_types" in family.hugging_face.fields and given["layer_types"][-1] != FULL:
         problems.append("the last layer attends to a window; transformers lets it see everything")
     if problems:
         raise ExportError(
@@ -295,7 +190,7 @@ def _tensors(model: keras.Model, dtype: str) -> Iterator[tuple[str, np.ndarray]]
     pairs = ((weight.text_name, weight, value) for weight, value in merged_weights(model))
     for name, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         pieces = (
-            (weight.entry.piece, rounded(name, weight.to_matrix(value), dtype))
+            (weight.spec.part, rounded(name, weight.to_matrix(value), dtype))
             for _, weight, value in group
         )
         yield name, join(dict(pieces))

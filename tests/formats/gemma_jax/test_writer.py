@@ -272,7 +272,7 @@ def test_what_was_written_loads_again(family: str, tmp_path: pathlib.Path) -> No
     pytest.importorskip("orbax.checkpoint")
     sizes = {"num_layers": 2} if family in ("gemma2", "gemma3") else {}
     model = _tuned(tiny_model(family, **SIZES[family] | sizes))
-    attach_template(model, get_template("{prompt}>{response}", model))
+    attach_template(model, get_template(model, "{prompt}>{response}"))
     export(model, tmp_path / "jax", format="gemma_jax", verbose=0, check=False)
     again = load(tmp_path / "jax", dtype="float32")
     assert type(again) is type(model)

@@ -238,7 +238,7 @@ def test_lora_is_merged(tmp_path):
 
 def test_the_template_goes_along(tmp_path):
     tuned = tiny_model("gemma3")
-    template = get_template("Q: {prompt}\nA: {response}", tuned)
+    template = get_template(tuned, "Q: {prompt}\nA: {response}")
     attach_template(tuned, template)
     path = export(tuned, tmp_path)
     assert template_of(load(path)) == template
@@ -262,7 +262,7 @@ def test_turns_set_the_end_of_turn_token(model, tmp_path):
 
 def test_a_function_as_template_is_left_out_with_a_warning(tmp_path):
     tuned = tiny_model("gemma3")
-    attach_template(tuned, get_template(lambda messages: "x", tuned))
+    attach_template(tuned, get_template(tuned, lambda messages: "x"))
     path = export(tuned, tmp_path)
     assert "tokenizer.chat_template" not in read_header(path).metadata
     with pytest.warns(UserWarning, match="its template is left out"):
@@ -518,7 +518,7 @@ def test_real_model(tmp_path):
         "The capital of France is",
         "def add(a, b):\n    return",
     ]
-    template = get_template("{prompt}{response}", original)
+    template = get_template(original, "{prompt}{response}")
     expected = generate(original, prompts, template=template, max_new_tokens=16)
     runtime = llama_cpp.open_runtime(path)
     try:
@@ -628,7 +628,7 @@ TEMPLATE_SPECS = [
 
 @pytest.mark.parametrize("spec", TEMPLATE_SPECS, ids=str)
 def test_ollama_writes_the_prompts_of_training(spec, model):
-    template = get_template(spec, model)
+    template = get_template(model, spec)
     text = ollama.go_template(template)
     user, answer, again = Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "So?")
     system = Message("system", "Be brief.")
@@ -665,4 +665,4 @@ def test_ollama_folder(tmp_path):
 
 def test_ollama_refuses_a_function(model):
     with pytest.raises(ExportError, match="which Ollama cannot run"):
-        ollama.modelfile(get_template(lambda messages: "x", model))
+        ollama.modelfile(get_template(model, lambda messages: "x"))

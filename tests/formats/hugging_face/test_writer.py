@@ -70,7 +70,7 @@ def answers(folders, tmp_path_factory):
     asked = {}
     for model, folder in folders.values():
         ours = model.preprocessor.tokenizer
-        stops = [1, *gkt.get_template("auto", model).stop_token_ids(ours)]
+        stops = [1, *gkt.get_template(model).stop_token_ids(ours)]
         asked[str(folder)] = {
             "ids": IDS.tolist(),
             "texts": TEXTS,
@@ -91,7 +91,7 @@ def test_transformers_answers_as_the_model_in_memory(name, folders, answers):
     model, folder = folders[name]
     found = answers[str(folder)]
     ours = model.preprocessor.tokenizer
-    template = gkt.get_template("auto", model)
+    template = gkt.get_template(model)
     assert found["class"] == name.partition(" ")[0].capitalize() + "ForCausalLM"
     assert found["loading"] == {}
     logits = np.asarray(found["logits"])
@@ -154,7 +154,7 @@ def test_the_faults_of_kerashubs_exporter_are_not_ours(name, folders):
                      "special_tokens_map.json", "tokenizer.json")
     }  # fmt: skip
     config, generation = files["config.json"], files["generation_config.json"]
-    template = gkt.get_template("auto", model)
+    template = gkt.get_template(model)
     stops = {1, *template.stop_token_ids(model.preprocessor.tokenizer)}
     # It exchanges the tokens that begin and end a text.
     assert (config["bos_token_id"], config["pad_token_id"]) == (2, 0)
