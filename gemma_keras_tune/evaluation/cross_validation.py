@@ -11,14 +11,15 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Unpack
 
 import keras
 import numpy as np
 
-from gemma_keras_tune._support.compilation import use_compilation_cache
+from gemma_keras_tune._support.compilation import compilation_cache
 from gemma_keras_tune.adapters.lora import lora_config, remove_lora
 from gemma_keras_tune.errors import EvaluationError, LoraError, PlanError
 from gemma_keras_tune.evaluation.asking import is_share, is_whole, progress_bar
@@ -28,29 +29,24 @@ from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.generation.answers import generate_answers
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.reader import Pair, read_pairs
+from gemma_keras_tune.pairs.reader import Pair
+from gemma_keras_tune.training.callbacks import Snapshot
 from gemma_keras_tune.training.model import TuningModel
-from gemma_keras_tune.training.pipeline import (
-    Batcher,
-    Shape,
-    TokenizedPairs,
-    choose_shapes,
-    tokenize_pairs,
+from gemma_keras_tune.training.pipeline import Batcher
+from gemma_keras_tune.training.planning import Plan, as_plan, plan_settings, resolve_settings
+from gemma_keras_tune.training.preparing import fill_plan
+from gemma_keras_tune.training.settings import (
+    TrainingSettings,
+    takes_settings,
+    template_setting,
 )
-from gemma_keras_tune.training.planning import Plan, check_updates, plan_settings, template_setting
-from gemma_keras_tune.training.tuning import planned_optimizer, prepare_weights, settle, tune
+from gemma_keras_tune.training.shapes import Shape, choose_shapes
+from gemma_keras_tune.training.tokenizing import TokenizedPairs, tokenize_pairs
+from gemma_keras_tune.training.tuning import prepare_weights, run_optimizer
 
 MAX_ROWS = 8  # that are asked at once
 
 Checks = Check | Sequence[Check] | Callable[[Pair], Check | Sequence[Check]] | Literal["auto"]
-
-_SETTINGS = (
-    "method", "rank", "alpha", "target_modules", "use_rslora", "epochs", "batch_size",
-    "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay",
-    "sequence_length", "overlong", "template", "optimizer",
-)  # fmt: skip
-_COLUMNS = ("prompt_column", "response_column", "system_column")
-_OPTIONS = (*_SETTINGS, *_COLUMNS, "plan", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +173,8 @@ class CrossValidation:
         }
 
 
+@takes_settings
+@compilation_cache()
 def cross_validate(
     model: keras.Model | str,
     pairs: Any,
@@ -188,7 +186,8 @@ def cross_validate(
     confidence: float = 0.95,
     seed: int = 0,
     verbose: int = 1,
-    **tune_options: Any,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    **settings: Unpack[TrainingSettings],
 ) -> CrossValidation:
     """Hold every pair out once: tune on the others, and ask it.
 
@@ -206,8 +205,9 @@ def cross_validate(
         confidence: Confidence level of the interval.
         seed: Seed of the parts, of shuffling and of LoRA's start.
         verbose: 1 prints the plan and a progress bar, 0 nothing.
-        **tune_options: Arguments of `tune`, but for those about validation, callbacks and seeds.
-            Of a `plan`, all settings but the seed and the validation split hold.
+        plan: A plan, or the file of one, as `tune` takes it. All its settings but the seed and the
+            validation split hold.
+        **settings: The settings of `tune`, but for those about validation.
 
     Returns:
         A `CrossValidation`.
@@ -220,39 +220,37 @@ def cross_validate(
         PlanError: Settings out of range or against those of the plan, or a plan that stops early.
     """
     begin = time.perf_counter()
-    _check_options(tune_options)
+    _check_options(settings)
     _check_arguments(checks, max_new_tokens, confidence, seed)
-    settings = _settings(tune_options, seed)
+    optimizer = settings.get("optimizer", "auto")
+    resolved = _settings(settings, plan, seed)
     model = load(model)
     if lora_config(model) is not None:
         raise LoraError(
             "The model has LoRA on it, and may have been tuned on the pairs to be held out.",
             next_step="Call `remove_lora(model)`, or load the base anew.",
         )
-    template = get_template(settings["template"], model)
-    settings["template"] = template_setting(template)
-    columns = {name: tune_options[name] for name in _COLUMNS if name in tune_options}
-    kept, tokens = _read(model, pairs, columns, template, settings)
+    template = get_template(resolved["template"], model)
+    resolved["template"] = template_setting(template)
+    kept, tokens = _read(model, pairs, template, resolved)
     judged = _checks(kept, checks)
     parts = assign_folds([_prompt_key(pair) for pair in kept], folds, seed=seed)
     count = int(parts.max()) + 1
     largest = len(parts) - int(np.bincount(parts).min())
-    plan = plan_settings(model, largest, int(tokens.lengths.max()), **settings)
-    shapes = _shared_shapes(tokens, parts, plan)
+    draft = plan_settings(model, largest, int(tokens.lengths.max()), resolved)
+    shapes = _shared_shapes(tokens, parts, draft)
     pad_id = int(model.preprocessor.tokenizer.pad_token_id)
     batch = functools.partial(
-        Batcher, shapes=shapes, pad_id=pad_id, seed=plan.seed,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        Batcher, shapes=shapes, pad_id=pad_id, seed=draft.seed,
+        gradient_accumulation_steps=draft.gradient_accumulation_steps,
     )  # fmt: skip
     rest = [batch(_take(tokens, np.flatnonzero(parts != part))) for part in range(count)]
     held = [
         batch(_take(tokens, np.flatnonzero(parts == part)), shuffle=False) for part in range(count)
     ]
-    plan = _fill_in(plan, rest, shapes, tokens)
+    plan = _fill_in(draft, rest, tokens)
     if verbose:
         print(f"{count} parts, each held out once.\n{plan}")
-    if tune_options.get("compilation_cache", True):
-        use_compilation_cache()
     if max_new_tokens == "auto":
         max_new_tokens = int(1.5 * tokens.response_lengths.max()) + 8
     # Parts of any size are asked by the one program that the base is asked by.
@@ -262,14 +260,11 @@ def cross_validate(
     )  # fmt: skip
     base = ask(kept, judged) if baseline else [None] * len(kept)
     bar = progress_bar(count, "cross-validation", "part", verbose)
-    optimizer = tune_options.get("optimizer", "auto")
     with _trainable(model, plan), bar as advance:
         trainer = TuningModel(model)
-        trainer.compile(
-            planned_optimizer(plan) if optimizer == "auto" else optimizer, jit_compile=True
-        )
+        trainer.compile(run_optimizer(plan, optimizer), jit_compile=True)
         trainer.optimizer.build(trainer.trainable_variables)
-        start = _Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
+        start = Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
         losses, base_losses = [], []
         found: dict[int, HeldOut] = {}
         try:
@@ -331,24 +326,12 @@ def assign_folds(
     return parts
 
 
-class _Snapshot:
-    """Values of variables, to go back to."""
-
-    def __init__(self, variables: Sequence[keras.Variable]) -> None:
-        self._variables = variables
-        # Copies: a training step takes the arrays and writes over them.
-        self._values = [np.asarray(variable).copy() for variable in variables]
-
-    def restore(self) -> None:
-        for variable, value in zip(self._variables, self._values, strict=True):
-            variable.assign(value)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    unknown = sorted(set(options) - set(_OPTIONS))
+def _check_options(settings: Mapping[str, Any]) -> None:
+    known = TrainingSettings.__annotations__
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise EvaluationError(
-            "These cannot be passed on to `tune` here.", unknown, f"Options are {_OPTIONS}."
+            "These cannot be passed on to `tune` here.", unknown, f"Settings are {tuple(known)}."
         )
 
 
@@ -369,10 +352,10 @@ def _check_arguments(checks: Any, max_new_tokens: Any, confidence: Any, seed: An
         raise EvaluationError("The cross-validation cannot begin.", problems)
 
 
-def _settings(options: dict[str, Any], seed: int) -> dict[str, Any]:
+def _settings(given: Mapping[str, Any], plan: Any, seed: int) -> dict[str, Any]:
     """The settings of `tune`, those of the plan where there is one."""
-    plan = options.get("plan")
-    if isinstance(plan, Plan):
+    plan = as_plan(plan)
+    if plan is not None:
         if plan.early_stopping is not None:
             raise PlanError(
                 "The plan stops early, on validation pairs; here every pair is trained on or held "
@@ -380,25 +363,20 @@ def _settings(options: dict[str, Any], seed: int) -> dict[str, Any]:
                 next_step="Pass `plan=dataclasses.replace(plan, early_stopping=None)`.",
             )
         plan = dataclasses.replace(plan, validation_split=0.0, seed=seed)
-    defaults = tune.__kwdefaults__ or {}
-    names = (*_SETTINGS, "validation_split", "early_stopping")
-    given = {name: options.get(name, defaults[name]) for name in names}
-    return settle({**given, "seed": seed}, plan)
+    return resolve_settings({**given, "seed": seed}, plan)
 
 
 def _read(
     model: keras.Model,
     pairs: Any,
-    columns: dict[str, Any],
     template: Template,
     settings: dict[str, Any],
 ) -> tuple[list[Pair], TokenizedPairs]:
-    source = read_pairs(pairs, **columns)
     by_row: dict[int, Pair] = {}
     length = settings["sequence_length"]
     tokens = tokenize_pairs(
-        source,
         model,
+        pairs,
         template=template,
         max_length=None if length == "auto" else length,
         overlong=settings["overlong"],
@@ -447,27 +425,10 @@ def _take(tokens: TokenizedPairs, indices: np.ndarray) -> TokenizedPairs:
     )
 
 
-def _fill_in(
-    plan: Plan, rest: Sequence[Batcher], shapes: tuple[Shape, ...], tokens: TokenizedPairs
-) -> Plan:
+def _fill_in(plan: Plan, rest: Sequence[Batcher], tokens: TokenizedPairs) -> Plan:
     largest = max(rest, key=lambda batcher: (batcher.batches_per_epoch, len(batcher.tokens)))
-    batches = largest.batches_per_epoch * plan.epochs
-    used = int(largest.tokens.lengths.sum())
-    fed = sum(shape.batch_size * shape.length for shape, _ in largest.epoch(0))
-    filled = dataclasses.replace(
-        plan,
-        pairs=len(largest.tokens),
-        tokens=used,
-        response_tokens=int(largest.tokens.response_lengths.sum()),
-        padding=1 - used / fed,
-        shapes=shapes,
-        batches=batches,
-        updates=batches // plan.gradient_accumulation_steps,
-        dropped=tokens.dropped,
-        truncated=tokens.truncated,
-    )
-    check_updates(filled)
-    return filled
+    filled = fill_plan(plan, largest)
+    return dataclasses.replace(filled, dropped=tokens.dropped, truncated=tokens.truncated)
 
 
 @contextlib.contextmanager

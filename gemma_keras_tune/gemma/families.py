@@ -26,9 +26,6 @@ from keras import ops
 
 from gemma_keras_tune.errors import LoadError
 
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
-
 
 @dataclasses.dataclass(frozen=True)
 class Piece:

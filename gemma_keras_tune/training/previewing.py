@@ -74,26 +74,20 @@ class Preview:
 
 
 def preview(
-    pairs: Any,
     model: keras.Model,
+    pairs: Any,
     *,
     rows: int = 3,
     template: str | Template | Callable[..., Any] = "auto",
-    prompt_column: str | None = None,
-    response_column: str | None = None,
-    system_column: str | None = None,
 ) -> Preview:
     """Show the first rows exactly as they would be trained.
 
     Args:
+        model: A KerasHub Gemma with its preprocessor.
         pairs: Anything `read_pairs` takes that can be read again: the rows shown are read here,
             and a generator would give them no second time.
-        model: A KerasHub Gemma with its preprocessor.
-        rows: How many rows.
+        rows: Number of rows.
         template: Anything `get_template` takes.
-        prompt_column: Own name of the input column, where the pairs have columns.
-        response_column: Own name of the output column.
-        system_column: Own name of the column of system messages.
 
     Returns:
         A `Preview`: the text, the token ids, and which of them carry loss.
@@ -102,12 +96,7 @@ def preview(
         PairsError: No row could be read, one of the first rows has a problem, or the source gives
             its rows once.
     """
-    source = read_pairs(
-        pairs,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        system_column=system_column,
-    )
+    source = read_pairs(pairs)
     if not source.repeatable:
         raise PairsError(
             f"{source.name} gives its rows once, and those shown here would be missing when it is "

@@ -18,7 +18,9 @@ from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.answers import values_of
 from gemma_keras_tune.training.losses import token_cross_entropy
-from gemma_keras_tune.training.pipeline import Batcher, TokenizedPairs, choose_shapes
+from gemma_keras_tune.training.pipeline import Batcher
+from gemma_keras_tune.training.shapes import choose_shapes
+from gemma_keras_tune.training.tokenizing import TokenizedPairs
 
 # So that few shapes are compiled, prompts are padded to one of these lengths, or a multiple of the
 # last, and rows to score have so many shapes at most.
