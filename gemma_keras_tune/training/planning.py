@@ -28,7 +28,7 @@ from gemma_keras_tune.training.settings import (
     SETTINGS,
     Method,
     check_settings,
-    described,
+    with_settings,
 )
 from gemma_keras_tune.training.shapes import Shape
 
@@ -52,10 +52,12 @@ _Resolved: Any = dataclasses.make_dataclass(
 class Plan(_Resolved):
     """Every setting of a run, resolved. Pass it to `tune` to run the same again.
 
+    The settings are attributes, under the names that `tune` takes them by. `rank`, `alpha` and
+    `target_modules` are `None` for full tuning; `learning_rate` is JSON data for a schedule. For an
+    optimizer of the user's, `optimizer` is its class and `learning_rate` that of the first step.
+
     Attributes:
-        **settings: The settings that `tune` takes. `rank`, `alpha` and `target_modules` are `None`
-            for full tuning; `learning_rate` is JSON data for a schedule, and the rate of the first
-            step for an optimizer of the user's, whose class `optimizer` then names.
+        **settings: The settings of the run.
         pairs: Rows trained on.
         tokens: Tokens fed in one epoch, padding left out.
         response_tokens: Trained tokens in one epoch.
@@ -215,10 +217,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-Plan.__doc__ = (Plan.__doc__ or "").replace(
-    "        **settings: The settings that",
-    "\n".join(described(SETTINGS, indent=8)) + "\n        settings: Gives the settings that",
-)
+Plan.__doc__ = with_settings(Plan.__doc__, SETTINGS)
 _FIGURES = {f.name: f.type for f in dataclasses.fields(Plan) if f.name not in SETTINGS}
 
 
@@ -322,7 +321,7 @@ def resolve_settings(
     try:
         plan = as_plan(plan)
     except PlanError as error:
-        if error.problems:
+        if isinstance(plan, (str, os.PathLike)):
             raise
         problems.append(error.headline)
         plan = None

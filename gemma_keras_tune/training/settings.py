@@ -12,7 +12,7 @@ import numbers
 import re
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import keras
@@ -332,28 +332,26 @@ def takes_settings(function: _Function) -> _Function:
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*others, *keywords]
     )
-    lines = "\n".join(described(declared, indent=8))
-    function.__doc__ = re.sub(
-        r"^ {8}\*\*settings:.*(\n {12}.*)*", lambda _: lines, function.__doc__ or "", flags=re.M
-    )
+    function.__doc__ = with_settings(function.__doc__, declared)
     return function
 
 
-def described(names: Iterable[str], indent: int) -> Iterator[str]:
-    """Write the entries of settings in a docstring.
+def with_settings(docstring: str | None, names: Iterable[str]) -> str:
+    """Write the entries of settings into a docstring, in the place of `**settings`.
 
     Args:
+        docstring: A docstring with an entry `**settings`.
         names: The settings.
-        indent: Spaces in front.
 
-    Yields:
-        One entry each.
+    Returns:
+        The docstring with an entry for each.
     """
-    for name in names:
-        text = f"{name}: {SETTINGS[name].text}"
-        yield textwrap.fill(
-            text, 100, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4)
-        )
+    entries = (f"{name}: {SETTINGS[name].text}" for name in names)
+    lines = "\n".join(
+        textwrap.fill(entry, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        for entry in entries
+    )
+    return re.sub(r"^ {8}\*\*settings:.*(\n {12}.*)*", lambda _: lines, docstring or "", flags=re.M)
 
 
 def check_settings(given: Mapping[str, Any], problems: Iterable[str] = ()) -> dict[str, Any]:
