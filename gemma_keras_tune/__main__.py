@@ -108,7 +108,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Tune Gemma models with Keras. Gemma weights are under the Gemma terms of use.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (
+        _add_tune,
+        _add_plan,
+        _add_generate,
+        _add_export,
+        _add_verify,
+        _add_test,
+        _add_preview,
+        _add_demo,
+    ):
+        add(commands)
+    return parser
 
+
+def _add_tune(commands: Any) -> None:
     tune = commands.add_parser("tune", help="tune a model on pairs and save it")
     _add_run(tune)
     tune.add_argument("--plan", metavar="FILE", help="a plan that `plan` saved, to carry out")
@@ -118,11 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--quiet", action="store_true")
     tune.set_defaults(run=_tune)
 
+
+def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="print the plan of a run, without training")
     _add_run(plan)
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON, for `tune --plan`")
     plan.set_defaults(run=_plan)
 
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="answer prompts")
     generate.add_argument("model", help=_MODEL)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -131,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="auto")
     generate.set_defaults(run=_generate)
 
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a model for another runtime")
     export.add_argument("model", help=_MODEL)
     export.add_argument("path", help="folder to make, or a .gguf file")
@@ -153,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quiet", action="store_true")
     export.set_defaults(run=_export)
 
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify", help="hold an export against its receipt; exit code 1 if it fails"
     )
@@ -164,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--no-run", action="store_true", help="compare the files alone")
     verify.set_defaults(run=_verify)
 
+
+def _add_test(commands: Any) -> None:
     test = commands.add_parser(
         "test", help="put a test plan to a model; exit code 1 if it fails or misses its target"
     )
@@ -187,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--quiet", action="store_true", help="no progress bar")
     test.set_defaults(run=_test)
 
+
+def _add_preview(commands: Any) -> None:
     preview = commands.add_parser("preview", help="show rows exactly as they would be trained")
     preview.add_argument("model", help=_MODEL)
     preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
@@ -196,10 +222,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_columns(preview)
     preview.set_defaults(run=_preview)
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="tune the embedded Gemma 3 270M on business e-mails")
     demo.add_argument("--out", metavar="DIR", help="write what it made there")
     demo.set_defaults(run=_demo)
-    return parser
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -233,7 +260,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Any:
-    """The settings that are given."""
+    """Collect the settings that are given."""
     return {name: value for name, value in vars(options).items() if name in SETTINGS}
 
 

@@ -353,7 +353,7 @@ def _check_arguments(checks: Any, max_new_tokens: Any, confidence: Any, seed: An
 
 
 def _settings(given: Mapping[str, Any], plan: Any, seed: int) -> dict[str, Any]:
-    """The settings of `tune`, those of the plan where there is one."""
+    """Resolve the settings of `tune`, from the plan where there is one."""
     plan = as_plan(plan)
     if plan is not None:
         if plan.early_stopping is not None:

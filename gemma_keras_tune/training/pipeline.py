@@ -22,7 +22,7 @@ from gemma_keras_tune.training.tokenizing import TokenizedPairs, places_within, 
 
 
 class Batches(Sequence[tuple[Shape, np.ndarray]]):
-    """The batches of one epoch, each as its shape and its row places; 4 bytes a row.
+    """Batches of one epoch, each as its shape and its row places; 4 bytes a row.
 
     Args:
         shapes: Static shapes.
@@ -96,7 +96,7 @@ class Batcher:
         self._epochs: dict[int, Batches] = {}
 
     def epoch(self, epoch: int) -> "Batches":
-        """The batches of one epoch: every row once, as its shape and its row places.
+        """Order the batches of one epoch: every row once, as its shape and its row places.
 
         A multiple of `gradient_accumulation_steps` of them: empty batches complete the last step.
         """
@@ -121,11 +121,11 @@ class Batcher:
         return batches + -batches % self.gradient_accumulation_steps
 
     def arrays(self, epoch: int) -> Iterator[Arrays]:
-        """The arrays of one epoch, batch by batch, as `(x, y, sample_weight)`."""
+        """Yield the arrays of one epoch, batch by batch, as `(x, y, sample_weight)`."""
         return (self.batch(epoch, index) for index in range(self.batches_per_epoch))
 
     def batch(self, epoch: int, index: int) -> Arrays:
-        """The arrays of one batch of an epoch, both counted from 0."""
+        """Build the arrays of one batch of an epoch, both counted from 0."""
         batches, steps = self._batches_of(epoch), self.gradient_accumulation_steps
         first = index - index % steps
         step = batches[first : first + steps]
@@ -133,7 +133,7 @@ class Batcher:
         return self._pad(*batches[index], steps / trained)
 
     def _batches_of(self, epoch: int) -> "Batches":
-        """What `epoch` returns, made once for an iterator, and for two that run side by side."""
+        """Call `epoch` once for an iterator, and for two that run side by side."""
         found = self._epochs.get(epoch)  # several threads come here
         if found is None:
             found = self.epoch(epoch)
@@ -164,7 +164,7 @@ class Batcher:
         return x, labels, weights
 
     def to_dataset(self, *, first_epoch: int = 0) -> Any:
-        """A `tf.data.Dataset` over one epoch; each time it is iterated, the next epoch."""
+        """Make a `tf.data.Dataset` over one epoch; each time it is iterated, the next epoch."""
         import tensorflow as tf
 
         epochs = itertools.count(first_epoch)
@@ -258,7 +258,7 @@ def make_dataset(
     seed: int = 0,
     gradient_accumulation_steps: int = 1,
 ) -> Any:
-    """A `tf.data.Dataset` that a `TuningModel` can `fit`.
+    """Make a `tf.data.Dataset` that a `TuningModel` can `fit`.
 
     Each element is `(x, y, sample_weight)`: `x` holds `token_ids` and `padding_mask`
     `[batch, length]` int32 and `positions` `[positions]` int32, indices into the flattened

@@ -259,6 +259,8 @@ def _saved_setting(name: str, value: Any) -> Any:
         _check_schedule(name, value)
     if name == "optimizer" and isinstance(value, str) and value[:1].isupper():
         return value  # the class of an optimizer to be passed again
+    if name == "template" and not isinstance(value, str):
+        raise PlanError(f"`template` must be a name or a text. Received: {value!r}")
     value = SETTINGS[name].read(name, value)
     if value == "auto" and not SETTINGS[name].stays_auto:
         raise PlanError(f"`{name}` must be resolved. Received: 'auto'")
@@ -340,7 +342,7 @@ def resolve_settings(
 
 
 def _as_planned(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """The settings of the plan, where none that is given contradicts them."""
+    """Give the settings of the plan, where none that is given contradicts them."""
     planned = plan.settings()
     if not planned["optimizer"].islower():  # the user's, to be passed again
         given = {"optimizer": "auto", **given}

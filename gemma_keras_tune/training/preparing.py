@@ -58,7 +58,7 @@ def make_plan(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run before the first weight changes.
+    """Run that is prepared, before the first weight changes.
 
     Attributes:
         plan: Its plan.
@@ -150,7 +150,7 @@ def fill_plan(plan: Plan, batcher: Batcher, held_out: Batcher | None = None) -> 
 
 
 def _continue_adapter(model: keras.Model, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings, with those of the adapter that is on the model and is tuned further."""
+    """Take over the settings of the adapter that is on the model, which is tuned further."""
     there = adapter_config(model)
     if settings["method"] == "full":
         _check_bare(model, there)
@@ -185,7 +185,7 @@ def _shown(value: Any) -> str:
 
 
 def _targeted(model: keras.Model, target_modules: Any) -> set[str]:
-    """The linear layers of a model that `target_modules` names."""
+    """List the linear layers of a model that `target_modules` names."""
     one = isinstance(target_modules, str)
     names = TARGET_GROUPS.get(target_modules, (target_modules,)) if one else target_modules
     linears = family_of(model).linears(model)

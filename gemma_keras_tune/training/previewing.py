@@ -19,7 +19,7 @@ from gemma_keras_tune.pairs.reader import read_pairs
 
 @dataclasses.dataclass(frozen=True)
 class PreviewRow:
-    """One row as it would be trained.
+    """Row as it would be trained.
 
     Attributes:
         row: Its number in the source, from 1.
@@ -118,7 +118,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _pieces(tokenizer: keras.layers.Layer, ids: np.ndarray) -> tuple[str, ...]:
-    """The text of each token; byte tokens give their characters once these are complete."""
+    """Decode each token; byte tokens give their characters once these are complete."""
     pieces = []
     decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
     for token in (tokenizer.id_to_token(int(i)) for i in ids):

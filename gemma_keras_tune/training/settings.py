@@ -88,7 +88,7 @@ def _optimizer(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting of a run.
+    """Declaration of one setting of a run.
 
     Attributes:
         help: Its meaning.
@@ -133,7 +133,7 @@ class Setting:
         if self.convert:
             value = self.convert(value)
         others = ("auto", *self.values) if self.auto else self.values
-        if self.rule and not isinstance(value, dict):
+        if self.rule and not (self.convert and isinstance(value, dict)):
             problem = self.rule.problem(name, value, *others)
             if problem:
                 raise PlanError(problem)

@@ -13,7 +13,7 @@ MIN_SAVING = 0.08
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A static shape, and so one compiled program.
+    """Static shape, and so one compiled program.
 
     Attributes:
         batch_size: Rows in a batch.
@@ -34,7 +34,7 @@ def choose_shapes(
     max_shapes: int = MAX_SHAPES,
     sequence_length: int | None = None,
 ) -> tuple[Shape, ...]:
-    """The few static shapes that waste the least on padding.
+    """Choose the few static shapes that waste the least on padding.
 
     Row lengths are cut into at most `max_shapes` groups by dynamic programming over the rounded
     lengths. A further group has to spare `MIN_SAVING` of all padded tokens. The positions of a
@@ -68,7 +68,7 @@ def choose_shapes(
 
 
 def stratify(rows: np.ndarray, response_lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    """Rows by answer length, cut into `batch_size` strata from which each batch draws one row.
+    """Sort rows by response length, into `batch_size` strata from which each batch draws one row.
 
     So every batch, however the strata are shuffled, has at most the sum of their longest answers:
     a bound close to the average, and the number of batches is the same in every epoch.
@@ -107,7 +107,7 @@ def _choose_lengths(lengths: np.ndarray, max_shapes: int, batch_size: int) -> li
 
 
 def _partition(values: np.ndarray, counts: np.ndarray, most: int) -> list[tuple[float, list[int]]]:
-    """For 1, 2, … `most` groups: padded tokens and the group bounds that make them fewest."""
+    """Give, for 1, 2, … `most` groups, the fewest padded tokens and the bounds of the groups."""
     total = np.concatenate([[0], np.cumsum(counts)])
     size = len(values)
     cost = np.full((most + 1, size + 1), np.inf)

@@ -66,7 +66,7 @@ class TokenizedPairs:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """`[rows]` int32, tokens each row feeds into the model: all but its last one."""
+        """Tokens that each row feeds into the model, all but its last one: `[rows]` int32."""
         return (np.diff(self.offsets) - 1).astype(np.int32)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +76,7 @@ class TokenizedPairs:
 
 
 def _count_trained(trained: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """`[rows]` int32, trained tokens of each row; takes 4 bytes a token."""
+    """Count the trained tokens of each row, `[rows]` int32; takes 4 bytes a token."""
     return (
         np.add.reduceat(trained, starts, dtype=np.int32) if len(starts) else np.zeros(0, np.int32)
     )
@@ -98,7 +98,7 @@ def tokenize_pairs(
         pairs: Anything `read_pairs` takes.
         template: Anything `get_template` takes.
         max_length: Longest row in tokens, or `None` for no limit.
-        overlong: What to do with a longer row: `"error"` reports all of them, `"drop"` leaves
+        overlong: Handling of longer rows: `"error"` reports all of them, `"drop"` leaves
             them out, `"truncate"` cuts the end (the cut row then has no stop token to learn).
         on_pair: Called with every valid pair, for example to collect warnings.
 
@@ -137,7 +137,7 @@ def tokenize_pairs(
 
 @dataclasses.dataclass
 class _Places:
-    """Where some rows stand: the row, line and file of each.
+    """Row, line and file of each of some rows.
 
     In three lists and not in an object a row: Python's garbage collector goes through all that a
     process holds, a quarter of a second, once so many objects have lived for a while.
@@ -162,7 +162,7 @@ def _segments(
     places: _Places,
     on_pair: Callable[[Pair], None] | None,
 ) -> Iterator[Sequence[Segment]]:
-    """The segments of each pair, its place noted."""
+    """Yield the segments of each pair, and note its place."""
     for pair in pairs:
         if on_pair:
             on_pair(pair)
@@ -229,7 +229,7 @@ class _Limit:
 
     Args:
         length: Most tokens a row may feed into the model, or `None` for no limit.
-        overlong: What to do with a longer row.
+        overlong: Handling of longer rows.
 
     Raises:
         PairsError: `overlong` is none of the three.
@@ -250,7 +250,7 @@ class _Limit:
     def apply(
         self, places: _Places, ids: np.ndarray, trained: np.ndarray, counts: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The arrays of some rows, without what is over the limit, and their row numbers."""
+        """Cut the arrays of some rows to the limit; returns them with their row numbers."""
         rows = np.asarray(places.rows, np.int32)
         if self.length is not None:
             most = self.length + 1  # the last token is not fed
@@ -314,5 +314,5 @@ class _Limit:
 
 
 def places_within(counts: np.ndarray) -> np.ndarray:
-    """For rows laid one after the other: the place of each token in its row, from 0."""
+    """Number the tokens of rows that lie one after the other: in each row, from 0."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -30,14 +30,14 @@ from gemma_keras_tune.training.settings import Settings, takes_settings
 
 @dataclasses.dataclass(frozen=True)
 class TuneResult:
-    """The result of a run.
+    """Result of a run.
 
     Attributes:
         model: The tuned KerasHub Gemma, the same object that was passed in.
         plan: Every setting, resolved; `tune(model, pairs, plan=result.plan)` runs it again.
         history: Keras's history: `loss` and `accuracy` of every epoch, over trained tokens, and
             `val_loss` and `val_accuracy` where there are validation pairs.
-        timings: Seconds: `prepare` (reading, tokenizing, planning), `first_batch` (compiling
+        timings: In seconds: `prepare` (reading, tokenizing, planning), `first_batch` (compiling
             included), `train`; and `tokens_per_second`, `pairs_per_second` after the first batch.
         learning_rates: The learning rate of every step; empty for an optimizer without a
             serializable schedule.
@@ -203,7 +203,7 @@ def _stopping(plan: Plan) -> list[keras.callbacks.Callback]:
 def _learning_rates(
     optimizer: keras.optimizers.Optimizer, progress: TuningProgress
 ) -> tuple[float, ...]:
-    """The learning rate of every step that was made."""
+    """Give the learning rate of every step that was made."""
     batches = batches_per_step(optimizer)
     config = inner_optimizer(optimizer).get_config()["learning_rate"]
     if isinstance(config, (int, float)):  # a number, which callbacks may change between epochs

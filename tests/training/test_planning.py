@@ -213,7 +213,13 @@ def saved(model, tmp_path):
 def test_all_that_is_wrong_with_a_plan_file_is_told_at_once(saved):
     def change(data):
         data["extra"] = 1
-        data["settings"] |= {"epochs": "auto", "rank": 0, "dropout": 0.1, "optimizer": 3}
+        data["settings"] |= {
+            "epochs": "auto",
+            "rank": 0,
+            "dropout": 0.1,
+            "optimizer": 3,
+            "template": 4,
+        }
         data["figures"] |= {"steps": "many", "shapes": [{"batch_size": 1}]}
         del data["settings"]["seed"], data["figures"]["tokens"]
 
@@ -226,6 +232,7 @@ def test_all_that_is_wrong_with_a_plan_file_is_told_at_once(saved):
         "`seed` is missing",
         "`shapes`: Object missing required field `length` - at `$[0]`",
         "`steps`: Expected `int`, got `str`",
+        "`template` must be a name or a text. Received: 4",
         "`tokens` is missing",
     )
 

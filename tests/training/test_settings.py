@@ -52,6 +52,13 @@ def test_arguments_of_a_wrong_type_are_reported_together_before_the_model_is_ope
         assert sum(problem.startswith(f"`{name}`") for problem in problems) == 1, name
 
 
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {"target_modules", "template"}))
+@pytest.mark.parametrize("value", [{}, {"class_name": "CosineDecay"}, object(), b"1", [1]])
+def test_values_of_no_sense_are_refused(name, value):
+    with pytest.raises(gkt.PlanError, match=f"`{name}`"):
+        check_settings({name: value})
+
+
 def test_numbers_of_numpy_are_numbers(model):
     plan = plan_settings(
         model, 8, 20, epochs=np.int64(2), learning_rate=np.float32(0.5), seed=np.int32(3)

@@ -137,7 +137,7 @@ def _tuning_pictures(tuning: Tuning) -> list[dict[str, Any]]:
         if tuning.history.get(name)
     ]
     if tuning.learning_rates:
-        found.append((pictures.learning_rate(tuning.learning_rates), "Learning rate by update"))
+        found.append((pictures.learning_rate(tuning.learning_rates), "Learning rate by step"))
     if tuning.token_lengths:
         found.append((pictures.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
     return [{"svg": Markup(svg), "caption": caption} for svg, caption in found]

@@ -117,7 +117,7 @@ def history(values: Mapping[str, Sequence[float]], name: str) -> str:
 
 
 def learning_rate(rates: Sequence[float]) -> str:
-    """The learning rate of every update.
+    """The learning rate of every step.
 
     Args:
         rates: The rates, in order.
@@ -128,7 +128,7 @@ def learning_rate(rates: Sequence[float]) -> str:
     figure = new_figure(WIDTH, 2.4)
     with style():
         axes = figure.add_subplot()
-        # A long run has more updates than a picture has points to tell them apart.
+        # A long run has more steps than a picture has points to tell them apart.
         step = max(1, math.ceil(len(rates) / 500))
         places = sorted({*range(0, len(rates), step), len(rates) - 1})
         axes.plot([i + 1 for i in places], [rates[i] for i in places], color=COLOURS["tuned"])
@@ -137,7 +137,7 @@ def learning_rate(rates: Sequence[float]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
         axes.set_axisbelow(True)
-    label = f"learning rate over {len(rates)} updates, at most {max(rates):g}"
+    label = f"learning rate over {len(rates)} steps, at most {max(rates):g}"
     return to_svg(figure, "learning-rate", label)
 
 
