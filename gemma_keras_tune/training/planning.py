@@ -103,7 +103,8 @@ class Plan(_Resolved):
             The file.
 
         Raises:
-            PlanError: The template is a function, or the file cannot be written.
+            PlanError: The template is a function.
+            ExportError: The file cannot be written.
         """
         if isinstance(self.template, Template):
             raise PlanError(
@@ -112,12 +113,7 @@ class Plan(_Resolved):
             )
         data = {"schema": SCHEMA, "settings": self.settings(), "figures": self._figures()}
         text = msgspec.json.format(msgspec.json.encode(data), indent=2)
-        path = pathlib.Path(path).expanduser()
-        try:
-            write_text(path, text.decode() + "\n")
-        except OSError as error:
-            raise PlanError(f"The plan cannot be written: {error}") from error
-        return path
+        return write_text(pathlib.Path(path).expanduser(), text.decode() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -270,7 +266,7 @@ def _saved_setting(name: str, value: Any) -> Any:
 def _check_schedule(name: str, config: dict[str, Any]) -> None:
     """Refuse all but Keras's own schedules, since others would import what a file names."""
     inner = config.get("config")
-    plain = isinstance(inner, dict) and not any(isinstance(v, dict) for v in inner.values())
+    plain = isinstance(inner, dict) and msgspec.json.encode(inner).count(b"{") == 1
     if config.get("module") != "keras.optimizers.schedules" or not plain:
         raise PlanError(f"`{name}` must be a number or a schedule of Keras. Received: {config!r}")
 

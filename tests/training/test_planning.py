@@ -249,7 +249,7 @@ def test_files_that_are_no_plans_are_refused(saved, tmp_path):
 
 def test_a_plan_file_imports_nothing(saved):
     """A schedule's description names a module and a class."""
-    for module, config in (("os", {}), (None, {}), ("keras.optimizers.schedules", {"a": {}})):
+    for module, config in (("os", {}), (None, {}), ("keras.optimizers.schedules", {"a": [{}]})):
         schedule = {"module": module, "class_name": "CosineDecay", "config": config}
 
         def change(data, schedule=schedule):
