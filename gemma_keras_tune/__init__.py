@@ -89,9 +89,11 @@ from gemma_keras_tune.pairs import (
     split_pairs,
 )
 from gemma_keras_tune.training.losses import token_cross_entropy
-from gemma_keras_tune.training.model import TuningModel, make_optimizer
+from gemma_keras_tune.training.model import TuningModel
+from gemma_keras_tune.training.optimizer import make_optimizer
 from gemma_keras_tune.training.pipeline import make_dataset
 from gemma_keras_tune.training.planning import Plan
+from gemma_keras_tune.training.preparing import make_plan
 from gemma_keras_tune.training.previewing import Preview, preview
 from gemma_keras_tune.training.tuning import TuneResult, tune
 
@@ -161,6 +163,7 @@ __all__ = [
     "lora_disabled",
     "make_dataset",
     "make_optimizer",
+    "make_plan",
     "measure_retention",
     "merge_lora",
     "preview",

@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
-import math
+import numbers
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from gemma_keras_tune._support.numbers import Rule, integer
+from gemma_keras_tune.training.settings import SETTINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,10 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback. Words that cannot be understood end the process with 2, as argparse does.
     """
     options = _parser().parse_args(arguments)
+    from gemma_keras_tune._support.compilation import compilation_cache
     from gemma_keras_tune.errors import GemmaTuneError
 
     try:
-        options.run(options)
+        with compilation_cache():
+            options.run(options)
     except (GemmaTuneError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -36,34 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _MODEL = "preset name, folder, hf://…, kaggle://…, .gguf file or package://gemma3_270m"
 
 
-def _number(
-    kind: Callable[[str], Any],
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    auto: bool = False,
-) -> Callable[[str], Any]:
-    """A converter for argparse, which makes exit code 2 of what it refuses."""
-    limits = {"at least": least, "above": above, "below": below}
-    parts = [f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit)]
-    expected = ("a whole number " if kind is int else "a number ") + " and ".join(parts)
-    expected += ", or 'auto'" if auto else ""
+def _number(rule: Rule, *, auto: bool = False) -> Callable[[str], Any]:
+    """Make a converter for argparse, which makes exit code 2 of what it refuses."""
 
     def convert(text: str) -> Any:
         if auto and text == "auto":
             return text
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if least <= value < below and value > above:
+            value = int(text) if rule.kind is numbers.Integral else float(text)
+            if rule.accepts(value):
                 return value
+        expected = "'auto' or " * auto + rule.words
         raise argparse.ArgumentTypeError(f"must be {expected}. Received: {text!r}")
 
     return convert
 
 
-_COUNT = _number(int, least=1)
-_SEED = _number(int, least=0)
+_COUNT = _number(integer(1))
 
 
 def _names(text: str) -> str | list[str]:
@@ -78,43 +72,75 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name} text")
 
 
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    """Add an option for each setting of a run; one that is not given is not in the result."""
+    group = command.add_argument_group("settings of the run", argument_default=argparse.SUPPRESS)
+    for name, setting in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        reading: dict[str, Any] = {"metavar": setting.metavar}
+        if setting.rule:
+            reading["type"] = _number(setting.rule, auto=bool(setting.auto))
+        elif True in setting.values:
+            reading = {"action": "store_const", "const": True}
+        elif setting.values:
+            reading["choices"] = setting.values
+        elif name == "target_modules":
+            reading["type"] = _names
+        group.add_argument(flag, help=setting.text.replace("%", "%%"), **reading)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help=_MODEL)
+    command.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
+    command.add_argument(
+        "--validation-data", metavar="PATH", help="more pairs to watch the loss on"
+    )
+    command.add_argument(
+        "--dtype", default="auto", help="to load the model in; default: %(default)s"
+    )
+    _add_columns(command)
+    _add_settings(command)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gemma_keras_tune",
         description="Tune Gemma models with Keras. Gemma weights are under the Gemma terms of use.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (
+        _add_tune,
+        _add_plan,
+        _add_generate,
+        _add_export,
+        _add_verify,
+        _add_test,
+        _add_preview,
+        _add_demo,
+    ):
+        add(commands)
+    return parser
 
+
+def _add_tune(commands: Any) -> None:
     tune = commands.add_parser("tune", help="tune a model on pairs and save it")
-    tune.add_argument("model", help=_MODEL)
-    tune.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
+    _add_run(tune)
+    tune.add_argument("--plan", metavar="FILE", help="a plan that `plan` saved, to carry out")
     tune.add_argument("--preset", metavar="DIR", help="save a KerasHub preset, merged")
     tune.add_argument("--adapter", metavar="DIR", help="save the adapter in PEFT's layout")
     tune.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
-    tune.add_argument("--method", choices=["lora", "full"], default="lora")
-    for name in ("rank", "epochs", "batch-size", "gradient-accumulation-steps", "sequence-length"):
-        tune.add_argument(f"--{name}", type=_number(int, least=1, auto=True), default="auto")
-    tune.add_argument("--warmup-steps", type=_number(int, least=0, auto=True), default="auto")
-    for name in ("alpha", "learning-rate"):
-        tune.add_argument(f"--{name}", type=_number(float, above=0, auto=True), default="auto")
-    tune.add_argument("--weight-decay", type=_number(float, least=0, auto=True), default="auto")
-    tune.add_argument("--target-modules", type=_names, help="all, attention, or names with commas")
-    tune.add_argument("--use-rslora", action="store_const", const=True,
-                      help="scale by alpha / sqrt(rank)")  # fmt: skip
-    tune.add_argument("--template", default="auto")
-    tune.add_argument("--overlong", choices=["error", "drop", "truncate"], default="error")
-    tune.add_argument("--validation-data", metavar="PATH", help="more pairs, to watch the loss on")
-    tune.add_argument("--validation-split", type=_number(float, least=0, below=1), default=0.0,
-                      metavar="SHARE")  # fmt: skip
-    tune.add_argument("--early-stopping", type=_COUNT, metavar="EPOCHS")
-    tune.add_argument("--seed", type=_SEED, default=0)
-    tune.add_argument("--dtype", default="auto", help="to load the model in; default: %(default)s")
-    tune.add_argument("--no-compilation-cache", dest="compilation_cache", action="store_false",
-                      help="keep no compiled programs for the next run")  # fmt: skip
-    _add_columns(tune)
     tune.add_argument("--quiet", action="store_true")
     tune.set_defaults(run=_tune)
 
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="print the plan of a run, without training")
+    _add_run(plan)
+    plan.add_argument("--save", metavar="FILE", help="write the plan as JSON, for `tune --plan`")
+    plan.set_defaults(run=_plan)
+
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="answer prompts")
     generate.add_argument("model", help=_MODEL)
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -123,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="auto")
     generate.set_defaults(run=_generate)
 
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a model for another runtime")
     export.add_argument("model", help=_MODEL)
     export.add_argument("path", help="folder to make, or a .gguf file")
@@ -145,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quiet", action="store_true")
     export.set_defaults(run=_export)
 
+
+def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify", help="hold an export against its receipt; exit code 1 if it fails"
     )
@@ -156,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--no-run", action="store_true", help="compare the files alone")
     verify.set_defaults(run=_verify)
 
+
+def _add_test(commands: Any) -> None:
     test = commands.add_parser(
         "test", help="put a test plan to a model; exit code 1 if it fails or misses its target"
     )
@@ -179,43 +211,69 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--quiet", action="store_true", help="no progress bar")
     test.set_defaults(run=_test)
 
+
+def _add_preview(commands: Any) -> None:
     preview = commands.add_parser("preview", help="show rows exactly as they would be trained")
-    preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
     preview.add_argument("model", help=_MODEL)
+    preview.add_argument("pairs", help="file or folder of pairs, or a TFDS name")
     preview.add_argument("--rows", type=_COUNT, default=3)
     preview.add_argument("--template", default="auto")
     preview.add_argument("--dtype", default="auto")
     _add_columns(preview)
     preview.set_defaults(run=_preview)
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="tune the embedded Gemma 3 270M on business e-mails")
     demo.add_argument("--out", metavar="DIR", help="write what it made there")
     demo.set_defaults(run=_demo)
-    return parser
 
 
 def _tune(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    _refuse_lost_work(options)
-    names = [
-        "method", "rank", "alpha", "target_modules", "use_rslora", "epochs", "batch_size",
-        "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay",
-        "sequence_length", "overlong", "template", "validation_data", "validation_split",
-        "early_stopping", "seed", "compilation_cache", *_COLUMNS,
-    ]  # fmt: skip
+    plan = gkt.Plan.load(options.plan) if options.plan else None
+    settings = _settings(options)
+    _refuse_lost_work(options, settings.get("method", plan.method if plan else "lora"))
     model = gkt.load(options.model, dtype=options.dtype)
-    given = {name: getattr(options, name) for name in names}
-    settings = {name: value for name, value in given.items() if value is not None}
-    gkt.tune(model, options.pairs, verbose=int(not options.quiet), **settings)
+    gkt.tune(
+        model, _pairs(options, "pairs"), validation_data=_pairs(options, "validation_data"),
+        plan=plan, verbose=int(not options.quiet), **settings,
+    )  # fmt: skip
     if options.adapter:
         print(gkt.save_adapter(model, options.adapter, overwrite=options.overwrite))
     if options.preset:
         print(gkt.save_preset(model, options.preset, overwrite=options.overwrite))
 
 
-def _refuse_lost_work(options: argparse.Namespace) -> None:
-    """What could not be saved in the end is refused before anything is loaded."""
+def _plan(options: argparse.Namespace) -> None:
+    import gemma_keras_tune as gkt
+
+    model = gkt.load(options.model, dtype=options.dtype)
+    validation = _pairs(options, "validation_data")
+    plan = gkt.make_plan(
+        model, _pairs(options, "pairs"), validation_data=validation, **_settings(options)
+    )
+    print(plan)
+    if options.save:
+        print(plan.save(options.save))
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    """Collect the settings that are given."""
+    return {name: value for name, value in vars(options).items() if name in SETTINGS}
+
+
+def _pairs(options: argparse.Namespace, name: str) -> Any:
+    from gemma_keras_tune import read_pairs
+
+    source = getattr(options, name)
+    columns = {column: getattr(options, column) for column in _COLUMNS}
+    return None if source is None else read_pairs(source, **columns)
+
+
+def _refuse_lost_work(options: argparse.Namespace, method: str) -> None:
+    """Refuse what could not be saved in the end, before anything is loaded."""
     from gemma_keras_tune._support.files import check_free
     from gemma_keras_tune.errors import ExportError, PlanError
 
@@ -224,7 +282,7 @@ def _refuse_lost_work(options: argparse.Namespace) -> None:
     problems = []
     if not places:
         problems.append("no place is named: pass `--preset DIR`, `--adapter DIR`, or both")
-    if options.adapter and options.method == "full":
+    if options.adapter and method == "full":
         problems.append("`--adapter`: `--method full` leaves no adapter; save with `--preset DIR`")
     if len(places) == 2:
         first, second = places.values()
@@ -242,9 +300,7 @@ def _refuse_lost_work(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
-    from gemma_keras_tune._support.compilation import use_compilation_cache
 
-    use_compilation_cache()
     model = gkt.load(options.model, dtype=options.dtype)
     if options.adapter:
         gkt.load_adapter(model, options.adapter)
@@ -276,10 +332,8 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _test(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
-    from gemma_keras_tune._support.compilation import use_compilation_cache
     from gemma_keras_tune.evaluation.report import check_report_path
 
-    use_compilation_cache()
     for path in options.report:
         check_report_path(path)
     plan = gkt.TestPlan.from_file(options.plan)
@@ -308,10 +362,8 @@ def _preview(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
     model = gkt.load(options.model, dtype=options.dtype)
-    columns = {name: getattr(options, name) for name in _COLUMNS}
-    print(
-        gkt.preview(options.pairs, model, rows=options.rows, template=options.template, **columns)
-    )
+    pairs = _pairs(options, "pairs")
+    print(gkt.preview(model, pairs, rows=options.rows, template=options.template))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,12 +1,14 @@
 """The command line calls the public functions, and tells of errors without a traceback."""
 
 import json
+import re
 
 import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.__main__ import main
+from gemma_keras_tune.training.settings import SETTINGS
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_tune_saves_what_generate_answers_with(preset, pairs, tmp_path, capsys):
     arguments = [
         "tune", preset, pairs, *COLUMNS, "--preset", tuned, "--adapter", adapter, "--quiet",
         "--epochs", "20", "--rank", "3", "--target-modules", "q_proj,v_proj", "--use-rslora",
-        "--learning-rate", "0.02", "--validation-data", pairs, "--no-compilation-cache",
+        "--learning-rate", "0.02", "--validation-data", pairs,
     ]  # fmt: skip
     assert main(arguments) == 0
     assert capsys.readouterr().out.split() == [adapter, tuned]
@@ -92,11 +94,36 @@ def test_tune_saves_what_generate_answers_with(preset, pairs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_preview_shows_rows_as_they_are_trained(preset, pairs, capsys):
-    assert main(["preview", pairs, preset, "--rows", "2", "--dtype", "bfloat16", *COLUMNS]) == 0
+    assert main(["preview", preset, pairs, "--rows", "2", "--dtype", "bfloat16", *COLUMNS]) == 0
     out = capsys.readouterr().out
     question, answer = testing.tiny_pairs(1)[0]
     assert question in out and f"«{answer}<end_of_turn>»" in out
     assert "row 2:" in out and "row 3:" not in out
+
+
+@pytest.mark.slow
+def test_a_plan_is_printed_saved_and_carried_out(preset, pairs, tmp_path, capsys):
+    file, adapter = str(tmp_path / "plan.json"), str(tmp_path / "adapter")
+    options = ["--rank", "3", "--epochs", "1", "--seed", "5"]
+    assert main(["plan", preset, pairs, *COLUMNS, *options, "--save", file]) == 0
+    out = capsys.readouterr().out
+    assert "LoRA rank 3" in out and "1 epoch over 8 pairs" in out and out.endswith(f"{file}\n")
+    tune = ["tune", preset, pairs, *COLUMNS, "--plan", file, "--adapter", adapter]
+    assert main([*tune, "--seed", "0", "--rank", "3", "--epochs", "2"]) == 1
+    error = capsys.readouterr().err
+    assert "`seed`: the plan has 5. Received: 0" in error and "`epochs`" in error
+    assert "`rank`" not in error and not (tmp_path / "adapter").exists()
+    assert main([*tune, "--quiet"]) == 0
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["r"] == 3
+
+
+@pytest.mark.parametrize("command", ["tune", "plan"])
+def test_every_setting_is_an_option(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = set(capsys.readouterr().out.split())
+    missing = {name for name in SETTINGS if "--" + name.replace("_", "-") not in words}
+    assert missing == set()
 
 
 def test_tune_refuses_to_train_what_could_not_be_saved(preset, pairs, tmp_path, capsys):
@@ -114,6 +141,10 @@ def test_tune_refuses_to_train_what_could_not_be_saved(preset, pairs, tmp_path, 
     assert "taken already exists" in message and "`--overwrite`" in message
     assert "file is a file" in message
     assert "leaves no adapter" in problems("--method", "full", "--adapter", free)
+    plan = gkt.make_plan(testing.tiny_model(), testing.tiny_pairs(4), method="full")
+    full = str(plan.save(tmp_path / "full.json"))
+    assert "leaves no adapter" in problems("--plan", full, "--adapter", free)
+    (tmp_path / "full.json").unlink()
     assert "two folders" in problems("--preset", free, "--adapter", free)
     assert "two folders" in problems("--preset", free, "--adapter", f"{free}/below")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
@@ -132,7 +163,7 @@ def test_tune_refuses_to_train_what_could_not_be_saved(preset, pairs, tmp_path, 
         ["tune", "m", "p", "--early-stopping", "0"],
         ["tune", "m", "p", "--seed", "-1"],
         ["generate", "m", "hello", "--max-new-tokens", "0"],
-        ["preview", "p", "m", "--rows", "0"],
+        ["preview", "m", "p", "--rows", "0"],
     ],
 )
 def test_numbers_out_of_range_are_told_with_exit_code_2(arguments, capsys):
@@ -140,7 +171,7 @@ def test_numbers_out_of_range_are_told_with_exit_code_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert f"argument {arguments[-2]}: must be a" in message
+    assert re.search(rf"argument {arguments[-2]}: must be ('auto' or )?an? \w+ ", message)
     assert f"Received: '{arguments[-1]}'" in message
 
 

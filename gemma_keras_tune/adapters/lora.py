@@ -43,6 +43,7 @@ TargetModules = Literal["all", "attention"] | Iterable[str]
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
+TARGET_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,9 +373,6 @@ def _check_bare(linears: tuple[Linear, ...]) -> None:
         )
 
 
-_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
-
-
 def _select(linears: tuple[Linear, ...], target_modules: TargetModules) -> tuple[Linear, ...]:
     known = {linear.target for linear in linears}
     alias = {linear.layer.name: linear.target for linear in linears}
@@ -390,8 +388,8 @@ def _select(linears: tuple[Linear, ...], target_modules: TargetModules) -> tuple
             "`target_modules` is empty: nothing would be trained.", next_step=_known(known)
         )
     # A group stands for those of its layers that the model has.
-    wanted = {target for name in names for target in _GROUPS.get(name, ())} & known
-    wanted |= {alias.get(name, name) for name in names - _GROUPS.keys()}
+    wanted = {target for name in names for target in TARGET_GROUPS.get(name, ())} & known
+    wanted |= {alias.get(name, name) for name in names - TARGET_GROUPS.keys()}
     unknown = wanted - known
     if unknown:
         raise LoraError(

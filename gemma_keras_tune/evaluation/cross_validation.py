@@ -11,14 +11,15 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Unpack
 
 import keras
 import numpy as np
 
-from gemma_keras_tune._support.compilation import use_compilation_cache
+from gemma_keras_tune._support.compilation import compilation_cache
 from gemma_keras_tune.adapters.lora import lora_config, remove_lora
 from gemma_keras_tune.errors import EvaluationError, LoraError, PlanError
 from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
@@ -29,30 +30,24 @@ from gemma_keras_tune.evaluation.values import AutoPositiveInt, Confidence, Coun
 from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.generation.answers import generate_answers
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.reader import read_pairs
 from gemma_keras_tune.pairs.rows import Pair
+from gemma_keras_tune.training.callbacks import Snapshot
 from gemma_keras_tune.training.model import TuningModel
-from gemma_keras_tune.training.pipeline import (
-    Batcher,
-    Shape,
-    TokenizedPairs,
-    choose_shapes,
-    tokenize_pairs,
+from gemma_keras_tune.training.pipeline import Batcher
+from gemma_keras_tune.training.planning import Plan, as_plan, plan_settings, resolve_settings
+from gemma_keras_tune.training.preparing import fill_plan
+from gemma_keras_tune.training.settings import (
+    TrainingSettings,
+    takes_settings,
+    template_setting,
 )
-from gemma_keras_tune.training.planning import Plan, check_updates, plan_settings, template_setting
-from gemma_keras_tune.training.tuning import planned_optimizer, prepare_weights, settle, tune
+from gemma_keras_tune.training.shapes import Shape, choose_shapes
+from gemma_keras_tune.training.tokenizing import TokenizedPairs, tokenize_pairs
+from gemma_keras_tune.training.tuning import prepare_weights, run_optimizer
 
 MAX_ROWS = 8  # prompts that run at once
 
 Checks = Check | Sequence[Check] | Callable[[Pair], Check | Sequence[Check]] | Literal["auto"]
-
-_SETTINGS = (
-    "method", "rank", "alpha", "target_modules", "use_rslora", "epochs", "batch_size",
-    "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay",
-    "sequence_length", "overlong", "template", "optimizer",
-)  # fmt: skip
-_COLUMNS = ("prompt_column", "response_column", "system_column")
-_OPTIONS = (*_SETTINGS, *_COLUMNS, "plan", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +170,8 @@ class CrossValidation:
         }
 
 
+@takes_settings
+@compilation_cache()
 def cross_validate(
     model: keras.Model | str,
     pairs: Any,
@@ -186,7 +183,8 @@ def cross_validate(
     confidence: float = 0.95,
     seed: int = 0,
     verbose: int = 1,
-    **tune_options: Any,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    **settings: Unpack[TrainingSettings],
 ) -> CrossValidation:
     """Hold out every pair once: tune on the others, and run the model on it.
 
@@ -204,8 +202,9 @@ def cross_validate(
         confidence: Confidence level of the interval.
         seed: Seed of the folds, of shuffling and of LoRA's start.
         verbose: 1 prints the plan and a progress bar, 0 nothing.
-        **tune_options: Arguments of `tune`, except those about validation, callbacks and seeds. All
-            settings of a `plan` are used, except the seed and the validation split.
+        plan: A plan, or the file of one, as `tune` takes it. All its settings are used, except the
+            seed and the validation split.
+        **settings: The settings of `tune`, except those about validation.
 
     Returns:
         A `CrossValidation`.
@@ -218,25 +217,23 @@ def cross_validate(
         PlanError: Settings out of range or against those of the plan, or a plan that stops early.
     """
     begin = time.perf_counter()
-    _check_options(tune_options)
+    _check_options(settings)
     _check_arguments(checks, max_new_tokens, confidence, seed)
-    settings = _settings(tune_options, seed)
+    optimizer = settings.get("optimizer", "auto")
+    resolved = _settings(settings, plan, seed)
     model = load(model)
     if lora_config(model) is not None:
         raise LoraError(
             "The model has LoRA on it, and may have been tuned on the pairs to be held out.",
             next_step="Call `remove_lora(model)`, or load the base anew.",
         )
-    template = get_template(model, settings["template"])
-    settings["template"] = template_setting(template)
-    columns = {name: tune_options[name] for name in _COLUMNS if name in tune_options}
-    pairs, tokens = _read(model, pairs, columns, template, settings)
+    template = get_template(model, resolved["template"])
+    resolved["template"] = template_setting(template)
+    pairs, tokens = _read(model, pairs, template, resolved)
     judged = _checks(pairs, checks)
-    split = _split(model, pairs, tokens, folds, settings, seed)
+    split = _split(model, pairs, tokens, folds, resolved, seed)
     if verbose:
         print(f"{split.folds} parts, each held out once.\n{split.plan}")
-    if tune_options.get("compilation_cache", True):
-        use_compilation_cache()
     if max_new_tokens == "auto":
         max_new_tokens = int(1.5 * tokens.response_lengths.max()) + 8
     respond = functools.partial(
@@ -244,7 +241,6 @@ def cross_validate(
         batch_size=split.rows_at_once,
     )  # fmt: skip
     base = respond(pairs, judged) if baseline else [None] * len(pairs)
-    optimizer = tune_options.get("optimizer", "auto")
     found: dict[int, HeldOut] = {}
     losses, base_losses = [], []
     with progress_bar(split.folds, "cross-validation", "part", verbose) as advance:
@@ -305,7 +301,7 @@ def _split(
 ) -> _Split:
     parts = assign_folds([_prompt_key(pair) for pair in pairs], folds, seed=seed)
     largest = len(parts) - int(np.bincount(parts).min())
-    plan = plan_settings(model, largest, int(tokens.lengths.max()), **settings)
+    plan = plan_settings(model, largest, int(tokens.lengths.max()), settings)
     shapes = _shared_shapes(tokens, parts, plan)
     batch = functools.partial(
         Batcher, shapes=shapes, pad_id=int(model.preprocessor.tokenizer.pad_token_id),
@@ -314,7 +310,7 @@ def _split(
     numbers = range(int(parts.max()) + 1)
     rest = [batch(_take(tokens, np.flatnonzero(parts != part))) for part in numbers]
     held = [batch(_take(tokens, np.flatnonzero(parts == part)), shuffle=False) for part in numbers]
-    return _Split(_fill_in(plan, rest, shapes, tokens), parts, rest, held)
+    return _Split(_fill_in(plan, rest, tokens), parts, rest, held)
 
 
 def _tune_folds(model: keras.Model, split: _Split, optimizer: Any) -> Iterator[tuple[float, float]]:
@@ -324,11 +320,9 @@ def _tune_folds(model: keras.Model, split: _Split, optimizer: Any) -> Iterator[t
     """
     with _trainable(model, split.plan):
         trainer = TuningModel(model)
-        trainer.compile(
-            planned_optimizer(split.plan) if optimizer == "auto" else optimizer, jit_compile=True
-        )
+        trainer.compile(run_optimizer(split.plan, optimizer), jit_compile=True)
         trainer.optimizer.build(trainer.trainable_variables)
-        start = _Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
+        start = Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
         try:
             for rest, held in zip(split.rest, split.held, strict=True):
                 start.restore()
@@ -376,24 +370,12 @@ def assign_folds(
     return parts
 
 
-class _Snapshot:
-    """Copies of variables' values."""
-
-    def __init__(self, variables: Sequence[keras.Variable]) -> None:
-        self._variables = variables
-        # Copies: a training step takes the arrays and writes over them.
-        self._values = [np.asarray(variable).copy() for variable in variables]
-
-    def restore(self) -> None:
-        for variable, value in zip(self._variables, self._values, strict=True):
-            variable.assign(value)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    unknown = sorted(set(options) - set(_OPTIONS))
+def _check_options(settings: Mapping[str, Any]) -> None:
+    known = TrainingSettings.__annotations__
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise EvaluationError(
-            "These cannot be passed on to `tune` here.", unknown, f"Options are {_OPTIONS}."
+            "These cannot be passed on to `tune` here.", unknown, f"Settings are {tuple(known)}."
         )
 
 
@@ -410,10 +392,10 @@ def _check_arguments(checks: Any, max_new_tokens: Any, confidence: Any, seed: An
         raise EvaluationError("The cross-validation cannot begin.", problems)
 
 
-def _settings(options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Resolve the settings of `tune`, those of the plan if there is one."""
-    plan = options.get("plan")
-    if isinstance(plan, Plan):
+def _settings(given: Mapping[str, Any], plan: Any, seed: int) -> dict[str, Any]:
+    """Resolve the settings of `tune`, from the plan where there is one."""
+    plan = as_plan(plan)
+    if plan is not None:
         if plan.early_stopping is not None:
             raise PlanError(
                 "The plan stops early, on validation pairs; here every pair is trained on or held "
@@ -421,25 +403,20 @@ def _settings(options: dict[str, Any], seed: int) -> dict[str, Any]:
                 next_step="Pass `plan=dataclasses.replace(plan, early_stopping=None)`.",
             )
         plan = dataclasses.replace(plan, validation_split=0.0, seed=seed)
-    defaults = tune.__kwdefaults__ or {}
-    names = (*_SETTINGS, "validation_split", "early_stopping")
-    given = {name: options.get(name, defaults[name]) for name in names}
-    return settle({**given, "seed": seed}, plan)
+    return resolve_settings({**given, "seed": seed}, plan)
 
 
 def _read(
     model: keras.Model,
     pairs: Any,
-    columns: dict[str, Any],
     template: Template,
     settings: dict[str, Any],
 ) -> tuple[list[Pair], TokenizedPairs]:
-    source = read_pairs(pairs, **columns)
     by_row: dict[int, Pair] = {}
     length = settings["sequence_length"]
     tokens = tokenize_pairs(
-        source,
         model,
+        pairs,
         template=template,
         max_length=None if length == "auto" else length,
         overlong=settings["overlong"],
@@ -488,27 +465,10 @@ def _take(tokens: TokenizedPairs, indices: np.ndarray) -> TokenizedPairs:
     )
 
 
-def _fill_in(
-    plan: Plan, rest: Sequence[Batcher], shapes: tuple[Shape, ...], tokens: TokenizedPairs
-) -> Plan:
+def _fill_in(plan: Plan, rest: Sequence[Batcher], tokens: TokenizedPairs) -> Plan:
     largest = max(rest, key=lambda batcher: (batcher.batches_per_epoch, len(batcher.tokens)))
-    batches = largest.batches_per_epoch * plan.epochs
-    used = int(largest.tokens.lengths.sum())
-    fed = sum(shape.batch_size * shape.length for shape, _ in largest.epoch(0))
-    filled = dataclasses.replace(
-        plan,
-        pairs=len(largest.tokens),
-        tokens=used,
-        response_tokens=int(largest.tokens.response_lengths.sum()),
-        padding=1 - used / fed,
-        shapes=shapes,
-        batches=batches,
-        updates=batches // plan.gradient_accumulation_steps,
-        dropped=tokens.dropped,
-        truncated=tokens.truncated,
-    )
-    check_updates(filled)
-    return filled
+    filled = fill_plan(plan, largest)
+    return dataclasses.replace(filled, dropped=tokens.dropped, truncated=tokens.truncated)
 
 
 @contextlib.contextmanager

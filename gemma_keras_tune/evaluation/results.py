@@ -164,7 +164,7 @@ class Tuning:
         plan_text: The same as `tune` prints them.
         history: Loss and accuracy of every epoch, under Keras's names.
         timings: Seconds and rates, as in `TuneResult`.
-        learning_rates: Learning rate of every update.
+        learning_rates: Learning rate of every step.
         token_lengths: `(tokens, pairs of that length)`, ascending; empty if the pairs are not
             known.
     """

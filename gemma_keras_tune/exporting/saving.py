@@ -13,6 +13,7 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import check_free, new_folder
+from gemma_keras_tune._support.numbers import integer
 from gemma_keras_tune.adapters.bases import base_name, write_record
 from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
 from gemma_keras_tune.adapters.lora import LoraConfig
@@ -31,9 +32,7 @@ from gemma_keras_tune.gemma.families import (
     family_of,
     locked,
 )
-from gemma_keras_tune.training.model import (
-    batches_per_update,
-)
+from gemma_keras_tune.training.optimizer import batches_per_step
 
 _PREFIX = "base_model.model."
 
@@ -162,11 +161,11 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     Args:
         path: The folder, as `save_adapter` writes it.
-        updates: Save after this many updates; `None` saves after every epoch.
+        steps: Save after this many steps (updates of the weights); `None` saves after every epoch.
         overwrite: Whether a folder that is there before the run may be replaced.
 
     Raises:
-        PlanError: `updates` is no positive integer.
+        PlanError: `steps` is not a positive integer.
         ExportError: The folder exists.
         AdapterError: When training begins: LoRA is not on the model.
 
@@ -177,16 +176,14 @@ class AdapterCheckpoint(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, updates: int | None = None, overwrite: bool = False
+        self, path: str | os.PathLike[str], *, steps: int | None = None, overwrite: bool = False
     ) -> None:
         super().__init__()
-        if updates is not None and (not isinstance(updates, int) or updates < 1):
-            raise PlanError(
-                f"`updates` must be None or an integer of at least 1. Received: {updates!r}"
-            )
+        if problem := integer(1).problem("steps", steps, None):
+            raise PlanError(problem)
         check_free(path, overwrite=overwrite)
         self.path = pathlib.Path(path)
-        self.updates = updates
+        self.steps = steps
         self._overwrite = overwrite
         self._batches = 0
 
@@ -194,7 +191,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         """Refuse a model without an adapter, before anything is trained."""
         trainer = self.model
         chosen_adapter(trainer.gemma)
-        self._every = (self.updates or 0) * batches_per_update(trainer.optimizer)
+        self._every = (self.steps or 0) * batches_per_step(trainer.optimizer)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, where it is time."""
@@ -203,7 +200,7 @@ class AdapterCheckpoint(keras.callbacks.Callback):
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, unless updates are counted."""
+        """Save, unless steps are counted."""
         if not self._every:
             self._save()
 

@@ -22,7 +22,7 @@ BLOCK_ROWS = 4096
 
 
 class TokenScores(NamedTuple):
-    """What the loss says of each position.
+    """Scores of each position.
 
     Attributes:
         losses: `[positions]` float32, negative log-likelihood of the label in nats.
@@ -145,7 +145,7 @@ def _label_logits(
 
 
 def _blocks(embedding: Array, block_rows: int) -> tuple[Array, Array | None]:
-    """The embedding as `[blocks, block_rows, width]`, and the rows that do not fill a block."""
+    """Cut the embedding into `[blocks, block_rows, width]`, and the rows that fill no block."""
     vocabulary, width = embedding.shape
     whole = vocabulary // block_rows
     rest = vocabulary - whole * block_rows

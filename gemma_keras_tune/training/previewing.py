@@ -20,7 +20,7 @@ from gemma_keras_tune.pairs.reader import read_pairs
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreviewRow(ArrayEquality):
-    """One row as it would be trained.
+    """Row as it would be trained.
 
     Attributes:
         row: Its number in the source, from 1.
@@ -75,26 +75,20 @@ class Preview:
 
 
 def preview(
-    pairs: Any,
     model: keras.Model,
+    pairs: Any,
     *,
     rows: int = 3,
     template: str | Template | Callable[..., Any] = "auto",
-    prompt_column: str | None = None,
-    response_column: str | None = None,
-    system_column: str | None = None,
 ) -> Preview:
     """Show the first rows exactly as they would be trained.
 
     Args:
+        model: A KerasHub Gemma with its preprocessor.
         pairs: Anything `read_pairs` takes that can be read again: the rows shown are read here,
             and a generator would give them no second time.
-        model: A KerasHub Gemma with its preprocessor.
-        rows: How many rows.
+        rows: Number of rows.
         template: Anything `get_template` takes.
-        prompt_column: Own name of the input column, where the pairs have columns.
-        response_column: Own name of the output column.
-        system_column: Own name of the column of system messages.
 
     Returns:
         A `Preview`: the text, the token ids, and which of them carry loss.
@@ -103,12 +97,7 @@ def preview(
         PairsError: No row could be read, one of the first rows has a problem, or the source gives
             its rows once.
     """
-    source = read_pairs(
-        pairs,
-        prompt_column=prompt_column,
-        response_column=response_column,
-        system_column=system_column,
-    )
+    source = read_pairs(pairs)
     if not source.repeatable:
         raise PairsError(
             f"{source.name} gives its rows once, and those shown here would be missing when it is "
@@ -130,7 +119,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _pieces(tokenizer: keras.layers.Layer, ids: np.ndarray) -> tuple[str, ...]:
-    """The text of each token; byte tokens give their characters once these are complete."""
+    """Decode each token; byte tokens give their characters once these are complete."""
     pieces = []
     decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
     for token in (tokenizer.id_to_token(int(i)) for i in ids):

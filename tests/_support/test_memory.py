@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from gemma_keras_tune._support.memory import kept_memory
+from gemma_keras_tune._support.memory import control_group_memory, kept_memory
 
 SIZE = 64 << 20
 
@@ -115,3 +115,47 @@ def test_threads_share_an_arena_when_work_has_begun_and_not_by_the_import():
     before = arenas(work=False)
     assert before >= 4
     assert arenas(work=True) < before
+
+
+def control_groups(root, own, files):
+    proc = root / "proc/self"
+    proc.mkdir(parents=True)
+    (proc / "cgroup").write_text(own)
+    for path, text in files.items():
+        file = root / "sys/fs/cgroup" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def test_the_tightest_limit_on_the_way_up_counts_in_control_groups_of_version_2(tmp_path):
+    control_groups(
+        tmp_path,
+        "0::/outer/inner\n",
+        {
+            "outer/inner/memory.max": "max\n",
+            "outer/inner/memory.current": "100\n",
+            "outer/memory.max": "1000\n",
+            "outer/memory.current": "300\n",
+            "outer/memory.stat": "anon 200\ninactive_file 50\n",
+        },
+    )
+    assert control_group_memory(tmp_path) == 1000 - 300 + 50
+
+
+def test_a_container_sees_its_control_group_of_version_1_from_inside(tmp_path):
+    control_groups(
+        tmp_path,
+        "5:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n",
+        {
+            "memory/memory.limit_in_bytes": "5000\n",
+            "memory/memory.usage_in_bytes": "4000\n",
+            "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+        },
+    )
+    assert control_group_memory(tmp_path) == 1500
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path):
+    assert control_group_memory(tmp_path) is None
+    control_groups(tmp_path, "0::/\n", {"memory.max": "max\n"})
+    assert control_group_memory(tmp_path) is None

@@ -61,7 +61,7 @@ def ours(model: keras.Model, target_modules: Any = QUERY_AND_VALUE) -> gkt.Tunin
     """LoRA of rank 4, with the same optimizer."""
     gkt.enable_lora(model, 4, target_modules=target_modules, verbose=0)
     trainer = gkt.TuningModel(model)
-    trainer.compile(gkt.make_optimizer(5e-5, updates=1000, weight_decay=0.01))
+    trainer.compile(gkt.make_optimizer(5e-5, steps=1000, weight_decay=0.01))
     return trainer
 
 

@@ -36,16 +36,19 @@ def write(path: pathlib.Path, count: int) -> int:
 
 def tuned(path: str, connection: Any) -> None:
     """Tune in a process of its own, and send seconds and bytes."""
+    import jax
+
     import gemma_keras_tune as gkt
     from gemma_keras_tune import testing
 
+    jax.config.update("jax_enable_compilation_cache", False)
     model = testing.tiny_model()
     with PeakMemory(own=True) as memory:
-        result = gkt.tune(model, path, batch_size=256, epochs=1, verbose=0, compilation_cache=False)
+        result = gkt.tune(model, path, batch_size=256, epochs=1, verbose=0)
     connection.send(
         {
             "pairs": result.plan.pairs,
-            "updates": result.plan.updates,
+            "steps": result.plan.steps,
             "seconds": memory.seconds,
             "bytes": memory.grown,
         }
@@ -77,7 +80,7 @@ def main() -> None:
         [
             *(
                 f"  {run['pairs']:9,} pairs, {run['file_bytes'] / MB:6,.0f} MB of text   "
-                f"{run['updates']:6,} updates   {run['seconds']:6,.0f} s   "
+                f"{run['steps']:6,} steps   {run['seconds']:6,.0f} s   "
                 f"{run['bytes'] / MB:6,.0f} MB beyond the model"
                 for run in runs
             ),

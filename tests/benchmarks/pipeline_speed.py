@@ -39,7 +39,7 @@ def rate(batches: Callable[[], Iterable[Any]], pairs: int) -> float:
 
 def ours(pairs: list[tuple[str, str]], model: Any) -> tf.data.Dataset:
     """Our batches."""
-    return gkt.make_dataset(pairs, model, batch_size=BATCH, template=TEMPLATE)
+    return gkt.make_dataset(model, pairs, batch_size=BATCH, template=TEMPLATE)
 
 
 def kerashub(pairs: list[tuple[str, str]], model: Any, length: int) -> tf.data.Dataset:
@@ -65,7 +65,7 @@ def mixed_pairs(count: int) -> list[tuple[str, str]]:
 
 def programs(model: Any) -> int:
     """Distinct shapes of a training batch, each of which is one compiled program."""
-    data = gkt.make_dataset(mixed_pairs(1000), model, batch_size=8, template=TEMPLATE)
+    data = gkt.make_dataset(model, mixed_pairs(1000), batch_size=8, template=TEMPLATE)
     return len({(x["token_ids"].shape, x["positions"].shape) for x, _, _ in data})
 
 

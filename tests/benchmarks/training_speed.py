@@ -51,7 +51,7 @@ def ours(pairs: Pairs, target_modules: Any = ("q_proj", "v_proj")) -> dict[str, 
 
     model = _bench.gkt.load(_bench.MODEL)
     trainer = _bench.ours(model, target_modules)
-    data = _bench.gkt.make_dataset(pairs, model, batch_size=BATCH, template=TEMPLATE)
+    data = _bench.gkt.make_dataset(model, pairs, batch_size=BATCH, template=TEMPLATE)
     length = max(int(x["token_ids"].shape[1]) for x, _, _ in data)
     rate = best_epoch(lambda: trainer.fit(data, epochs=1, shuffle=False, verbose=0), len(pairs))
     parameters = _bench.gkt.lora_config(model).parameters

@@ -15,13 +15,18 @@ from gemma_keras_tune.evaluation.cross_validation import assign_folds, cross_val
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.generation.answers import compiled_programs
 from gemma_keras_tune.training import model as model_module
-from gemma_keras_tune.training.planning import plan_settings
+from gemma_keras_tune.training import planning
+from gemma_keras_tune.training.planning import resolve_settings
 
 # The same answer every time: what was learnt from some pairs holds for the others.
 PAIRS = [(f"part number for roll {i}", "yes") for i in range(10)]
 SETTINGS = dict(
     method="full", epochs=12, batch_size=4, learning_rate=1e-2, template="{prompt}\n{response}"
 )
+
+
+def plan_settings(model, pairs, longest, **given):
+    return planning.plan_settings(model, pairs, longest, resolve_settings(given))
 
 
 def weights(model):
@@ -88,7 +93,7 @@ def test_one_program_serves_all_parts(done):
 def test_the_plan_is_that_of_the_largest_rest(done):
     plan = done[-1].plan
     assert (plan.pairs, plan.epochs, plan.batch_size, plan.method) == (7, 12, 4, "full")
-    assert plan.updates == 2 * 12 and plan.seed == 1 and plan.template == "{prompt}\n{response}"
+    assert plan.steps == 2 * 12 and plan.seed == 1 and plan.template == "{prompt}\n{response}"
 
 
 @pytest.mark.slow
@@ -122,7 +127,7 @@ def test_each_part_is_tuned_as_tune_tunes():
         gkt.tune(tuned, rest, verbose=0, plan=plan)
         trainer = gkt.TuningModel(tuned)
         trainer.compile("sgd")
-        data = gkt.make_dataset(held, tuned, batch_size=4, shuffle=False)
+        data = gkt.make_dataset(tuned, held, batch_size=4, shuffle=False)
         loss = trainer.evaluate(data, verbose=0, return_dict=True)["loss"]
         np.testing.assert_allclose(result.losses[part], loss, rtol=1e-4)
     assert gkt.lora_config(model) is None
@@ -138,10 +143,10 @@ class _Planned(Exception):
 def printed(monkeypatch, capsys):
     """The plan as it is printed, without tuning after it."""
 
-    def stop():
+    def stop(*args, **options):
         raise _Planned
 
-    monkeypatch.setattr(cross_validation, "use_compilation_cache", stop)
+    monkeypatch.setattr(cross_validation, "generate_answers", stop)
 
     def plan(model, pairs=PAIRS, **options):
         with pytest.raises(_Planned):
@@ -163,12 +168,12 @@ def test_settings_of_a_plan_hold_as_in_tune(printed):
     text = printed(model, long, plan=plan)
     assert "LoRA rank 3, alpha 3, rank-stabilized on v_proj, q_proj, 2 epochs over 5" in text
     assert "template '{prompt} -> {response}'" in text and "1 rows left out as asked: 11" in text
-    # Settings left at their defaults are those of the plan, as `tune` has it.
-    assert printed(model, long, plan=plan, target_modules="auto", overlong="error") == text
+    # Settings that are left to be chosen are those of the plan, as `tune` has it.
+    assert printed(model, long, plan=plan, target_modules="auto", overlong="drop") == text
     assert "alpha 8 on all" in printed(model, target_modules="auto", use_rslora="auto")
     with pytest.raises(PlanError, match="contradict the plan") as caught:
-        cross_validate(model, long, plan=plan, rank=4, template="chatml")
-    assert len(caught.value.problems) == 2
+        cross_validate(model, long, plan=plan, rank=4, template="chatml", overlong="error")
+    assert len(caught.value.problems) == 3
     with pytest.raises(PlanError, match="stops early"):
         cross_validate(model, long, plan=dataclasses.replace(plan, early_stopping=2))
     with pytest.raises(PlanError, match="must be a `Plan`"):

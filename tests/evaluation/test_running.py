@@ -396,7 +396,7 @@ def test_report_tells_how_the_model_was_tuned(tmp_path: pathlib.Path) -> None:
     result = gkt.tune(model, tiny_pairs(8), epochs=2, validation_split=0.25, verbose=0)
     tuning = tuning_of(result)
     assert len(tuning.history["val_loss"]) == 2
-    assert len(tuning.learning_rates) == result.plan.updates
+    assert len(tuning.learning_rates) == result.plan.steps
     assert max(tuning.learning_rates) == pytest.approx(result.plan.learning_rate, rel=1e-3)
     assert sum(count for _, count in tuning.token_lengths) == result.plan.pairs
     report = evaluate(

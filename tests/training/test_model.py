@@ -1,13 +1,9 @@
 """Training on tiny models of every family against plain Keras and plain JAX."""
 
-import contextlib
-import dataclasses
 import functools
-import io
 import itertools
 import math
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +14,22 @@ from _quantized import quantize
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune.adapters.lora import get_factors, lora_linears
+from gemma_keras_tune.adapters.lora import lora_linears
 from gemma_keras_tune.gemma.families import backbone_inputs
 from gemma_keras_tune.training import model as model_module
-from gemma_keras_tune.training import tuning
 from gemma_keras_tune.training.losses import token_cross_entropy
 from gemma_keras_tune.training.model import TuningModel
-from gemma_keras_tune.training.pipeline import make_batcher, tokenize_pairs
+from gemma_keras_tune.training.pipeline import make_batcher
+from gemma_keras_tune.training.tokenizing import tokenize_pairs
 
 FAMILY_NAMES = ["gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4 moe"]
 PLAIN = "{prompt}\n{response}"
+
+
+def refused(**settings):
+    with pytest.raises(gkt.PlanError) as caught:
+        gkt.tune("package://never_opened", [], verbose=0, **settings)
+    return caught.value
 
 
 def tiny(name, **sizes):
@@ -41,8 +43,8 @@ def exact(function):
 
 
 def one_batch(model, pairs, **options):
-    tokens = tokenize_pairs(pairs, model, template=PLAIN)
-    batcher = make_batcher(tokens, model, batch_size=len(pairs), shuffle=False, **options)
+    tokens = tokenize_pairs(model, pairs, template=PLAIN)
+    batcher = make_batcher(model, tokens, batch_size=len(pairs), shuffle=False, **options)
     return next(batcher.arrays(0))
 
 
@@ -68,7 +70,7 @@ def step_gradients(trainer, batch):
 
 def plain_gradients(model, pairs):
     """The same by hand: full logits of the task model, a softmax, and each row by itself."""
-    tokens = tokenize_pairs(pairs, model, template=PLAIN)
+    tokens = tokenize_pairs(model, pairs, template=PLAIN)
     longest = int(tokens.lengths.max())
     ids = np.zeros((len(pairs), longest + 1), np.int32)
     trained = np.zeros((len(pairs), longest + 1), bool)
@@ -125,53 +127,6 @@ def test_loss_and_gradients_equal_the_full_logits_computation(family, method):
         assert gap <= 3e-4 * max(length, 1e-3 * whole), path
 
 
-@pytest.fixture(scope="module")
-def accumulated():
-    """The same eight pairs in updates of eight rows, taken at once and one by one."""
-    pairs = [(f"roll {i}", "x" * (1 + 3 * i)) for i in range(8)]  # answers of unlike lengths
-    runs = []
-    for rows, steps in ((8, 1), (1, 8)):
-        result = gkt.tune(
-            tiny("gemma3"), pairs, template=PLAIN, rank=2, epochs=6, learning_rate=5e-3,
-            warmup_steps=2, batch_size=rows, gradient_accumulation_steps=steps,
-            sequence_length=40, verbose=0, compilation_cache=False,
-        )  # fmt: skip
-        factors = [get_factors(n)[1].ravel() for n in lora_linears(result.model)]
-        runs.append((result, np.concatenate(factors)))
-    return runs
-
-
-@pytest.mark.slow
-def test_accumulating_eight_single_rows_equals_one_batch_of_eight(accumulated):
-    (one, factors), (eight, others) = accumulated
-    assert one.plan.updates == eight.plan.updates == 6
-    np.testing.assert_allclose(eight.history["loss"], one.history["loss"], rtol=1e-5)
-    assert np.abs(factors).max() > 1e-2
-    np.testing.assert_allclose(others, factors, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_learning_rates_told_are_those_of_the_updates(accumulated):
-    (one, _), (eight, _) = accumulated
-    np.testing.assert_allclose(one.learning_rates, eight.learning_rates, rtol=1e-6)
-    cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(4)]
-    np.testing.assert_allclose(one.learning_rates, 5e-3 * np.array([1 / 3, 2 / 3, *cosine]), 1e-5)
-
-
-def test_the_schedule_of_accumulated_batches_is_saved_with_the_optimizer():
-    optimizer = gkt.make_optimizer(1.0, updates=10, warmup_steps=2, gradient_accumulation_steps=4)
-    config = keras.optimizers.serialize(optimizer)
-    again = keras.optimizers.deserialize(config)
-    plain = gkt.make_optimizer(1.0, updates=10, warmup_steps=2)
-    assert again.get_config()["learning_rate"] == optimizer.get_config()["learning_rate"]
-    schedules = [
-        keras.optimizers.schedules.deserialize(o.get_config()["learning_rate"])
-        for o in (again, plain)
-    ]
-    for batch in (0, 3, 4, 11, 39):
-        assert float(schedules[0](batch)) == float(schedules[1](batch // 4))
-
-
 def test_a_thawed_base_under_lora_is_refused():
     model = tiny("gemma3")
     gkt.enable_lora(model, 2, verbose=0)
@@ -202,8 +157,8 @@ def test_a_base_quantized_without_its_embedding_trains_on_kerashubs_own_loss(mod
     quantize(model.backbone, mode, filters=lambda layer: "embedding" not in layer.name)
     gkt.enable_lora(model, 2, verbose=0)
     trainer = TuningModel(model)
-    trainer.compile(gkt.make_optimizer(1e-3, updates=2))
-    dataset = gkt.make_dataset(pairs, model, template=PLAIN, batch_size=4, shuffle=False)
+    trainer.compile(gkt.make_optimizer(1e-3, steps=2))
+    dataset = gkt.make_dataset(model, pairs, template=PLAIN, batch_size=4, shuffle=False)
     for _ in range(2):
         own = float(plain_gradients(model, pairs)[0])
         history = trainer.fit(dataset, epochs=1, verbose=0).history
@@ -255,7 +210,7 @@ def fitted(callbacks, *, rate=1e-3, weights=(), dtype="float32", scaled=False, *
     trainer = TuningModel(model)
     optimizer = keras.optimizers.Adam(rate, **options)
     trainer.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer)
-    dataset = gkt.make_dataset(testing.tiny_pairs(8), model, batch_size=4, shuffle=False)
+    dataset = gkt.make_dataset(model, testing.tiny_pairs(8), batch_size=4, shuffle=False)
     batches = itertools.count()
 
     def weighted():
@@ -327,194 +282,6 @@ def test_half_precision_floatx_is_refused():
         keras.config.set_floatx("float32")
 
 
-@pytest.mark.parametrize(("updates", "warmup"), [(0, 0), (5, 5), (3, 9)])
-def test_an_optimizer_without_updates_is_refused(updates, warmup):
-    with pytest.raises(gkt.PlanError, match="train nothing"):
-        gkt.make_optimizer(1e-3, updates=updates, warmup_steps=warmup)
-
-
-def test_the_schedule_warms_up_and_falls_to_a_tenth():
-    optimizer = gkt.make_optimizer(1.0, updates=100, warmup_steps=10)
-    rate = [float(optimizer._learning_rate(step)) for step in (0, 10, 55, 100)]
-    assert rate[0] < 0.2
-    assert rate[1] == pytest.approx(1.0)
-    assert 0.5 < rate[2] < 0.6
-    assert rate[3] == pytest.approx(0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_tune_learns_by_heart_and_generate_says_it(family):
-    model = tiny(family)
-    pairs = [("part number for roll", "yes"), ("part number for cake", "no")]
-    result = gkt.tune(
-        model,
-        pairs * 30,  # an epoch takes Keras longer than its updates
-        method="full",
-        epochs=4,
-        batch_size=2,
-        learning_rate=1e-2,
-        template=PLAIN,
-        verbose=0,
-        compilation_cache=False,
-    )
-    assert result.history["loss"][-1] < 0.5 * result.history["loss"][0]
-    assert result.history["accuracy"][-1] > 0.9
-    assert gkt.generate(model, [p for p, _ in pairs], max_new_tokens=6) == ["yes", "no"]
-
-
-@pytest.mark.slow
-def test_tune_resolves_prints_and_repeats_a_plan(capsys):
-    chosen = dict(target_modules="attention", use_rslora=True, alpha=3, seed=5)
-    result = gkt.tune(
-        tiny("gemma3"), testing.tiny_pairs(20), template=PLAIN, compilation_cache=False, **chosen
-    )
-    plan = result.plan
-    assert plan.updates == plan.batches == 60 and plan.epochs == 12 and plan.batch_size == 4
-    assert "60 updates" in capsys.readouterr().out
-    again = gkt.tune(
-        tiny("gemma3"), testing.tiny_pairs(20), plan=plan, verbose=0, compilation_cache=False
-    )
-    assert again.plan == plan
-    assert gkt.lora_config(again.model) == gkt.lora_config(result.model)
-    assert gkt.template_of(again.model) == gkt.template_of(result.model)
-    np.testing.assert_allclose(again.history["loss"], result.history["loss"], rtol=1e-4)
-    assert capsys.readouterr().out == ""
-
-
-@dataclasses.dataclass
-class Watched:
-    result: gkt.TuneResult
-    calls: list[str]
-    printed: str
-    caches: int
-    warned: list[str]
-
-
-VALIDATION = [("roll", "20-07"), ("cake", "21-08"), ("cake", "21-08"), ("b" * 60, "no")]
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """One run with all that can be watched, towards a loss that soon gets worse."""
-    recorder, caches, printed = Recorder(), [], io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(printed),
-        contextlib.redirect_stdout(printed),
-        warnings.catch_warnings(record=True) as warned,
-    ):
-        warnings.simplefilter("always")
-        patch.setattr(tuning, "use_compilation_cache", lambda: caches.append(1))
-        result = gkt.tune(
-            tiny("gemma3"), testing.tiny_pairs(16), validation_data=VALIDATION, early_stopping=1,
-            sequence_length=40, overlong="drop", template=PLAIN, learning_rate=0.3, epochs=30,
-            callbacks=[recorder],
-        )  # fmt: skip
-    told = [str(w.message) for w in warned if issubclass(w.category, gkt.PairsWarning)]
-    return Watched(result, recorder.calls, printed.getvalue(), len(caches), told)
-
-
-@pytest.mark.slow
-def test_early_stopping_goes_back_to_the_best_weights(watched):
-    losses = watched.result.history["val_loss"]
-    assert 1 < len(losses) < 30 and min(losses) < losses[-1]
-    data = gkt.make_dataset(
-        VALIDATION[:3], watched.result.model, template=PLAIN, sequence_length=40, batch_size=4
-    )
-    trainer = TuningModel(watched.result.model)
-    trainer.compile(jit_compile=True)
-    loss = trainer.evaluate(data, verbose=0, return_dict=True)["loss"]
-    assert loss == pytest.approx(min(losses), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_validation_rows_are_counted_listed_and_checked(watched):
-    plan = watched.result.plan
-    assert plan.pairs == 16 and plan.dropped == ()
-    assert plan.validation_pairs == 3 and plan.validation_dropped == (4,)
-    assert "validated on 3 other pairs" in watched.printed
-    assert "validation rows left out as asked: 4" in watched.printed
-    assert any("rows 2-3 are exact duplicates" in text for text in watched.warned)
-
-
-@pytest.mark.slow
-def test_progress_callbacks_timings_and_the_cache(watched):
-    result, plan = watched.result, watched.result.plan
-    epochs = len(result.history["loss"])
-    assert watched.calls == ["batch"] * 4 + ["epoch"] + (["batch"] * 4 + ["epoch"]) * (epochs - 1)
-    assert watched.caches == 1
-    assert len(result.learning_rates) == 4 * epochs < plan.updates
-    assert "loss " in watched.printed and "tokens/s" in watched.printed
-    assert f"/{plan.batches} " in watched.printed
-    timings = result.timings
-    assert 0 < timings["first_batch"] < timings["train"] and timings["prepare"] > 0
-    steady = timings["train"] - timings["first_batch"]
-    rate = plan.tokens / 4 * (len(watched.calls) - epochs - 1) / steady
-    assert timings["tokens_per_second"] == pytest.approx(rate, rel=1e-6)
-    assert timings["pairs_per_second"] == pytest.approx(rate * plan.pairs / plan.tokens, rel=1e-6)
-
-
-@pytest.mark.slow
-def test_an_optimizer_of_the_users_makes_the_updates_that_the_plan_tells(tmp_path):
-    optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)
-    folder = tmp_path / "adapter"
-    model = tiny("gemma3")
-    result = gkt.tune(
-        model, testing.tiny_pairs(16), optimizer=optimizer, epochs=2, template=PLAIN, verbose=0,
-        callbacks=[
-            keras.callbacks.LearningRateScheduler(lambda epoch: (0.5, 0.25)[epoch]),
-            gkt.AdapterCheckpoint(folder, updates=3),
-        ],
-        compilation_cache=False,
-    )  # fmt: skip
-    assert result.plan.gradient_accumulation_steps == 2
-    assert result.plan.updates == int(optimizer.iterations) == 4
-    assert result.learning_rates == (0.5, 0.5, 0.25, 0.25)
-    last = [get_factors(n)[1] for n in lora_linears(model)]
-    saved = tiny("gemma3")
-    gkt.load_adapter(saved, folder)  # as it was after the third of four updates
-    third = [get_factors(n)[1] for n in lora_linears(saved)]
-    assert max(np.abs(b).max() for b in third) > 0
-    assert max(np.abs(b - c).max() for b, c in zip(last, third, strict=True)) > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-    with pytest.raises(gkt.ExportError, match="already exists"):
-        gkt.AdapterCheckpoint(folder)
-
-
-def test_a_checkpoint_of_an_adapter_asks_for_one():
-    with pytest.raises(gkt.PlanError, match="Received: 0"):
-        gkt.AdapterCheckpoint("folder", updates=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_weight_decay_leaves_norms_biases_and_scalars_alone(family):
-    model = tiny(family)
-    optimizer = gkt.make_optimizer(0.5, updates=2, weight_decay=0.5)
-    variables = model.trainable_variables
-    before = [np.asarray(v) for v in variables]
-    optimizer.apply([np.zeros(v.shape, "float32") for v in variables], variables)
-    for variable, old in zip(variables, before, strict=True):
-        matrix = len([side for side in variable.shape if side > 1]) > 1
-        decayed = not np.array_equal(np.asarray(variable), old)
-        assert decayed == matrix, variable.path
-
-
-@pytest.mark.slow
-def test_the_whole_gradient_is_clipped_by_its_norm():
-    def after(gradients, **options):
-        variables = [keras.Variable([0.0, 0.0]), keras.Variable([0.0])]
-        optimizer = gkt.make_optimizer(0.1, updates=2, **options)
-        for a, b in gradients:
-            optimizer.apply([np.asarray(a, "float32"), np.asarray([b], "float32")], variables)
-        return np.concatenate([np.asarray(v) for v in variables])
-
-    long, cut = (([300.0, 0.0], 400.0), ([0.6, 0.0], 0.8)), (([0.6, 0.0], 0.8),) * 2
-    np.testing.assert_allclose(after(long), after(cut), rtol=1e-4)
-    assert np.abs(after(long, clipnorm=None) - after(cut)).max() > 1e-3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(family, monkeypatch):
@@ -526,7 +293,7 @@ def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(family, monk
     )
     model = tiny(family)
     trainer = TuningModel(model)
-    trainer.compile(gkt.make_optimizer(1e-3, updates=2))
+    trainer.compile(gkt.make_optimizer(1e-3, steps=2))
     trainer.optimizer.build(trainer.trainable_variables)
     batch = one_batch(model, testing.tiny_pairs(3))
     tokens, positions = batch[0]["token_ids"].size, len(batch[1])
@@ -545,83 +312,6 @@ def test_no_step_of_training_holds_an_array_of_tokens_by_vocabulary(family, monk
     assert not sizes & {tokens * vocabulary, positions * vocabulary}
 
 
-def test_the_compilation_cache_is_the_users_or_in_the_users_folder(tmp_path, monkeypatch):
-    import platformdirs
-
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-        assert tuning.use_compilation_cache() == str(tmp_path / "own")
-        jax.config.update("jax_compilation_cache_dir", None)
-        ours = str(tmp_path / "gemma_keras_tune" / "jax")
-        assert tuning.use_compilation_cache() == ours == jax.config.jax_compilation_cache_dir
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
-def test_bad_settings_are_reported_together():
-    with pytest.raises(gkt.PlanError) as caught:
-        gkt.tune(
-            tiny("gemma3"),
-            testing.tiny_pairs(4),
-            epochs=0,
-            batch_size=1.5,
-            learning_rate=-1.0,
-            verbose=0,
-        )
-    assert len(caught.value.problems) == 3
-
-
-def test_other_lora_than_the_one_that_is_on_is_refused():
-    model = tiny("gemma3")
-    gkt.enable_lora(model, 2, alpha=4, verbose=0)
-    other = dict(rank=4, alpha=8, target_modules="attention", use_rslora=True)
-    with pytest.raises(gkt.LoraError, match=r"LoRA rank 2, alpha 4 ") as caught:
-        gkt.tune(model, testing.tiny_pairs(4), verbose=0, **other)
-    names = ", ".join(gkt.lora_config(model).target_modules)
-    assert caught.value.problems == (
-        "`rank`: the model has 2. Received: 4",
-        "`alpha`: the model has 4. Received: 8",
-        f"`target_modules`: the model has {names}. Received: 'attention'",
-        "`use_rslora`: the model has False. Received: True",
-    )
-
-
-@pytest.mark.parametrize("stock", [False, True])
-def test_full_tuning_refuses_lora(stock):
-    model = tiny("gemma3")
-    model.backbone.enable_lora(2) if stock else gkt.enable_lora(model, 2, verbose=0)
-    with pytest.raises(gkt.LoraError, match="Keras's own LoRA" if stock else "LoRA rank 2"):
-        gkt.tune(model, testing.tiny_pairs(4), method="full", verbose=0)
-
-
-@pytest.mark.slow
-def test_tuning_further_goes_on_with_the_lora_that_is_on(capsys):
-    model = tiny("gemma3")
-    gkt.enable_lora(model, 2, alpha=4, target_modules="attention", verbose=0)
-    result = gkt.tune(
-        model, testing.tiny_pairs(4), epochs=1, template=PLAIN, target_modules="attention"
-    )
-    assert (result.plan.rank, result.plan.alpha) == (2, 4)
-    assert result.plan.target_modules == gkt.lora_config(model).target_modules
-    assert "Going on with the LoRA that is on this model: LoRA rank 2" in capsys.readouterr().out
-
-
-def test_a_plan_that_is_all_warm_up_is_refused():
-    with pytest.raises(gkt.PlanError, match="would train nothing"):
-        gkt.tune(
-            tiny("gemma3"),
-            testing.tiny_pairs(4),
-            epochs=1,
-            batch_size=4,
-            warmup_steps=1,
-            verbose=0,
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_first_batch_that_fails_leaves_the_weights(epoch):
@@ -630,8 +320,8 @@ def test_a_first_batch_that_fails_leaves_the_weights(epoch):
     model = testing.tiny_model("gemma3", num_layers=1)
     gkt.enable_lora(model, 2, verbose=0)
     trainer = TuningModel(model)
-    trainer.compile(gkt.make_optimizer(1e-3, updates=10))
-    good = gkt.make_dataset(testing.tiny_pairs(8), model, batch_size=4)
+    trainer.compile(gkt.make_optimizer(1e-3, steps=10))
+    good = gkt.make_dataset(model, testing.tiny_pairs(8), batch_size=4)
     opened = itertools.count()
 
     def batches():
@@ -648,3 +338,34 @@ def test_a_first_batch_that_fails_leaves_the_weights(epoch):
         if epoch == 0 or not variable.trainable:
             np.testing.assert_array_equal(variable, before[variable.path])
     trainer.fit(good, epochs=1, verbose=0)
+
+
+def test_what_would_be_ignored_is_refused():
+    model = testing.tiny_model("gemma3", num_layers=1)
+    gkt.enable_lora(model, 2, verbose=0)
+    trainer = TuningModel(model)
+    with pytest.raises(gkt.PlanError, match="would be ignored") as caught:
+        trainer.compile("sgd", loss="mse", metrics=["accuracy"], weighted_metrics=["mae"])
+    assert [p.split("`")[1] for p in caught.value.problems] == [
+        "loss", "metrics", "weighted_metrics"
+    ]  # fmt: skip
+    with pytest.raises(gkt.GemmaTuneError, match="does not predict"):
+        trainer.predict(gkt.make_dataset(model, testing.tiny_pairs(2)))
+    with pytest.raises(gkt.GemmaTuneError, match="generate"):
+        trainer.predict_on_batch({})
+
+
+def test_optimizers_are_taken_by_name():
+    model = testing.tiny_model("gemma3", num_layers=1)
+    trainer = TuningModel(model)
+    trainer.compile("lion")
+    assert type(trainer.optimizer) is keras.optimizers.Lion
+    trainer.compile()
+    assert type(trainer.optimizer) is keras.optimizers.AdamW and trainer.jit_compile
+    assert float(trainer.optimizer.learning_rate) == pytest.approx(5e-5)
+    gkt.enable_lora(model, 2, verbose=0)
+    trainer = TuningModel(model)
+    trainer.compile("auto", jit_compile=True)
+    assert float(trainer.optimizer.learning_rate) == pytest.approx(5e-4)
+    assert trainer.gemma is model
+    assert {v.path for v in trainer.variables} == {v.path for v in model.variables}

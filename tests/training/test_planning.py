@@ -1,23 +1,22 @@
 """Plans: what they hold, what contradicts them, and the memory they reckon with."""
 
 import dataclasses
+import json
 
 import keras
-import numpy as np
 import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
-from gemma_keras_tune._support.memory import control_group_memory
 from gemma_keras_tune.training import planning
-from gemma_keras_tune.training.planning import (
-    check_settings,
-    plan_settings,
-    step_bytes,
-    template_setting,
-)
+from gemma_keras_tune.training.planning import resolve_settings, step_bytes
+from gemma_keras_tune.training.shapes import Shape
 
 PLAIN = "{prompt}\n{response}"
+
+
+def plan_settings(model, pairs, longest, **given):
+    return planning.plan_settings(model, pairs, longest, resolve_settings(given))
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +36,6 @@ def refused(**settings):
     return caught.value
 
 
-def test_a_length_beyond_the_context_is_refused_with_all_else(model):
-    with pytest.raises(gkt.PlanError) as caught:
-        plan_settings(model, 8, 20, sequence_length=32_769, epochs=0)
-    assert len(caught.value.problems) == 2
-    assert "at most the model's context of 32,768 tokens. Received: 32,769" in str(caught.value)
-    assert plan_settings(model, 8, 20, sequence_length=32_768).sequence_length == 32_768
-
-
-def test_a_row_beyond_the_context_is_refused_where_no_length_is_set():
-    model = testing.tiny_model("gemma3n", max_position_embeddings=64)
-    with pytest.raises(gkt.PairsError, match="row 2"):
-        gkt.tune(model, [("a", "b"), ("x" * 80, "b")], template=PLAIN, verbose=0)
-
-
 @pytest.mark.parametrize("family", testing.FAMILIES)
 def test_the_rank_that_is_chosen_fits_every_layer(family):
     model = testing.tiny_model(family)
@@ -63,46 +48,6 @@ def test_the_rank_that_is_chosen_fits_every_layer(family):
     assert plan_settings(model, 999, 20, template=PLAIN).rank == 8
 
 
-def test_arguments_of_a_wrong_type_are_reported_together_before_the_model_is_opened():
-    wrong = dict(
-        seed=-1, target_modules=5, callbacks=None, alpha="high", epochs=True, overlong="cut",
-        validation_split=1.0, early_stopping=0, use_rslora=1, method="dora",
-        optimizer="adam", plan={"epochs": 3},
-    )  # fmt: skip
-    problems = refused(**wrong).problems
-    assert len(problems) == len(wrong)
-    for name in wrong:
-        assert sum(problem.startswith(f"`{name}`") for problem in problems) == 1, name
-
-
-def test_numbers_of_numpy_are_numbers(model):
-    plan = plan_settings(
-        model, 8, 20, epochs=np.int64(2), learning_rate=np.float32(0.5), seed=np.int32(3)
-    )
-    assert (plan.epochs, plan.learning_rate, plan.seed) == (2, 0.5, 3)
-    assert type(plan.epochs) is type(plan.seed) is int and type(plan.learning_rate) is float
-
-
-def test_names_of_targets_may_come_from_any_iterable():
-    assert check_settings({"target_modules": iter(["q_proj", "v_proj"])})["target_modules"] == (
-        "q_proj",
-        "v_proj",
-    )
-
-
-def by_function(messages):
-    return messages[-1].content + "\n"
-
-
-def test_a_template_is_kept_by_name_or_text_where_it_has_one(model):
-    named = {"gemma3": "gemma3", "plain": "plain", PLAIN: PLAIN}
-    for spec, kept in named.items():
-        assert template_setting(gkt.get_template(model, spec)) == kept
-    function = template_setting(gkt.get_template(model, by_function))
-    assert isinstance(function, gkt.Template)
-    assert template_setting(function) == function == template_setting(by_function)
-
-
 def test_a_plan_takes_its_own_settings_back(model):
     plan = plan_settings(
         model, 30, 20, rank=4, target_modules=["q_proj"], use_rslora=True, template=PLAIN,
@@ -110,6 +55,24 @@ def test_a_plan_takes_its_own_settings_back(model):
     )  # fmt: skip
     assert plan_settings(model, 30, 20, **plan.settings()) == plan
     assert "on q_proj" in str(plan) and "rank-stabilized" in str(plan)
+
+
+def test_arguments_that_equal_a_default_contradict_a_plan_too(model):
+    plan = plan_settings(
+        model, 30, 20, method="full", seed=3, overlong="drop", validation_split=0.5,
+        early_stopping=2, sequence_length=40,
+    )  # fmt: skip
+    error = refused(
+        plan=plan, method="lora", seed=0, overlong="error", validation_split=0.0,
+        early_stopping=None, sequence_length="auto", epochs="auto",
+    )  # fmt: skip
+    assert sorted(problem.split("`")[1] for problem in error.problems) == [
+        "early_stopping", "method", "overlong", "seed", "validation_split"
+    ]  # fmt: skip
+    assert "`seed`: the plan has 3. Received: 0" in error.problems
+    assert resolve_settings({"seed": 3, "method": "full", "epochs": "auto"}, plan) == (
+        plan.settings()
+    )
 
 
 def test_settings_that_contradict_the_plan_are_refused_together(model):
@@ -154,28 +117,6 @@ def test_early_stopping_and_two_validations_are_refused_before_the_model_is_open
     assert "not both" in refused(validation_data=[], validation_split=0.5).headline
 
 
-@pytest.mark.parametrize(
-    "callback",
-    [
-        keras.callbacks.ModelCheckpoint("x.weights.h5", save_weights_only=True),
-        keras.callbacks.BackupAndRestore("folder"),
-    ],
-)
-def test_callbacks_that_lose_lora_are_refused_by_name(callback):
-    problem = refused(callbacks=[callback]).problems[0]
-    assert type(callback).__name__ in problem and "AdapterCheckpoint(path)" in problem
-
-
-def test_full_tuning_takes_checkpoints_of_weights_alone():
-    from gemma_keras_tune.training.tuning import _wrong_callbacks
-
-    whole = keras.callbacks.ModelCheckpoint("x.keras")
-    assert "save_weights_only=True" in refused(callbacks=[whole], method="full").problems[0]
-    weights = keras.callbacks.ModelCheckpoint("x.weights.h5", save_weights_only=True)
-    assert _wrong_callbacks([weights], "full") == []
-    assert "Received: 3" in refused(callbacks=[3]).problems[0]
-
-
 def test_a_batch_is_cut_to_the_memory_that_is_free(model, free):
     free(None)
     assert plan_settings(model, 100, 50).batch_size == 8
@@ -199,50 +140,6 @@ def test_full_tuning_reckons_with_gradients_moments_and_what_is_accumulated(mode
     assert plan_settings(model, 100, 50, method="full").batch_size < 8
 
 
-def control_groups(root, own, files):
-    proc = root / "proc/self"
-    proc.mkdir(parents=True)
-    (proc / "cgroup").write_text(own)
-    for path, text in files.items():
-        file = root / "sys/fs/cgroup" / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-
-
-def test_the_tightest_limit_on_the_way_up_counts_in_control_groups_of_version_2(tmp_path):
-    control_groups(
-        tmp_path,
-        "0::/outer/inner\n",
-        {
-            "outer/inner/memory.max": "max\n",
-            "outer/inner/memory.current": "100\n",
-            "outer/memory.max": "1000\n",
-            "outer/memory.current": "300\n",
-            "outer/memory.stat": "anon 200\ninactive_file 50\n",
-        },
-    )
-    assert control_group_memory(tmp_path) == 1000 - 300 + 50
-
-
-def test_a_container_sees_its_control_group_of_version_1_from_inside(tmp_path):
-    control_groups(
-        tmp_path,
-        "5:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n",
-        {
-            "memory/memory.limit_in_bytes": "5000\n",
-            "memory/memory.usage_in_bytes": "4000\n",
-            "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
-        },
-    )
-    assert control_group_memory(tmp_path) == 1500
-
-
-def test_without_control_groups_there_is_no_limit(tmp_path):
-    assert control_group_memory(tmp_path) is None
-    control_groups(tmp_path, "0::/\n", {"memory.max": "max\n"})
-    assert control_group_memory(tmp_path) is None
-
-
 def test_a_plan_tells_of_validation_and_of_rows_left_out(model):
     plan = plan_settings(model, 30, 20, early_stopping=1, validation_split=0.5)
     filled = dataclasses.replace(
@@ -261,3 +158,115 @@ def test_all_rows_are_reckoned_as_long_as_they_are_padded(model, free):
     padded = plan_settings(model, 100, 20, sequence_length=64, template=PLAIN)
     assert padded.memory_needed == plan_settings(model, 100, 64, template=PLAIN).memory_needed
     assert padded.memory_needed > short.memory_needed
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"method": "full", "optimizer": "lion", "early_stopping": 2, "validation_split": 0.5},
+        {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "sequence_length": 30},
+        {"learning_rate": keras.optimizers.schedules.CosineDecay(0.1, 10)},
+        {"optimizer": keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)},
+    ],
+)
+def test_a_plan_is_read_back_as_it_was_saved(model, tmp_path, chosen):
+    plan = plan_settings(model, 30, 20, template=PLAIN, **chosen)
+    plan = dataclasses.replace(
+        plan, shapes=(Shape(4, 24, 40),), steps=7, dropped=(3, 5), padding=0.25, pairs=30
+    )
+    path = plan.save(tmp_path / "folder" / "plan.json")
+    loaded = gkt.Plan.load(str(path))
+    assert loaded == plan and loaded.memory_needed == plan.memory_needed
+    assert type(loaded.target_modules) is type(plan.target_modules)
+    assert json.loads(path.read_text())["schema"] == 1
+    assert path.read_bytes() == loaded.save(path).read_bytes()
+
+
+def by_function(messages):
+    return messages[-1].content
+
+
+def test_a_template_that_is_a_function_cannot_be_saved(model, tmp_path):
+    plan = plan_settings(model, 30, 20, template=by_function)
+    with pytest.raises(gkt.PlanError, match=r"cannot be saved: .*by_function"):
+        plan.save(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A plan's file, changed and read back."""
+    path = plan_settings(model, 30, 20, template=PLAIN).save(tmp_path / "plan.json")
+    data = json.loads(path.read_text())
+
+    def problems(change):
+        other = json.loads(json.dumps(data))
+        change(other)
+        path.write_text(json.dumps(other))
+        with pytest.raises(gkt.PlanError, match=r"plan\.json") as caught:
+            gkt.tune("package://never_opened", [], plan=path)
+        return caught.value
+
+    return problems
+
+
+def test_all_that_is_wrong_with_a_plan_file_is_told_at_once(saved):
+    def change(data):
+        data["extra"] = 1
+        data["settings"] |= {
+            "epochs": "auto",
+            "rank": 0,
+            "dropout": 0.1,
+            "optimizer": 3,
+            "template": 4,
+        }
+        data["figures"] |= {"steps": "many", "shapes": [{"batch_size": 1}]}
+        del data["settings"]["seed"], data["figures"]["tokens"]
+
+    assert saved(change).problems == (
+        "`dropout` is unknown",
+        "`epochs` must be resolved. Received: 'auto'",
+        "`extra` is unknown",
+        "`optimizer` must be 'auto', a Keras optimizer or the name of one. Received: 3",
+        "`rank` must be 'auto' or an integer of at least 1. Received: 0",
+        "`seed` is missing",
+        "`shapes`: Object missing required field `length` - at `$[0]`",
+        "`steps`: Expected `int`, got `str`",
+        "`template` must be a name or a text. Received: 4",
+        "`tokens` is missing",
+    )
+
+
+def test_files_that_are_no_plans_are_refused(saved, tmp_path):
+    assert "of version 2, and version 1 is known" in saved(lambda d: d.update(schema=2)).headline
+    assert "is not a plan" in saved(lambda d: d.pop("figures")).headline
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(gkt.PlanError, match=r"broken\.json cannot be read as a plan"):
+        gkt.Plan.load(tmp_path / "broken.json")
+    with pytest.raises(gkt.PlanError, match=r"none\.json cannot be read"):
+        gkt.Plan.load(tmp_path / "none.json")
+
+
+def test_a_plan_file_imports_nothing(saved):
+    """A schedule's description names a module and a class."""
+    for module, config in (("os", {}), (None, {}), ("keras.optimizers.schedules", {"a": [{}]})):
+        schedule = {"module": module, "class_name": "CosineDecay", "config": config}
+
+        def change(data, schedule=schedule):
+            data["settings"]["learning_rate"] = schedule
+
+        (problem,) = saved(change).problems
+        assert problem.startswith("`learning_rate` must be a number or a schedule of Keras")
+
+
+def test_a_length_beyond_the_context_is_refused(model):
+    with pytest.raises(gkt.PlanError) as caught:
+        plan_settings(model, 8, 20, sequence_length=32_769)
+    assert "at most the model's context of 32,768 tokens. Received: 32,769" in str(caught.value)
+    assert plan_settings(model, 8, 20, sequence_length=32_768).sequence_length == 32_768
+
+
+def test_a_row_beyond_the_context_is_refused_where_no_length_is_set():
+    model = testing.tiny_model("gemma3n", max_position_embeddings=64)
+    with pytest.raises(gkt.PairsError, match="row 2"):
+        gkt.tune(model, [("a", "b"), ("x" * 80, "b")], template=PLAIN, verbose=0)

@@ -118,7 +118,7 @@ def _tuning_charts(tuning: Tuning) -> list[dict[str, Any]]:
         if tuning.history.get(name)
     ]
     if tuning.learning_rates:
-        found.append((charts.learning_rate(tuning.learning_rates), "Learning rate by update"))
+        found.append((charts.learning_rate(tuning.learning_rates), "Learning rate by step"))
     if tuning.token_lengths:
         found.append((charts.token_lengths(tuning.token_lengths), "Lengths of the pairs"))
     return [{"svg": svg, "caption": caption} for svg, caption in found]
