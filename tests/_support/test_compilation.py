@@ -22,6 +22,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
     before = settings()
     jax.config.update(NAMES[0], None)
+    jax.config.update(NAMES[1], 0.0)
     yield tmp_path / "gemma_keras_tune" / "jax"
     for name, value in before.items():
         jax.config.update(name, value)
