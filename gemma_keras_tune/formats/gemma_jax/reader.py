@@ -1,11 +1,12 @@
 """Checkpoints of the Gemma library for JAX, read back: `load_gemma_jax`.
 
-The tree says nothing of the model's settings, so `export` records them beside it. A checkpoint
-without that record, such as the published ones, is not opened.
+The tree says nothing of the model's settings, so `export` records them beside it. Of the published
+checkpoints, which have no such record, `published` knows the settings of Gemma 2 and 3.
 """
 
 import collections
 import pathlib
+import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from gemma_keras_tune._support.packages import import_extra
 from gemma_keras_tune.errors import LoadError, TemplateError
+from gemma_keras_tune.formats.gemma_jax.published import published_settings
 from gemma_keras_tune.formats.weights import Shape, shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import (
@@ -26,10 +28,14 @@ from gemma_keras_tune.gemma.families import (
     split,
 )
 from gemma_keras_tune.gemma.tables import KEYS_AND_VALUES
-from gemma_keras_tune.gemma.templates import SIDECAR, read_sidecar
+from gemma_keras_tune.gemma.templates import read_sidecar
 
 PARAMETERS = "params"
 TOKENIZER = "tokenizer.model"
+_MARKS = ("_METADATA", "_CHECKPOINT_METADATA")
+# Published trees may be flat, under this name; the rest is a vision tower, which is not read.
+_FLAT = "transformer/"
+_BESIDE = ("SigLiPFromPatches_0/", "vision_encoder/", "embedder/mm_")
 BACKBONE_KEY = "backbone"
 # The rows the library's embeddings have. Its Gemma 2 has some for tokens that do not exist; its
 # Gemma 3 and 3n have none for the ids Hugging Face keeps for pictures and sounds.
@@ -63,31 +69,35 @@ def backbone_record(model: Any) -> dict[str, Any]:
 
 
 def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Model:
-    """Open a folder that `export(..., format="gemma_jax")` wrote.
+    """Open a folder that `export(..., format="gemma_jax")` wrote, or a published checkpoint.
 
     Args:
-        folder: The folder, with `params`, `tokenizer.model` and this library's record.
+        folder: The folder, with `params`, `tokenizer.model` and this library's record. Or the
+            checkpoint of a published Gemma 2 or 3, with `tokenizer.model` in it or beside it; its
+            text tower is read.
         dtype: Keras dtype of the weights.
 
     Returns:
         A KerasHub `CausalLM` with preprocessor and tokenizer.
 
     Raises:
-        LoadError: The record is missing, Orbax is not installed, or the tree is not the one the
-            record describes.
+        LoadError: Orbax or the tokenizer is missing, nothing tells the model's settings, or the
+            tree is not the one they describe.
     """
-    family, config = _recorded(folder)
+    place, tokenizer, recorded = checkpoint_folder(folder), _tokenizer(folder), _recorded(folder)
     orbax = import_extra("orbax.checkpoint", "gemma-jax", "Orbax checkpoints", LoadError)
-    path = (folder / PARAMETERS).absolute()
+    path = (place or folder).absolute()
     try:
         with orbax.StandardCheckpointer() as checkpointer:
-            found = _shapes(checkpointer.metadata(path).item_metadata.tree)
+            held = checkpointer.metadata(path).item_metadata.tree
+            found = _shapes(held)
+            family, config = recorded or published_settings(folder, found)
             _check_depth(folder, config, found)
             backbone = empty_backbone(family, config, dtype)
-            model = causal_lm(family, backbone, (folder / TOKENIZER).read_bytes())
+            model = causal_lm(family, backbone, tokenizer.read_bytes())
             weights = family_of(model).weights(model)
             _check_shapes(folder, weights, found, unread_weights(model))
-            tree = dict(_flat(checkpointer.restore(path)))
+            tree = dict(_weights(checkpointer.restore(path)))
     except LoadError:
         raise
     except Exception as error:
@@ -98,27 +108,42 @@ def load_gemma_jax(folder: pathlib.Path, *, dtype: str = "float32") -> keras.Mod
             next_step=_AGAIN,
         ) from error
     _assign(weights, tree)
+    if any(name.removeprefix(_FLAT).startswith(_BESIDE) for name, _ in _flat(held)):
+        warnings.warn(
+            f"{folder}: the text tower alone was read, and the model will not see images. Load the "
+            "KerasHub preset or the Hugging Face folder of that Gemma to keep its vision tower.",
+            UserWarning,
+            stacklevel=4,
+        )
     return model
 
 
-def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]]:
+def checkpoint_folder(folder: pathlib.Path) -> pathlib.Path | None:
+    """Find the Orbax checkpoint of a model: `params` in the folder, or the folder itself."""
+    if (folder / PARAMETERS).is_dir():
+        return folder / PARAMETERS
+    return folder if any((folder / name).is_file() for name in _MARKS) else None
+
+
+def _tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    for file in (folder / TOKENIZER, folder.absolute().parent / TOKENIZER):
+        if file.is_file():
+            return file
+    raise LoadError(
+        f"The Orbax checkpoint in {folder} has no tokenizer: {TOKENIZER} is missing.",
+        next_step=f"Put the model's {TOKENIZER} into the folder.",
+    )
+
+
+def _recorded(folder: pathlib.Path) -> tuple[Family, dict[str, Any]] | None:
+    """The family and settings that `export` recorded, where it did."""
     try:
         record = read_sidecar(folder)
     except TemplateError as error:
         raise LoadError(f"{folder}: its record is damaged. {error}", next_step=_AGAIN) from error
     family, config = FAMILIES.get(str(record.get("family"))), record.get(BACKBONE_KEY)
-    missing = [name for name in (TOKENIZER,) if not (folder / name).is_file()]
     if family is None or not family.jax or not isinstance(config, dict):
-        missing.append(f"{SIDECAR} with the model's settings")
-    if missing:
-        raise LoadError(
-            f"The Orbax checkpoint in {folder} does not say which model it is.",
-            [f"{name} is missing" for name in missing],
-            "Only folders that `export(..., format='gemma_jax')` wrote are opened. Load "
-            "a published Gemma as a KerasHub preset or a Hugging Face folder.",
-        )
-    assert family is not None
-    assert isinstance(config, dict)
+        return None
     return family, config
 
 
@@ -130,8 +155,18 @@ def _flat(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, tree
 
 
+def _weights(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of the text tower, named as in the library's own model."""
+    for name, leaf in _flat(tree):
+        own = name.removeprefix(_FLAT)
+        if own != name and "/mlp/" in own:
+            own = own.removesuffix("/w")
+        if not own.startswith(_BESIDE):
+            yield own, leaf
+
+
 def _shapes(tree: Any) -> dict[str, Shape]:
-    return {name: tuple(leaf.shape) for name, leaf in _flat(tree)}
+    return {name: tuple(leaf.shape) for name, leaf in _weights(tree)}
 
 
 def _check_depth(
@@ -156,7 +191,7 @@ def _check_shapes(
     problems = shape_problems(_tree_shapes(weights), found, unread)
     if problems:
         raise LoadError(
-            f"{folder}: the checkpoint does not fit the model the record describes.",
+            f"{folder}: the checkpoint does not fit the model its settings describe.",
             problems,
             next_step=_AGAIN,
         )

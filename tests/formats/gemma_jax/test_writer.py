@@ -27,8 +27,9 @@ from gemma_keras_tune.errors import ExportError, LoadError
 from gemma_keras_tune.exporting.exporter import export
 from gemma_keras_tune.exporting.verifying import verify
 from gemma_keras_tune.formats.gemma_jax import writer as gemma_jax_writer
+from gemma_keras_tune.formats.gemma_jax.reader import _flat
 from gemma_keras_tune.formats.weights import merged_weights
-from gemma_keras_tune.gemma.families import backbone_inputs
+from gemma_keras_tune.gemma.families import backbone_inputs, backbone_settings, is_instruct
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, get_template, template_of
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.testing import tiny_model
@@ -284,6 +285,51 @@ def test_what_was_written_loads_again(family: str, tmp_path: pathlib.Path) -> No
     assert not theirs
 
 
+@pytest.mark.parametrize(
+    ("family", "layers", "settings"),
+    [
+        ("gemma3", 18, {"sliding_window_size": 512}),
+        pytest.param(
+            "gemma3", 34, {"sliding_window_size": 1024, "global_rope_scaling_factor": 8.0},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("gemma2", 26, {"sliding_window_size": 4096}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_published_checkpoint_is_read(
+    family: str, layers: int, settings: dict[str, Any], flat: bool, tmp_path: pathlib.Path
+) -> None:
+    orbax = pytest.importorskip("orbax.checkpoint")
+    model = tiny_model(family, num_layers=layers, **settings)
+    tree = written_tree(model, tmp_path / "ours")
+    sight = {"a": {"w": np.ones(3, "float32")}}
+    if flat:  # as Google published them: the last name alone is a level of the tree
+        leaves = dict(_flat(tree, "transformer"))
+        leaves = {f"{k}/w" if "/mlp/" in k else k: leaf for k, leaf in leaves.items()}
+        tree = {"SigLiPFromPatches_0/b": sight["a"]}
+        for path, leaf in leaves.items():
+            place, _, name = path.rpartition("/")
+            tree.setdefault(place, {})[name] = leaf
+    else:
+        tree["vision_encoder"] = sight
+        tree["embedder"]["mm_input_projection"] = sight["a"]
+    folder = tmp_path / "a-model-it"
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
+    (tmp_path / "tokenizer.model").write_bytes(model.preprocessor.tokenizer.proto)
+    with pytest.warns(UserWarning, match="the text tower alone was read"):
+        again = load(folder, dtype="float32")
+    assert is_instruct(again)
+    theirs, ours = (backbone_settings(m) for m in (again, model))
+    for name in theirs.keys() & ours.keys() - {"name", "image_size"}:
+        assert theirs[name] == ours[name], name
+    values = {weight.path: value for weight, value in merged_weights(again)}
+    for weight, value in merged_weights(model):
+        np.testing.assert_array_equal(values.pop(weight.path), value, err_msg=weight.path)
+    assert not values
+
+
 def test_a_checkpoint_that_lies_is_refused(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("orbax.checkpoint")
     model = tiny_model("gemma3", num_layers=1)
@@ -302,8 +348,12 @@ def test_a_checkpoint_that_lies_is_refused(tmp_path: pathlib.Path) -> None:
     assert "embedder/input_embedding has shape" in str(wide)
     assert len(wide.problems) > 5
     (folder / SIDECAR).unlink()
-    with pytest.raises(LoadError, match=r"gemma_keras_tune.json with the model's settings"):
+    with pytest.raises(LoadError, match=r"no published Gemma 2 or 3(.|\n)*gemma_keras_tune\.json"):
         load(folder)
+    tokenizer = (folder / "tokenizer.model").rename(tmp_path / "elsewhere")
+    with pytest.raises(LoadError, match=r"no tokenizer: tokenizer\.model is missing"):
+        load(folder)
+    tokenizer.rename(folder / "tokenizer.model")
     (folder / SIDECAR).write_text(json.dumps(record))
     for file in (folder / "params").rglob("*"):
         if file.is_file() and file.parent.name == "d":
