@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("path", help="what `export`, `save_preset` or `save_adapter` wrote")
     verify.add_argument("--base", metavar="MODEL", help="for an adapter, what it belongs on")
     verify.add_argument(
-        "--no-update", action="store_true", help="leave the outcome in the receipt as it is"
+        "--no-update", action="store_true", help="leave the result in the receipt as it is"
     )
     verify.add_argument("--no-run", action="store_true", help="compare the files alone")
     verify.set_defaults(run=_verify)

@@ -1,7 +1,7 @@
 """The receipt: a small JSON file beside the weights that says what was written.
 
 It holds each file's size and sha256, versions, template, stop tokens and adapter; where asked for,
-recordings: what the model in memory answered to a few prompts; and the outcome of comparing these
+recordings: what the model in memory answered to a few prompts; and the result of comparing these
 with what the target's own runtime answers. `exporting.verifying` does that.
 """
 
@@ -12,12 +12,14 @@ import importlib.metadata
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
+from msgspec import Meta
 
+from gemma_keras_tune._support.records import Finite, TokenId, Whole, read_record
 from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
@@ -26,9 +28,7 @@ from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 from gemma_keras_tune.generation.answers import generate_ids
 from gemma_keras_tune.pairs.reader import Message
 
-SCHEMA = "gemma_keras_tune.receipt/3"
-# The first is without an outcome; both are without the version of the format.
-_OLD_SCHEMAS = ("gemma_keras_tune.receipt/1", "gemma_keras_tune.receipt/2")
+SCHEMA = "gemma_keras_tune.receipt/1"
 FILE_NAME = "receipt.json"
 PROMPTS = (
     "Hello!",
@@ -54,6 +54,14 @@ _TARGET_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "litert": ("litert-torch", "litert-lm-api", "safetensors"),
     "adapter": ("safetensors", "peft"),
 }
+InnerPath = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?!(?:.*/)?\.{0,2}(?:/|$))[^\\\x00:/]+(?:/[^\\\x00/]+)*$",
+        description="a path inside the folder",
+    ),
+]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="64 hexadecimal digits")]
 # Files that begin with a name and the version of their format.
 _VERSIONED: Mapping[str, tuple[bytes, int]] = {".gguf": (b"GGUF", 1), ".litertlm": (b"LITERTLM", 3)}
 
@@ -68,9 +76,9 @@ class FileRecord:
         sha256: Of its content, in hexadecimal.
     """
 
-    path: str
-    bytes: int
-    sha256: str
+    path: InnerPath
+    bytes: Whole
+    sha256: Digest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,34 +98,46 @@ class Recording:
     """
 
     text: str
-    ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    ids: tuple[TokenId, ...]
+    answer_ids: tuple[TokenId, ...]
     answer: str
     stopped: bool
-    margins: tuple[float, ...]
-    top_ids: tuple[int, ...]
-    top_logits: tuple[float, ...]
+    margins: tuple[Finite, ...]
+    top_ids: tuple[TokenId, ...]
+    top_logits: tuple[Finite, ...]
+
+    def faults(self) -> Iterator[str]:
+        """Name what no model answers."""
+        steps = len(self.answer_ids) + self.stopped
+        if not self.ids or not self.top_ids:
+            yield "ids and top_ids must not be empty"
+        if len(self.margins) != steps or steps > MAX_NEW_TOKENS + 1:
+            yield f"margins must be one for each of {steps} tokens"
+        if len(self.top_ids) != len(self.top_logits):
+            yield "top_ids and top_logits must have the same length"
+
+
+Status = Literal["passed", "failed", "not run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
+class Verification:
     """What the last check of an export came to.
 
     Attributes:
-        verdict: `"passed"`, `"failed"` or `"not run"`: the export was not opened.
+        status: `"passed"`, `"failed"` or `"not run"`: the export was not opened.
         runtime: What opened it, with its version, or `None`.
         checked: What was looked at and found right.
         reasons: What is wrong, or why it was not opened.
     """
 
-    verdict: str
+    status: Status
     runtime: str | None = None
     checked: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
 
-VERDICTS = ("passed", "failed", "not run")
-NOT_CHECKED = Outcome("not run", reasons=("it was not asked for; `verify` does it",))
+NOT_CHECKED = Verification("not run", reasons=("it was not asked for; `verify` does it",))
 Check = bool | Literal["run"]
 
 
@@ -142,7 +162,7 @@ class Receipt:
         packages: Versions by package.
         files: All files, but for the receipt.
         recordings: Empty where the model was not run.
-        outcome: Of the check.
+        verification: Result of the last check.
         format_version: Of GGUF and LiteRT-LM files, the version they begin with; `None` where the
             format has none of its own.
     """
@@ -155,13 +175,20 @@ class Receipt:
     base_fingerprint: str
     template: str
     stop_tokens: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    adapter: Mapping[str, Any] | None
-    packages: Mapping[str, str]
+    stop_token_ids: tuple[TokenId, ...]
+    adapter: dict[str, Any] | None
+    packages: dict[str, str]
     files: tuple[FileRecord, ...]
     recordings: tuple[Recording, ...]
-    outcome: Outcome = NOT_CHECKED
+    verification: Verification = NOT_CHECKED
     format_version: str | None = None
+
+    def faults(self) -> Iterator[str]:
+        """Name what is wrong with the list of files."""
+        names = [file.path for file in self.files]
+        if not names:
+            yield "files is empty"
+        yield from (f"files: {name!r} comes twice" for name in {*names} if names.count(name) > 1)
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -452,167 +479,18 @@ def read_receipt(path: pathlib.Path) -> Receipt:
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{file} cannot be read: {error}") from error
-    reader = _Reader()
-    receipt = _receipt(reader, data)
-    if reader.problems:
-        raise ExportError(f"{file} is not a receipt of this library.", reader.problems)
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise ExportError(
+            f"{file} is not a receipt of this library.",
+            [f"schema must be {SCHEMA!r}. Received: {schema!r:.80}"],
+        )
+    problems: list[str] = []
+    receipt = read_record(Receipt, data, problems=problems)
+    if receipt is None:
+        raise ExportError(f"{file} is not a receipt of this library.", problems)
     return receipt
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
-
-
-class _Reader:
-    """Takes values of known types out of JSON data, and collects what is wrong."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def say(self, where: str, expected: str, value: Any) -> None:
-        shown = repr(value)
-        self.problems.append(f"{where} must be {expected}. Received: {shown[:80]}")
-
-    def mapping(self, value: Any, where: str, fields: type | None = None) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.say(where, "an object", value)
-            return {}
-        if fields is not None:
-            names = {field.name for field in dataclasses.fields(fields)} | {"schema"}
-            extra = sorted(set(value) - names)
-            if extra:
-                self.problems.append(f"{where} holds unknown entries: {', '.join(extra)[:200]}")
-        return value
-
-    def text(self, value: Any, where: str) -> str:
-        if not isinstance(value, str):
-            self.say(where, "text", value)
-            return ""
-        return value
-
-    def whole(self, value: Any, where: str, most: int = 2**63 - 1) -> int:
-        if type(value) is not int or not 0 <= value <= most:
-            self.say(where, f"a whole number from 0 to {most}", value)
-            return 0
-        return value
-
-    def number(self, value: Any, where: str) -> float:
-        if type(value) not in (int, float) or not abs(value) < 1e30:
-            self.say(where, "a finite number", value)
-            return 0.0
-        return float(value)
-
-    def flag(self, value: Any, where: str) -> bool:
-        if not isinstance(value, bool):
-            self.say(where, "true or false", value)
-            return False
-        return value
-
-    def many(self, read: Any, value: Any, where: str) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            self.say(where, "a list", value)
-            return ()
-        return tuple(read(item, f"{where}[{i}]") for i, item in enumerate(value))
-
-    def token(self, value: Any, where: str) -> int:
-        return self.whole(value, where, 2**31 - 1)
-
-
-def _receipt(reader: _Reader, data: Any) -> Receipt:
-    values = reader.mapping(data, "the receipt", Receipt)
-    schema = values.get("schema")
-    if schema not in (SCHEMA, *_OLD_SCHEMAS):
-        reader.say("schema", repr(SCHEMA), schema)
-        values = {}
-    if not values:
-        return Receipt("", "", None, "", "", "", "", (), (), None, {}, (), ())
-    get, text = values.get, reader.text
-    quantization, adapter, version = get("quantization"), get("adapter"), get("format_version")
-    packages = reader.mapping(get("packages"), "packages")
-    receipt = Receipt(
-        format=text(get("format"), "format"),
-        dtype=text(get("dtype"), "dtype"),
-        quantization=None if quantization is None else text(quantization, "quantization"),
-        compute_dtype=text(get("compute_dtype"), "compute_dtype"),
-        family=text(get("family"), "family"),
-        base_fingerprint=text(get("base_fingerprint"), "base_fingerprint"),
-        template=text(get("template"), "template"),
-        stop_tokens=reader.many(text, get("stop_tokens"), "stop_tokens"),
-        stop_token_ids=reader.many(reader.token, get("stop_token_ids"), "stop_token_ids"),
-        adapter=None if adapter is None else reader.mapping(adapter, "adapter"),
-        packages={name: text(value, f"packages.{name}") for name, value in packages.items()},
-        files=reader.many(lambda v, w: _file(reader, v, w), get("files"), "files"),
-        recordings=reader.many(
-            lambda v, w: _recording(reader, v, w), get("recordings"), "recordings"
-        ),
-        outcome=NOT_CHECKED if schema == _OLD_SCHEMAS[0] else _outcome(reader, get("outcome")),
-        format_version=None if version is None else text(version, "format_version"),
-    )
-    names = [file.path for file in receipt.files]
-    if not names:
-        reader.problems.append("files is empty")
-    reader.problems += [
-        f"files: {name!r} comes twice" for name in {*names} if names.count(name) > 1
-    ]
-    return receipt
-
-
-def _outcome(reader: _Reader, data: Any) -> Outcome:
-    values = reader.mapping(data, "outcome", Outcome)
-    verdict, runtime = values.get("verdict"), values.get("runtime")
-    if verdict not in VERDICTS:
-        reader.say("outcome.verdict", f"one of {VERDICTS}", verdict)
-        verdict = NOT_CHECKED.verdict
-    return Outcome(
-        verdict,
-        None if runtime is None else reader.text(runtime, "outcome.runtime"),
-        reader.many(reader.text, values.get("checked"), "outcome.checked"),
-        reader.many(reader.text, values.get("reasons"), "outcome.reasons"),
-    )
-
-
-def _file(reader: _Reader, data: Any, where: str) -> FileRecord:
-    values = reader.mapping(data, where, FileRecord)
-    path = reader.text(values.get("path"), f"{where}.path")
-    parts = path.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or "\\" in path
-        or ":" in parts[0]
-        or ("\0" in path)
-    ):
-        reader.say(f"{where}.path", "a path inside the folder", path)
-        path = ""
-    digest = reader.text(values.get("sha256"), f"{where}.sha256")
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        reader.say(f"{where}.sha256", "64 hexadecimal digits", digest)
-    return FileRecord(path, reader.whole(values.get("bytes"), f"{where}.bytes"), digest)
-
-
-def _recording(reader: _Reader, data: Any, where: str) -> Recording:
-    values = reader.mapping(data, where, Recording)
-
-    def take(name: str, read: Any) -> Any:
-        return read(values.get(name), f"{where}.{name}")
-
-    def several(name: str, read: Any) -> Any:
-        return reader.many(read, values.get(name), f"{where}.{name}")
-
-    recording = Recording(
-        text=take("text", reader.text),
-        ids=several("ids", reader.token),
-        answer_ids=several("answer_ids", reader.token),
-        answer=take("answer", reader.text),
-        stopped=take("stopped", reader.flag),
-        margins=several("margins", reader.number),
-        top_ids=several("top_ids", reader.token),
-        top_logits=several("top_logits", reader.number),
-    )
-    steps = len(recording.answer_ids) + recording.stopped
-    if not recording.ids or not recording.top_ids:
-        reader.problems.append(f"{where} has no token ids")
-    if len(recording.margins) != steps or steps > MAX_NEW_TOKENS + 1:
-        reader.problems.append(f"{where}.margins must be one for each of {steps} tokens")
-    if len(recording.top_ids) != len(recording.top_logits):
-        reader.problems.append(f"{where}.top_ids and top_logits differ in length")
-    return recording

@@ -16,9 +16,10 @@ from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     Check,
     FileRecord,
-    Outcome,
     Receipt,
     Recording,
+    Status,
+    Verification,
     read_receipt,
     receipt_path,
     sha256,
@@ -88,10 +89,10 @@ class Verdict:
         return not self.problems
 
     @property
-    def outcome(self) -> Outcome:
+    def verification(self) -> Verification:
         """What a receipt says of it."""
-        verdict = "failed" if self.problems else "passed" if self.runtime else "not run"
-        return Outcome(verdict, self.runtime, self.checks, self.problems + self.skipped)
+        status: Status = "failed" if self.problems else "passed" if self.runtime else "not run"
+        return Verification(status, self.runtime, self.checks, self.problems + self.skipped)
 
     def raise_if_failed(self) -> None:
         """Raise `ExportError` with all problems, if there are any."""
@@ -138,7 +139,7 @@ def write_checked_receipt(
 
 
 def _check_now(model: keras.Model, folder: pathlib.Path, file_name: str) -> Receipt:
-    """Open what was written in its own runtime. The receipt gets the outcome."""
+    """Open what was written in its own runtime. The receipt gets the result."""
     lone = file_name.removesuffix(FILE_NAME).removesuffix(".")
     written = folder / lone if lone else folder
     receipt = read_receipt(written)
@@ -171,7 +172,7 @@ def verify(
         base: For an adapter, the model it belongs on, or what `load` takes; for a GGUF adapter,
             the base's GGUF file. Without it an adapter's files are compared alone.
         run: Whether to open the export in its runtime.
-        update: Whether to write the outcome into the receipt. Where that is not allowed, `skipped`
+        update: Whether to write the result into the receipt. Where that is not allowed, `skipped`
             says so.
 
     Returns:
@@ -180,7 +181,7 @@ def verify(
     Raises:
         ExportError: There is nothing of that name, no receipt, or one that is none of this
             library; or `base` is missing, or is not what the adapter belongs on. The receipt keeps
-            the outcome it had.
+            the result it had.
     """
     target = pathlib.Path(path).expanduser()
     if not target.exists():
@@ -188,14 +189,14 @@ def verify(
     receipt = read_receipt(target)
     check_receipt(target, receipt)
     verdict = _verdict(target, receipt, base, run)
-    outcome = verdict.outcome
-    told = outcome.verdict != "not run" or receipt.outcome.verdict == "not run"
-    if update and told and outcome != receipt.outcome:
+    verification = verdict.verification
+    told = verification.status != "not run" or receipt.verification.status == "not run"
+    if update and told and verification != receipt.verification:
         try:
-            told_now = dataclasses.replace(receipt, outcome=outcome)
+            told_now = dataclasses.replace(receipt, verification=verification)
             write_text(receipt_path(target), told_now.to_json())
         except ExportError as error:
-            note = f"the outcome was not written into the receipt: {error.headline}"
+            note = f"the result was not written into the receipt: {error.headline}"
             return dataclasses.replace(verdict, skipped=(*verdict.skipped, note))
     return verdict
 

@@ -14,7 +14,6 @@ from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factor
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     NOT_CHECKED,
-    SCHEMA,
     Receipt,
     read_receipt,
     receipt_path,
@@ -69,17 +68,20 @@ def test_recordings_are_what_the_model_answers(model, folder):
         np.testing.assert_allclose(one.margins[0], logits[best[0]] - logits[best[1]], atol=1e-5)
 
 
-def test_a_receipt_without_an_outcome_is_read(folder, tmp_path):
+def test_a_receipt_without_a_result_says_that_it_was_not_checked(folder, tmp_path):
     data = as_data(folder)
-    assert data.pop("outcome")["verdict"] == "not run"
-    data["schema"] = "gemma_keras_tune.receipt/1"
+    assert data.pop("verification")["status"] == "not run"
     data.pop("format_version")
-    assert read_receipt(write(tmp_path, data)).outcome == NOT_CHECKED
-    data["schema"] = SCHEMA
-    data["outcome"] = {"verdict": "fine", "runtime": 3, "checked": [], "reasons": None}
+    assert read_receipt(write(tmp_path, data)).verification == NOT_CHECKED
+    data["verification"] = {"status": "fine", "runtime": 3, "checked": [], "reasons": None}
     with pytest.raises(gkt.ExportError) as caught:
         read_receipt(write(tmp_path, data))
     assert len(caught.value.problems) == 3
+    data["schema"] = "gemma_keras_tune.receipt/0"
+    with pytest.raises(
+        gkt.ExportError, match=r"receipt/1'. Received: 'gemma_keras_tune.receipt/0'"
+    ):
+        read_receipt(write(tmp_path, data))
 
 
 def test_no_answers_are_recorded_unless_asked(model, tmp_path):
