@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--check",
         choices=["record", "run", "none"],
-        default="record",
+        default="none",
         help="record answers for `verify`, verify at once, or neither; default: %(default)s",
     )
     export.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -17,13 +17,13 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import explained, new_folder
-from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
-    Check,
-    refuse_unknown_check,
+    Checking,
+    refuse_wrong_check,
 )
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.weights import refuse_quantized, stored_dtype
@@ -66,7 +66,7 @@ def export(
     shard_size: int | str | None = None,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: Check = True,
+    check: Checking = False,
     verbose: int = 1,
 ) -> pathlib.Path:
     """Write a model for another runtime, with the LoRA that is on merged in.
@@ -114,7 +114,7 @@ def export(
     target = pathlib.Path(path).expanduser()
     format = _format(target, format)
     module = _module(format)
-    refuse_unknown_check(check)
+    refuse_wrong_check(check, prompts)
     options: dict[str, Any] = {"dtype": dtype}
     for name, value in (("quantization", quantization), ("shard_size", shard_size)):
         if value is not None and format not in _TAKEN_BY[name]:
@@ -152,7 +152,7 @@ def export(
         ):
             module.write(model, folder, progress=progress, **options)
             if format != "keras":  # A preset brings its record.
-                write_record(model, folder)
+                write_metadata(model, folder)
             finish(folder)
     return target
 

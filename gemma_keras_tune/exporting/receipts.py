@@ -138,7 +138,8 @@ class Verification:
 
 
 NOT_CHECKED = Verification("not run", reasons=("it was not asked for; `verify` does it",))
-Check = bool | Literal["run"]
+# The argument `check`: record answers, do not, or record them and open what was written at once.
+Checking = bool | Literal["run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ def write_receipt(
         format: What was written.
         dtype: What the weights are stored in.
         quantization: Of a GGUF file.
-        prompts: As for `record`.
+        prompts: As for `record_answers`.
         answers: Whether to record answers.
         file_name: Name of the receipt; that of a lone file is `x.gguf.receipt.json`.
 
@@ -226,7 +227,7 @@ def write_receipt(
         The receipt.
 
     Raises:
-        ExportError: As from `record`.
+        ExportError: As from `record_answers`.
     """
     template = get_template("auto", model)
     files = tuple(_describe(folder, file_name))
@@ -244,24 +245,30 @@ def write_receipt(
         adapter=_adapter_on(model),
         packages=_versions(format),
         files=files,
-        recordings=record(model, prompts) if answers else (),
+        recordings=record_answers(model, prompts) if answers else (),
         format_version=next(filter(None, (_format_version(folder / f.path) for f in files)), None),
     )
     (folder / file_name).write_text(receipt.to_json(), encoding="utf-8")
     return receipt
 
 
-def refuse_unknown_check(check: Any) -> None:
-    """Refuse what `check` cannot be, before any work is done.
+def refuse_wrong_check(check: Any, prompts: Any) -> None:
+    """Refuse a wrong `check`, and prompts that would not be answered, before any work is done.
 
     Args:
-        check: What a caller passed.
+        check: The argument `check` of a caller.
+        prompts: Its argument `prompts`.
 
     Raises:
-        ExportError: It is not `True`, `False` or `"run"`.
+        ExportError: `check` is not `True`, `False` or `"run"`, or is `False` beside prompts.
     """
     if not (isinstance(check, bool) or check == "run"):
         raise ExportError(f"`check` must be True, False or 'run'. Received: {check!r}")
+    if prompts is not None and not check:
+        raise ExportError(
+            "`prompts` are answered only where `check` is True or 'run'. Received: check=False",
+            next_step="Pass `check=True` to record answers to them, or leave `prompts` out.",
+        )
 
 
 def _computed_in(model: Any) -> str:
@@ -308,7 +315,9 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Recording, ...]:
+def record_answers(
+    model: keras.Model, prompts: Iterable[str] | None = None
+) -> tuple[Recording, ...]:
     """Let the model in memory answer a few prompts, with the LoRA that is on.
 
     Args:

@@ -13,7 +13,7 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import check_free, new_folder
-from gemma_keras_tune.adapters.bases import base_name, write_record
+from gemma_keras_tune.adapters.bases import base_name, write_metadata
 from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
 from gemma_keras_tune.adapters.lora import LoraConfig
 from gemma_keras_tune.adapters.switching import (
@@ -24,7 +24,7 @@ from gemma_keras_tune.adapters.switching import (
     use_adapter,
 )
 from gemma_keras_tune.errors import PlanError
-from gemma_keras_tune.exporting.receipts import Check, refuse_unknown_check
+from gemma_keras_tune.exporting.receipts import Checking, refuse_wrong_check
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
 from gemma_keras_tune.gemma.families import (
@@ -45,7 +45,7 @@ def save_preset(
     adapter: str | Active | None = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: Check = False,
+    check: Checking = False,
 ) -> pathlib.Path:
     """Save the model as a KerasHub preset, with the LoRA that is on merged in.
 
@@ -75,7 +75,7 @@ def save_preset(
             as the model does.
     """
     check_backend()
-    refuse_unknown_check(check)
+    refuse_wrong_check(check, prompts)
     stored = str(family_of(model).head(model).embedding.dtype)
     with use_adapter(model, adapter), new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
@@ -93,7 +93,7 @@ def save_adapter(
     name: str | Active = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: Check = False,
+    check: Checking = False,
 ) -> pathlib.Path:
     """Save the LoRA of a model in PEFT's layout, at the rank it was trained with.
 
@@ -119,7 +119,7 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    refuse_unknown_check(check)
+    refuse_wrong_check(check, prompts)
     chosen = chosen_adapter(model, name)
     config, factors = adapter_factors(model, chosen)
     tensors = {}
@@ -131,7 +131,7 @@ def save_adapter(
         save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_record(model, folder)
+        write_metadata(model, folder)
         write_checked_receipt(
             model, folder, format="adapter", dtype="float32", prompts=prompts, check=check
         )

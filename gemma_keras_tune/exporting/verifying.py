@@ -14,7 +14,7 @@ from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
-    Check,
+    Checking,
     FileRecord,
     Receipt,
     Recording,
@@ -115,7 +115,7 @@ def write_checked_receipt(
     model: keras.Model,
     folder: pathlib.Path,
     *,
-    check: Check = False,
+    check: Checking = False,
     file_name: str = FILE_NAME,
     **written: Any,
 ) -> Receipt:

@@ -17,7 +17,7 @@ from gemma_keras_tune.exporting.receipts import (
     Receipt,
     read_receipt,
     receipt_path,
-    record,
+    record_answers,
     sha256,
 )
 from gemma_keras_tune.gemma.families import backbone_inputs
@@ -86,9 +86,10 @@ def test_a_receipt_without_a_result_says_that_it_was_not_checked(folder, tmp_pat
 
 def test_no_answers_are_recorded_unless_asked(model, tmp_path):
     assert read_receipt(gkt.save_adapter(model, tmp_path / "a")).recordings == ()
-    assert read_receipt(gkt.save_preset(model, tmp_path / "p")).format == "keras"
-    path = gkt.export(model, tmp_path / "x.gguf", check=False, verbose=0)
+    assert read_receipt(gkt.save_preset(model, tmp_path / "p")).recordings == ()
+    path = gkt.export(model, tmp_path / "x.gguf", verbose=0)
     receipt = read_receipt(path)
+    assert receipt.recordings == ()
     assert receipt_path(path).name == "x.gguf.receipt.json"
     assert (receipt.format, receipt.dtype) == ("gguf", "float16")
     assert [file.path for file in receipt.files] == ["x.gguf"]
@@ -96,7 +97,7 @@ def test_no_answers_are_recorded_unless_asked(model, tmp_path):
 
 def test_prompts_must_be_texts(model):
     with pytest.raises(gkt.ExportError, match="`prompts` must be texts"):
-        record(model, [1])
+        record_answers(model, [1])
 
 
 # Reading what others may have written.

@@ -163,6 +163,13 @@ def test_checks_that_are_none(model, tmp_path):
             save(model, tmp_path / "out", check="yes")
 
 
+def test_prompts_that_would_not_be_answered_are_refused(model, tmp_path):
+    for save in (gkt.export, gkt.save_preset, gkt.save_adapter):
+        with pytest.raises(gkt.ExportError, match="`prompts` are answered only"):
+            save(model, tmp_path / "out", prompts=["Hello!"])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_adapter_is_checked_beside_itself(model, tmp_path):
     options = {"check": "run", "prompts": ["Hello!"]}
@@ -257,7 +264,7 @@ def needs(*modules):
     ],
 )
 def test_the_runtime_answers_as_recorded(model, format, options, tmp_path):
-    path = gkt.export(model, tmp_path / "out", format=format, verbose=0, **options)
+    path = gkt.export(model, tmp_path / "out", format=format, check=True, verbose=0, **options)
     verdict = verify(path)
     assert verdict.passed, verdict
     assert not verdict.skipped and any("logits differ" in text for text in verdict.checks)
@@ -266,7 +273,7 @@ def test_the_runtime_answers_as_recorded(model, format, options, tmp_path):
 @pytest.mark.slow
 @needs("xllamacpp")
 def test_other_weights_under_a_true_receipt_are_found_out(model, tmp_path):
-    path = gkt.export(model, tmp_path / "x.gguf", verbose=0)
+    path = gkt.export(model, tmp_path / "x.gguf", check=True, verbose=0)
     other = gkt.export(testing.tiny_model("gemma3", num_layers=1, seed=5), tmp_path / "y.gguf",
                        check=False, verbose=0)  # fmt: skip
     other.replace(path)
@@ -352,7 +359,7 @@ def test_receipts_of_what_was_not_written_are_refused(model, tmp_path):
 
 @pytest.mark.slow
 def test_a_runtime_that_is_not_installed_is_named(model, tmp_path):
-    path = gkt.export(model, tmp_path / "out", verbose=0)
+    path = gkt.export(model, tmp_path / "out", check=True, verbose=0)
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch here', name='torch')")
     code = (
         "import sys, gemma_keras_tune as gkt\n"

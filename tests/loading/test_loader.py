@@ -14,7 +14,7 @@ import pytest
 from _hostile_texts import HOSTILE
 from _paths import ROOT
 
-from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.errors import BackendError, LoadError
 from gemma_keras_tune.formats.gguf.reader import read_header
 from gemma_keras_tune.gemma.families import family_of, is_instruct, origin_of
@@ -661,7 +661,7 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
 def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, monkeypatch):
     tuned = load(preset)
     attach_template(tuned, get_template("Q: {prompt}\nA: {response}", tuned))
-    write_record(tuned, tmp_path)
+    write_metadata(tuned, tmp_path)
     here = str(tmp_path)
     client = types.SimpleNamespace(
         snapshot_download=lambda **_: here,

@@ -437,7 +437,9 @@ def test_the_library_is_found_where_llama_cpp_python_keeps_it(
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["Q4_K_M", "Q5_K_M", "Q6_K"])
 def test_k_quants(quantization, wide_model, tmp_path):
-    path = gkt_export(wide_model, tmp_path / "x.gguf", quantization=quantization, verbose=0)
+    path = gkt_export(
+        wide_model, tmp_path / "x.gguf", quantization=quantization, check=True, verbose=0
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.gguf", "x.gguf.receipt.json"]
     kinds = {tensor.kind.name for tensor in read_header(path).tensors.values()}
     assert {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K"}[quantization] in kinds
