@@ -1,8 +1,9 @@
-"""Folders and text files that appear whole or not at all."""
+"""Folders and text files that appear whole or not at all, and the hash of a file."""
 
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import pathlib
 import re
@@ -273,3 +274,9 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Compute the SHA-256 of a file in hexadecimal, with little of the file in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

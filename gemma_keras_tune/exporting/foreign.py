@@ -103,7 +103,9 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         import torch
         import transformers
     except ModuleNotFoundError as error:
-        raise MissingError("pip install transformers torch") from error
+        raise MissingError(
+            "pip install transformers torch, or gemma-keras-tune[interop]"
+        ) from error
 
     path = asked.get("base", asked["path"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -117,7 +119,7 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         try:
             import peft
         except ModuleNotFoundError as error:
-            raise MissingError("pip install peft") from error
+            raise MissingError("pip install peft, or gemma-keras-tune[interop]") from error
         model = peft.PeftModel.from_pretrained(model, asked["path"]).eval()
         # The base knows nothing of the template the adapter was tuned with.
         stops = tuple({*stops, *asked["stop_token_ids"]})

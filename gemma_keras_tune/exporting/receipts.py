@@ -7,7 +7,6 @@ with what the target's own runtime answers. `exporting.verifying` does that.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -19,6 +18,7 @@ import numpy as np
 from keras import ops
 from msgspec import Meta
 
+from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune._support.records import Finite, TokenId, Whole, read_record
 from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
@@ -307,12 +307,6 @@ def _describe(folder: pathlib.Path, receipt: str) -> Iterator[FileRecord]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != receipt:
             yield FileRecord(name, path.stat().st_size, sha256(path))
-
-
-def sha256(path: pathlib.Path) -> str:
-    """A file's sha256 in hexadecimal; a small part of the file at a time lies in memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record_answers(

@@ -10,8 +10,9 @@ from typing import Any
 
 import keras
 
-from gemma_keras_tune._support.files import write_text
+from gemma_keras_tune._support.files import sha256, write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
+from gemma_keras_tune.exporting.llama_cpp import NotRunError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     Checking,
@@ -22,13 +23,11 @@ from gemma_keras_tune.exporting.receipts import (
     Verification,
     read_receipt,
     receipt_path,
-    sha256,
     write_receipt,
 )
 from gemma_keras_tune.exporting.runtimes import (
     Answered,
     Base,
-    NotRunError,
     WrongBaseError,
     ask,
     check_receipt,

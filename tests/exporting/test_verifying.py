@@ -13,8 +13,10 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.__main__ import main
+from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting import verifying
+from gemma_keras_tune.exporting.llama_cpp import NotRunError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     NOT_CHECKED,
@@ -23,9 +25,8 @@ from gemma_keras_tune.exporting.receipts import (
     Recording,
     read_receipt,
     receipt_path,
-    sha256,
 )
-from gemma_keras_tune.exporting.runtimes import Answered, NotRunError
+from gemma_keras_tune.exporting.runtimes import Answered
 from gemma_keras_tune.exporting.verifying import _compare, tolerance_of, verify
 
 
