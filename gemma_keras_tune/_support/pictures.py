@@ -1,7 +1,7 @@
-"""Pictures, drawn with matplotlib: figures for notebooks, and the same as SVG for reports.
+"""Pictures drawn with matplotlib: figures for notebooks, and the same as SVG for reports.
 
-A figure is drawn in the colours of a light page. `to_svg` puts the page's CSS variables in their
-place, so that one picture serves light and dark, and leaves texts as texts, in the page's font.
+A figure is drawn in the colours of a light page. `to_svg` replaces them by CSS variables of the
+page, so that one picture serves light and dark pages, and keeps texts as texts, in the page's font.
 """
 
 import html
@@ -43,7 +43,7 @@ STYLE: Mapping[str, Any] = {
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure without a background. Draw on it within `style()`.
+    """Make an empty figure without a background. Draw on it within `style()`.
 
     Args:
         width: Inches.
@@ -58,7 +58,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def style() -> Any:
-    """A context in which figures have this library's looks; the user's settings stay as they are.
+    """Make a context in which figures have this library's style; the user's settings are kept.
 
     Returns:
         A context manager.
@@ -70,7 +70,7 @@ def style() -> Any:
 
 
 def history_figure(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """Loss and accuracy by epoch, in training and, where there is one, in validation.
+    """Draw loss and accuracy by epoch, in training and, if there is one, in validation.
 
     Args:
         history: Values of every epoch, under Keras's names.
@@ -90,7 +90,7 @@ def draw_history(axes: "Axes", history: Mapping[str, Sequence[float]], name: str
     """Draw one metric by epoch.
 
     Args:
-        axes: Where to.
+        axes: The axes to draw on.
         history: Values of every epoch, under Keras's names.
         name: The metric; with `val_` in front, its validation.
     """
@@ -119,14 +119,14 @@ def draw_history(axes: "Axes", history: Mapping[str, Sequence[float]], name: str
 
 
 def to_svg(figure: "Figure", name: str, label: str) -> str:
-    """A figure as an SVG element for a page that has `--picture-…` variables.
+    """Turn a figure into an SVG element for a page that has `--picture-…` variables.
 
-    The same figure gives the same text, whenever and wherever it is drawn.
+    The same figure always gives the same text.
 
     Args:
         figure: The figure, drawn within `style()`.
         name: Put in front of the ids, so that several pictures fit on one page.
-        label: What is to be seen, for those who cannot see it.
+        label: A description for readers who cannot see the picture.
 
     Returns:
         `<svg …>…</svg>`.

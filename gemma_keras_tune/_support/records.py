@@ -1,4 +1,4 @@
-"""JSON data into dataclasses, with every fault listed.
+"""Conversion of JSON data into dataclasses, with every fault listed.
 
 msgspec converts and checks. It stops at the first fault, so each field is read by itself.
 """

@@ -1,8 +1,8 @@
-"""The receipt: a small JSON file beside the weights that says what was written.
+"""The receipt: a small JSON file beside the weights that describes the export.
 
 It holds each file's size and sha256, versions, template, stop tokens and adapter; where asked for,
-recordings: what the model in memory answered to a few prompts; and the result of comparing these
-with what the target's own runtime answers. `exporting.verifying` does that.
+recordings (the answers of the model in memory to a few prompts), and the result of comparing these
+with the answers of the format's runtime. `exporting.verifying` compares them.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _LENGTH_STEP = 32
 # A receipt of a few prompts takes a few kilobytes.
 _MOST_BYTES = 1 << 26
 _PACKAGES = ("gemma-keras-tune", "keras", "keras-hub", "jax", "numpy")
-# What writes a format, and what opens it, where that is installed beside this library.
+# Packages that write and open a format; the receipt names those that are installed.
 _TARGET_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "keras": ("h5py",),
     "safetensors": ("safetensors", "transformers"),
@@ -68,12 +68,12 @@ _VERSIONED: Mapping[str, tuple[bytes, int]] = {".gguf": (b"GGUF", 1), ".litertlm
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file as it was written.
+    """The description of one file.
 
     Attributes:
-        path: Where it lies, relative to the receipt, with forward slashes.
-        bytes: Its size.
-        sha256: Of its content, in hexadecimal.
+        path: Path relative to the receipt, with forward slashes.
+        bytes: Size.
+        sha256: SHA-256 of the content, in hexadecimal.
     """
 
     path: InnerPath
@@ -83,16 +83,16 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recording:
-    """What the model in memory made of one prompt.
+    """The answer of the model in memory to one prompt.
 
     Attributes:
-        text: The prompt through the template, as a runtime is given it.
+        text: The prompt in its template, as a runtime receives it.
         ids: Its token ids, `<bos>` first.
-        answer_ids: The greedy answer's token ids, without the stop token.
-        answer: The same as text.
+        answer_ids: Token ids of the greedy answer, without the stop token.
+        answer: The answer as text.
         stopped: Whether the model ended the answer itself.
-        margins: For every token of the answer, and the stop token, how far its logit lies above
-            the next best: a runtime that rounds may choose otherwise where this is small.
+        margins: For every token of the answer and the stop token, its logit minus the second best:
+            where this is small, a runtime that rounds may choose another token.
         top_ids: The most probable first tokens of the answer, the best first.
         top_logits: Their logits.
     """
@@ -107,7 +107,7 @@ class Recording:
     top_logits: tuple[Finite, ...]
 
     def faults(self) -> Iterator[str]:
-        """Name what no model answers."""
+        """Yield what is inconsistent between the fields."""
         steps = len(self.answer_ids) + self.stopped
         if not self.ids or not self.top_ids:
             yield "ids and top_ids must not be empty"
@@ -122,13 +122,13 @@ Status = Literal["passed", "failed", "not run"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verification:
-    """What the last check of an export came to.
+    """The result of the last check of an export.
 
     Attributes:
         status: `"passed"`, `"failed"` or `"not run"`: the export was not opened.
-        runtime: What opened it, with its version, or `None`.
-        checked: What was looked at and found right.
-        reasons: What is wrong, or why it was not opened.
+        runtime: The runtime that opened it, with its version, or `None`.
+        checked: The checks that passed.
+        reasons: The faults, or why it was not opened.
     """
 
     status: Status
@@ -144,28 +144,27 @@ Checking = bool | Literal["run"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Receipt:
-    """What was written, and what it shall answer.
+    """The description of an export, and the answers expected of it.
 
     Attributes:
         format: A format of `export`, or `"adapter"`.
-        dtype: What the weights are stored in.
-        quantization: Of a GGUF file, or `None`.
-        compute_dtype: What the model in memory computed the recordings in: a dtype, or the mode in
+        dtype: Dtype of the stored weights.
+        quantization: Quantization of a GGUF file, or `None`.
+        compute_dtype: Dtype in which the model in memory computed the recordings, or the mode in
             which Keras quantized it.
-        family: Such as `"gemma3"`.
-        base_fingerprint: Of the base model.
+        family: Family of the model, such as `"gemma3"`.
+        base_fingerprint: Fingerprint of the base model.
         template: Name of the prompt template.
-        stop_tokens: What ends an answer.
+        stop_tokens: Tokens that end an answer.
         stop_token_ids: Their ids.
-        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`,
-            `target_modules` and `use_rslora`, the `scale` that comes to, and its `strength`, by
-            which that was multiplied; `None` for the base.
+        adapter: `name`, `rank`, `alpha`, `target_modules` and `use_rslora` of the active adapter,
+            its `scale`, and the `strength` that the scale was multiplied by; `None` for the base.
         packages: Versions by package.
-        files: All files, but for the receipt.
-        recordings: Empty where the model was not run.
+        files: All files except the receipt.
+        recordings: Empty if the model was not run.
         verification: Result of the last check.
-        format_version: Of GGUF and LiteRT-LM files, the version they begin with; `None` where the
-            format has none of its own.
+        format_version: Version of the format that a GGUF or LiteRT-LM file begins with; `None` for
+            other formats.
     """
 
     format: str
@@ -185,14 +184,14 @@ class Receipt:
     format_version: str | None = None
 
     def faults(self) -> Iterator[str]:
-        """Name what is wrong with the list of files."""
+        """Yield the faults of the list of files."""
         names = [file.path for file in self.files]
         if not names:
             yield "files is empty"
         yield from (f"files: {name!r} comes twice" for name in {*names} if names.count(name) > 1)
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
@@ -211,17 +210,17 @@ def write_receipt(
     answers: bool = False,
     file_name: str = FILE_NAME,
 ) -> Receipt:
-    """Describe all files of a folder, in a file beside them.
+    """Write a receipt for all files of a folder beside them.
 
     Args:
         model: The model that was written.
         folder: The folder, complete.
-        format: What was written.
-        dtype: What the weights are stored in.
-        quantization: Of a GGUF file.
-        prompts: As for `record_answers`.
+        format: A format of `export`, or `"adapter"`.
+        dtype: Dtype of the stored weights.
+        quantization: Quantization of a GGUF file.
+        prompts: Prompts to answer, as for `record_answers`.
         answers: Whether to record answers.
-        file_name: Name of the receipt; that of a lone file is `x.gguf.receipt.json`.
+        file_name: Name of the receipt; that of a single file is `x.gguf.receipt.json`.
 
     Returns:
         The receipt.
@@ -312,17 +311,17 @@ def _describe(folder: pathlib.Path, receipt: str) -> Iterator[FileRecord]:
 def record_answers(
     model: keras.Model, prompts: Iterable[str] | None = None
 ) -> tuple[Recording, ...]:
-    """Let the model in memory answer a few prompts, with the LoRA that is on.
+    """Let the model in memory answer a few prompts, with the active adapter.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
-        prompts: What users would write; the template is put around it. `None` takes `PROMPTS`.
+        prompts: Texts that users would write, without a template. `None` takes `PROMPTS`.
 
     Returns:
-        One `Recording` a prompt, none for no prompts.
+        One `Recording` for each prompt.
 
     Raises:
-        ExportError: `prompts` are no texts, or the model has no tokenizer.
+        ExportError: `prompts` are not texts, or the model has no tokenizer.
     """
     given = PROMPTS if prompts is None else prompts
     asked = [given] if isinstance(given, str) else list(given)
@@ -344,16 +343,16 @@ def record_answers(
 def answer_texts(
     model: Any, texts: Sequence[str], stop_token_ids: Iterable[int], *, top: int = TOP
 ) -> tuple[Recording, ...]:
-    """Let the model in memory continue texts, with the LoRA that is on.
+    """Let the model in memory continue texts, with the active adapter.
 
     Args:
         model: A KerasHub Gemma `CausalLM` with its preprocessor.
-        texts: Prompts through their template.
+        texts: Prompts in their template.
         stop_token_ids: Ids at which an answer ends.
         top: How many logits to keep.
 
     Returns:
-        One `Recording` a text.
+        One `Recording` for each text.
     """
     tokenizer = model.preprocessor.tokenizer
     encoder = RowTokenizer(tokenizer)
@@ -367,7 +366,7 @@ def answer_texts(
         share_programs=True,
     )
     wholes = [np.concatenate([row, ids]) for row, (ids, _) in zip(rows, answers, strict=True)]
-    # Where each token of the answer was chosen, and the stop token if one was.
+    # The positions at which the tokens of the answer, and the stop token, were chosen.
     places = [
         np.arange(len(row) - 1, len(whole) - (not stopped))
         for row, whole, (_, stopped) in zip(rows, wholes, answers, strict=True)
@@ -398,7 +397,7 @@ def _rendered(template: Template, prompt: str) -> str:
 def _best_logits(
     model: Any, rows: Sequence[np.ndarray], places: Sequence[np.ndarray], top: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The largest logits of each row at some of its places: ids and logits, `[places, top]`."""
+    """Compute the largest logits of each row at some positions: ids and logits, `[places, top]`."""
     import jax
 
     program = jax.jit(_program(model, top))
@@ -443,18 +442,18 @@ def _program(model: Any, top: int) -> Any:
 
 
 def _reversed(model: Any, hidden: Any) -> Any:
-    """Logits as the model's own output embedding makes them, quantized or not."""
+    """Compute logits with the model's own output embedding, quantized or not."""
     if family_of(model).name == "gemma3n":
         embedding = family_of(model).head(model).embedding
         return ops.matmul(hidden, ops.transpose(ops.cast(embedding, hidden.dtype)))
     return model.backbone.token_embedding(hidden, reverse=True)
 
 
-# Reading. A receipt may come from anywhere: whatever it holds, it is read as data or refused.
+# Reading. A receipt may come from anyone: its content is data, and checked.
 
 
 def receipt_path(path: pathlib.Path) -> pathlib.Path:
-    """Where the receipt of a folder, or of a lone file, lies."""
+    """Return the path of the receipt of a folder or a single file."""
     return path / FILE_NAME if path.is_dir() else path.with_name(f"{path.name}.{FILE_NAME}")
 
 
@@ -462,13 +461,13 @@ def read_receipt(path: pathlib.Path) -> Receipt:
     """Read the receipt of an export.
 
     Args:
-        path: A folder, or a lone file such as `model.gguf`.
+        path: A folder, or a single file such as `model.gguf`.
 
     Returns:
         The receipt. Its paths stay inside the folder.
 
     Raises:
-        ExportError: There is none, or it is none this library writes; every fault is listed.
+        ExportError: The receipt is missing or not valid; every fault is listed.
     """
     file = receipt_path(path)
     if not file.is_file():
@@ -496,4 +495,4 @@ def read_receipt(path: pathlib.Path) -> Receipt:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -27,13 +27,8 @@ from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.exporting.receipts import Checking, refuse_wrong_check
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
-from gemma_keras_tune.gemma.families import (
-    family_of,
-    locked,
-)
-from gemma_keras_tune.training.model import (
-    batches_per_update,
-)
+from gemma_keras_tune.gemma.families import family_of, locked
+from gemma_keras_tune.training.model import batches_per_update
 
 _PREFIX = "base_model.model."
 
@@ -52,18 +47,18 @@ def save_preset(
     `keras_hub.models.CausalLM.from_preset(path)` loads it in a process without this library, one of
     Gemma 4 `Gemma4CausalLM.from_preset(path)`: KerasHub 0.32 has two classes with that backbone.
     The template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`,
-    and the files' hashes in `receipt.json`. The model in memory keeps its LoRA; where it is
-    switched off, the base is saved. The preset is under the Gemma terms of use.
+    and the files' hashes in `receipt.json`. The model in memory keeps its LoRA; if it is switched
+    off, the base is saved. The preset is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
-        adapter: Which adapter is merged in: one of `list_adapters(model)`, or `None` for the base.
-            Left out, what is on.
+        adapter: The adapter to merge in: one of `list_adapters(model)`, or `None` for the base.
+            Defaults to the active one.
         overwrite: Whether to replace an existing folder.
-        prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
-            once, before the preset takes its name.
+        prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
+        check: `False` does not run the model. `True` records its answers, so that `verify` can open
+            the preset and compare. `"run"` does both at once, before the preset takes its name.
 
     Returns:
         The folder.
@@ -97,25 +92,25 @@ def save_adapter(
 ) -> pathlib.Path:
     """Save the LoRA of a model in PEFT's layout, at the rank it was trained with.
 
-    The folder holds `adapter_config.json`, `adapter_model.safetensors`, and this library's record:
-    the base model's fingerprint, its family, the template and the stop tokens; and a receipt
-    with the files' hashes. It is under the Gemma terms of use.
+    The folder holds `adapter_config.json`, `adapter_model.safetensors`, this library's metadata
+    (the base model's fingerprint, its family, the template and the stop tokens) and a receipt with
+    the files' hashes. It is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma with LoRA on.
         path: The folder to make.
-        name: One of `list_adapters(model)`; by default the one that is on.
+        name: One of `list_adapters(model)`. Defaults to the active one.
         overwrite: Whether to replace an existing folder.
-        prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
-            once: the files are loaded beside the adapters of this model.
+        prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
+        check: `False` does not run the model. `True` records its answers, so that `verify` can load
+            the adapter and compare. `"run"` does both at once, beside the adapters of this model.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: LoRA is not on, or its weights are not finite.
-        ExportError: The folder exists, or what was saved does not answer as the model does.
+        AdapterError: The model has no such adapter, or its weights are not finite.
+        ExportError: The folder exists, or the adapter does not answer as the model does.
     """
     from safetensors.numpy import save_file
 
@@ -155,7 +150,7 @@ def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
-    """Saves the adapter while it is trained, in place of the one it saved before.
+    """Save the adapter during training, in place of the one saved before.
 
     Each time the new folder is written aside and renamed, so a run that is cut off leaves a whole
     adapter. `load_adapter` puts it on the base again, and `tune` goes on with it.
@@ -197,13 +192,13 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._every = (self.updates or 0) * batches_per_update(trainer.optimizer)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, where it is time."""
+        """Save after every `updates` updates."""
         self._batches += 1
         if self._every and self._batches % self._every == 0:
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, unless updates are counted."""
+        """Save, unless `updates` is set."""
         if not self._every:
             self._save()
 

