@@ -27,10 +27,10 @@ def share_arena() -> None:
 
     glibc gives each thread another arena, which holds nothing above 64 MB: larger arrays, such as
     the temporary ones of a training step, come from the kernel and return to it. The main arena has
-    no such limit. A thread keeps the arena it begins with, so this must precede the first array, which
-    starts JAX's threads. The effect is that of `MALLOC_ARENA_MAX=1` in the environment, and cannot
-    be undone. If the user has set that variable, or JAX has a plugin for an accelerator, nothing is
-    changed.
+    no such limit. A thread keeps the arena it begins with, so this must precede the first array,
+    which starts JAX's threads. The effect is that of `MALLOC_ARENA_MAX=1` in the environment, and
+    cannot be undone. If the user has set that variable, or JAX has a plugin for an accelerator,
+    nothing is changed.
     """
     plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
     if _has_glibc() and not plugins and "MALLOC_ARENA_MAX" not in os.environ:

@@ -165,8 +165,8 @@ def verify(
     equal, the logits of the most probable tokens within the tolerance of the dtype, and the greedy
     answers equal, except where two tokens were closer to each other than the tolerance. If the
     runtime is not installed, the files alone are compared, and `skipped` names what to install.
-    Files that changed are not opened. The result is written into the receipt, where "not run" does not replace
-    an earlier "passed" or "failed".
+    Files that changed are not opened. The result is written into the receipt, where "not run" does
+    not replace an earlier "passed" or "failed".
 
     Args:
         path: A folder or file that `export`, `save_preset` or `save_adapter` wrote.
