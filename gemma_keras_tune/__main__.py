@@ -166,7 +166,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument(
         "--check",
         choices=["record", "run", "none"],
-        default="record",
+        default="none",
         help="record answers for `verify`, verify at once, or neither; default: %(default)s",
     )
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -181,7 +181,7 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument("path", help="what `export`, `save_preset` or `save_adapter` wrote")
     verify.add_argument("--base", metavar="MODEL", help="for an adapter, what it belongs on")
     verify.add_argument(
-        "--no-update", action="store_true", help="leave the outcome in the receipt as it is"
+        "--no-update", action="store_true", help="leave the result in the receipt as it is"
     )
     verify.add_argument("--no-run", action="store_true", help="compare the files alone")
     verify.set_defaults(run=_verify)

@@ -1,1 +1,1 @@
-"""What every room uses: files, memory, quiet starts, pictures, the backend."""
+"""Helpers for all packages: files, memory, quiet imports, pictures, the backend."""

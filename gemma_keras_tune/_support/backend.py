@@ -1,4 +1,4 @@
-"""The one check of what Keras and JAX run on, made before any work."""
+"""Check of the backend that Keras and JAX run on, made before any work."""
 
 import functools
 import importlib.metadata
@@ -17,12 +17,12 @@ _PLUGIN = re.compile(r"jax_(?P<gpu>cuda|rocm)(?P<version>\d+)_plugin|libtpu")
 
 
 def check_backend() -> None:
-    """Refuse what this library does not compute on, and tell of an accelerator that is not used.
+    """Refuse a backend that is not supported, and warn of an accelerator that is not used.
 
-    Before JAX starts its threads it settles where they take memory; see `share_arena`.
+    `share_arena` is called first, because JAX starts its threads with the first array.
 
     Raises:
-        BackendError: Keras does not run on JAX, or keeps floats in half precision.
+        BackendError: Keras does not run on JAX, or its `floatx` is not float32.
     """
     backend = keras.config.backend()
     if backend != "jax":
@@ -43,7 +43,7 @@ def check_backend() -> None:
 
 @functools.cache
 def _check_devices() -> None:
-    """Warn, once, where JAX runs on the CPU beside a plugin for an accelerator."""
+    """Warn once if JAX runs on the CPU although a plugin for an accelerator is installed."""
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
     if chosen or jax.default_backend() != "cpu":
         return
@@ -66,7 +66,7 @@ def _check_devices() -> None:
 
 
 def _requirement(plugin: re.Match[str]) -> str:
-    """Name, for pip, the plugin that fits the JAX that is installed."""
+    """Return the requirement of pip for the plugin that fits the installed JAX."""
     gpu, version = plugin["gpu"], plugin["version"]
     if gpu == "rocm":
         return " ".join(

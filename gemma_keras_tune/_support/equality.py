@@ -7,9 +7,9 @@ import numpy as np
 
 
 class ArrayEquality:
-    """A base of dataclasses with `eq=False`: arrays are equal by their shape and values.
+    """A base of dataclasses with `eq=False` that compares arrays by their shapes and values.
 
-    The `==` that `dataclass` makes asks for the truth of an array, which there is none of.
+    The `==` that `dataclass` makes asks for the truth value of an array, which is an error.
     """
 
     __hash__ = None  # type: ignore[assignment]

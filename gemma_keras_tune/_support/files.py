@@ -1,4 +1,4 @@
-"""Folders and text files that appear whole or not at all."""
+"""Folders and text files that appear complete or not at all, and the hash of a file."""
 
 import contextlib
 import ctypes
@@ -22,14 +22,14 @@ _RENAME_EXCHANGE = 2
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A folder to write into that takes its real name only when all has gone well.
+    """Make a folder that takes its name only when the block ends without an error.
 
-    What an earlier process left behind when it was killed is tidied up first: an old folder that
-    had just been moved aside comes back, a half-written one goes.
+    The remains of a process that was killed are removed first: an old folder that had been moved
+    aside gets its name back, and a half-written one is deleted.
 
     Args:
-        path: The name it shall have. Of a symbolic link, the folder it points to is meant.
-        overwrite: Whether it may take the place of an existing folder, which is deleted last.
+        path: The name of the folder. If it is a symbolic link, the folder it points to is meant.
+        overwrite: Whether to replace an existing folder, which is deleted last.
 
     Yields:
         A new, empty folder beside it.
@@ -62,14 +62,14 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
 
 def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Refuse a name that cannot be given to a new folder, before any work is done for it.
+    """Refuse a name that a new folder cannot have, before any work is done.
 
     Args:
         path: The name.
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        ExportError: The name is taken, lies below a file, or is the folder the process works in.
+        ExportError: The name is taken, is below a file, or is, or holds, the working directory.
     """
     target = _real(path)
     file = next((folder for folder in target.parents if folder.exists()), None)
@@ -95,21 +95,21 @@ def _real(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _make_parents(target: pathlib.Path) -> list[pathlib.Path]:
-    """Make the folders above, and return those that were not there, the outermost first."""
+    """Make the parent folders, and return the new ones, the outermost first."""
     missing = [folder for folder in reversed(target.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _new_part(target: pathlib.Path) -> tuple[pathlib.Path, int | None]:
-    """A folder beside the target, and a lock that says that it is being written."""
+    """Make a folder beside the target, locked while it is written."""
     while True:
         part = pathlib.Path(
             tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         )
         try:
             held = _lock(part)
-        except BlockingIOError:  # another process, just tidying up, took it for a stale one
+        except BlockingIOError:  # another process takes it for a stale one
             continue
         if part.exists():
             return part, held
@@ -121,10 +121,10 @@ def _lock(folder: pathlib.Path) -> int | None:
     """Lock a folder until the descriptor is closed or the process ends.
 
     Returns:
-        The descriptor, or `None` where the system has no such locks.
+        The descriptor, or `None` if the system has no such locks.
 
     Raises:
-        BlockingIOError: Another process has it.
+        BlockingIOError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -142,7 +142,7 @@ def _lock(folder: pathlib.Path) -> int | None:
 
 
 def _tidy(target: pathlib.Path) -> None:
-    """Remove what killed processes left half-written, and put back what they had moved aside."""
+    """Remove half-written folders of killed processes, and put back those they had moved aside."""
     beside = re.compile(rf"\.{re.escape(target.name)}\.\w+\.(part|old)")
     found = [p for p in _entries(target.parent) if beside.fullmatch(p.name)]
     for part in (p for p in found if p.suffix == ".part"):
@@ -163,7 +163,7 @@ def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Delete a folder in which the threads of a library that failed may still write for a while."""
+    """Delete a folder in which threads of a library that failed may still be writing."""
     absent = 0
     for _ in range(100):
         absent = 0 if folder.exists() else absent + 1
@@ -174,9 +174,9 @@ def _remove(folder: pathlib.Path) -> None:
 
 
 def _put(part: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
-    """Give a complete folder its name; what had it before is deleted last."""
+    """Give a complete folder its name, and delete the folder that had it before."""
     if not overwrite or not target.exists():
-        part.rename(target)  # the system refuses it where another has come in the meantime
+        part.rename(target)  # fails if another has come in the meantime
     elif _exchange(part, target):
         shutil.rmtree(part)
     else:
@@ -191,7 +191,7 @@ def _put(part: pathlib.Path, target: pathlib.Path, *, overwrite: bool) -> None:
 
 
 def _exchange(first: pathlib.Path, second: pathlib.Path) -> bool:
-    """Let two folders change names in one step, where the system can: Linux, most file systems."""
+    """Exchange the names of two folders in one step; return `False` if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, TypeError, AttributeError):
@@ -201,14 +201,14 @@ def _exchange(first: pathlib.Path, second: pathlib.Path) -> bool:
 
 
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
-    """Write a UTF-8 text file, in the place of one that may be there, whose rights it keeps.
+    """Write a UTF-8 text file, or replace one and keep its permissions.
 
     A reader sees the old text or the new one, also after a kill or a loss of power.
 
     Args:
         path: The file. Missing folders are made.
-        text: What it shall hold. Half a character (a lone surrogate), which UTF-8 cannot hold, is
-            written as its escape; within JSON that is the same text.
+        text: The content. Half a character (a lone surrogate), which UTF-8 cannot hold, is written
+            as its escape; within JSON that is the same text.
 
     Returns:
         The path.
@@ -234,16 +234,16 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def explained(target: pathlib.Path) -> Iterator[None]:
-    """Say in plain words why something could not be written, whichever library ran into it.
+    """Turn errors of the system and of libraries while writing into errors in plain words.
 
     Args:
-        target: What is being written.
+        target: The file or folder that is written.
 
     Yields:
         Nothing.
 
     Raises:
-        ExportError: The disk is full, a file larger than is allowed, or the system refuses.
+        ExportError: The disk is full, a file is larger than is allowed, or the system refuses.
     """
     try:
         yield
@@ -266,7 +266,7 @@ def explained(target: pathlib.Path) -> Iterator[None]:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one it came from, says so: HDF5 and safetensors do in words alone."""
+    """Return whether an error, or its cause, means a full disk; HDF5 and safetensors use words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
@@ -277,6 +277,6 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def sha256(path: pathlib.Path) -> str:
-    """A file's sha256 in hexadecimal; a small part of the file at a time lies in memory."""
+    """Compute the SHA-256 of a file in hexadecimal, with little of the file in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

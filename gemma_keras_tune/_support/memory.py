@@ -1,8 +1,8 @@
-"""Memory: how much is free for a training step; and what is freed is kept for the next one.
+"""Memory: the amount that is free for a training step, and the reuse of what a step has freed.
 
-XLA on the CPU takes the temporary arrays of every operation from `malloc`. glibc gives large ones
-back to the kernel as soon as they are freed, and the kernel clears each page again when it is asked
-for the next one: half of the time of a training step of Gemma 3 270M on two cores.
+XLA on the CPU allocates the temporary arrays of every operation with `malloc`. glibc returns large
+ones to the kernel as soon as they are freed, and the kernel clears each page again for the next
+array: half of the time of a training step of Gemma 3 270M on two cores.
 """
 
 import contextlib
@@ -16,22 +16,21 @@ from collections.abc import Iterator
 
 # From <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
-# What glibc starts with, its thresholds where its own adjustment would have taken them.
+# The defaults of glibc, with the thresholds that its own adjustment would reach.
 _DEFAULTS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 _lock = threading.Lock()
 _users = 0
 
 
 def share_arena() -> None:
-    """Let threads that are yet to start take memory where `kept_memory` keeps it.
+    """Let threads that start later allocate in the main arena, whose memory `kept_memory` keeps.
 
-    glibc gives threads arenas of their own, which hold nothing above 64 MB: what is larger, as the
-    temporary arrays of a training step are, comes from the kernel and goes back to it. In the main
-    arena nothing is too large. A thread stays in the arena it begins with, so this comes before
-    the first array, which starts JAX's threads: after it a step takes as long as without. It does
-    what `MALLOC_ARENA_MAX=1` in the environment does; a setting of the user's own stands, and so
-    does glibc's where JAX has a plugin for an accelerator. It cannot be taken back: glibc reads the
-    limit once.
+    glibc gives each thread another arena, which holds nothing above 64 MB: larger arrays, such as
+    the temporary ones of a training step, come from the kernel and return to it. The main arena has
+    no such limit. A thread keeps the arena it begins with, so this must precede the first array,
+    which starts JAX's threads. The effect is that of `MALLOC_ARENA_MAX=1` in the environment, and
+    cannot be undone. If the user has set that variable, or JAX has a plugin for an accelerator,
+    nothing is changed.
     """
     plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
     if _has_glibc() and not plugins and "MALLOC_ARENA_MAX" not in os.environ:
@@ -40,9 +39,9 @@ def share_arena() -> None:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Let `malloc` keep what is freed, and give it all back at the end.
+    """Let `malloc` keep freed memory, and return it to the kernel at the end.
 
-    Does nothing where arrays live on an accelerator, or without glibc.
+    Does nothing if arrays are on an accelerator, or without glibc.
     """
     global _users
     libc = _glibc()
@@ -76,12 +75,12 @@ def _has_glibc() -> bool:
 
 
 def free_memory() -> int | None:
-    """Bytes free for a training step on the first accelerator, or on the host where there is none.
+    """Return the bytes free for a training step on the first accelerator, or else on the host.
 
-    On the host also the limits of the process's control groups count, as containers have them.
+    On the host the limits of the process's control groups count too: containers have them.
 
     Returns:
-        Bytes, or `None` where nothing says.
+        Bytes, or `None` if they are unknown.
     """
     import jax
 
@@ -104,16 +103,16 @@ def _host_memory() -> int | None:
 
 
 def control_group_memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
-    """Bytes left under the limits of this process's control groups, of either version.
+    """Return the bytes left under the limits of this process's control groups, of either version.
 
-    A group's limit holds for all groups in it, so every group on the way up counts. In a container
-    the groups are seen from inside, and the path that the kernel names may not be there.
+    The limit of a group holds for all groups in it, so every group on the way up counts. In a
+    container the groups are seen from inside, and the path that the kernel names may not exist.
 
     Args:
-        root: Where `proc` and `sys` are mounted.
+        root: The folder in which `proc` and `sys` are mounted.
 
     Returns:
-        Bytes, or `None` where there is no limit.
+        Bytes, or `None` without a limit.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -134,12 +133,12 @@ def control_group_memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
 
 
 def _left_in_group(folder: pathlib.Path) -> list[int]:
-    """Bytes left in a control group: its limit, less what is used and cannot be dropped."""
+    """Return the bytes left in a control group: its limit minus the memory that it cannot drop."""
     for limit, used, file_cache in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit
             most, taken = (int((folder / name).read_text()) for name in (limit, used))
             dropped = _fields((folder / "memory.stat").read_text()).get(file_cache, 0)
             return [max(most - taken + dropped, 0)]
@@ -147,5 +146,5 @@ def _left_in_group(folder: pathlib.Path) -> list[int]:
 
 
 def _fields(text: str) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Read lines of a name and a number."""
     return {name: int(number) for name, number, *_ in map(str.split, text.splitlines())}

@@ -34,7 +34,7 @@ STYLE: Mapping[str, Any] = {
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure without a background. Draw on it within `style()`.
+    """Make an empty figure without a background. Draw on it within `style()`.
 
     Args:
         width: Inches.
@@ -49,7 +49,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def style() -> Any:
-    """A context in which figures have this library's looks; the user's settings stay as they are.
+    """Make a context in which figures have this library's style; the user's settings are kept.
 
     Returns:
         A context manager.
@@ -61,7 +61,7 @@ def style() -> Any:
 
 
 def history_figure(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """Loss and accuracy by epoch, in training and, where there is one, in validation.
+    """Draw loss and accuracy by epoch, in training and, if there is one, in validation.
 
     Args:
         history: Values of every epoch, under Keras's names.
@@ -81,7 +81,7 @@ def draw_history(axes: "Axes", history: Mapping[str, Sequence[float]], name: str
     """Draw one metric by epoch.
 
     Args:
-        axes: Where to.
+        axes: The axes to draw on.
         history: Values of every epoch, under Keras's names.
         name: The metric; with `val_` in front, its validation.
     """

@@ -1,4 +1,4 @@
-"""Keeps what native code logs as it starts off the screen, and nothing else."""
+"""Hide the log lines that native code writes when it is imported, and nothing else."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-# Two threads would each take the other's place for the real one. Within one thread it may nest.
+# Two threads would each take the other's descriptor for the real one. One thread may nest it.
 _lock = threading.RLock()
 # Lines of no interest: of level INFO, in TensorFlow's, absl's and SentencePiece's form, and what
 # TensorFlow says where JAX has taken the GPU, or the CPU can do more than it was built for.
@@ -26,10 +26,10 @@ _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 @contextlib.contextmanager
 def quiet_tensorflow() -> Iterator[None]:
-    """Keep TensorFlow's log quiet where it is imported, and no warning of JAX's or Keras's.
+    """Silence the log of TensorFlow while it is imported, but no warning of JAX or Keras.
 
-    These two are imported before: JAX then warns of plugins that it will not use. TensorFlow reads
-    its log level once, at its import; the environment is as before afterwards.
+    These two are imported first: JAX then warns of plugins that it will not use. TensorFlow reads
+    its log level once, at its import; the environment is restored afterwards.
 
     Yields:
         Nothing.
@@ -52,10 +52,10 @@ def quiet_tensorflow() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Hold back what native code writes to standard error, and write all but the known noise after.
+    """Hold back the output of native code to standard error, and write it without the noise later.
 
     TensorFlow 2.21 logs before its log level is read, and its SentencePiece logs at any level, so
-    no setting silences them. What Python writes, warnings among it, goes through at once. After an
+    no setting silences them. The output of Python, such as warnings, is written at once. After an
     exception the noise is written too.
 
     Yields:
@@ -82,7 +82,7 @@ def quiet_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _python_writes_to(descriptor: int) -> Iterator[None]:
-    """Let `sys.stderr` write to another descriptor, where it is the one that writes to 2."""
+    """Let `sys.stderr` write to another descriptor, if it writes to descriptor 2."""
     before = sys.stderr
     try:
         native = before is not None and before.fileno() == 2

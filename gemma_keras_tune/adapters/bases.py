@@ -40,7 +40,7 @@ def base_record(model: keras.Model) -> dict[str, Any]:
     }
 
 
-def write_record(model: keras.Model, folder: pathlib.Path) -> None:
+def write_metadata(model: keras.Model, folder: pathlib.Path) -> None:
     """Write this library's record: family, base fingerprint, template and stop tokens."""
     template = template_of(model)
     entries: dict[str, Any] = {

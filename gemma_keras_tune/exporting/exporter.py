@@ -1,9 +1,10 @@
-"""Handing a tuned model over, in one file for each format.
+"""Export of a tuned model; each format has a module of its own.
 
 Each target is a module with `write(model, folder, *, dtype, progress, **options)`. The table below
 names them all; a target is imported when it is asked for.
 """
 
+import functools
 import importlib
 import os
 import pathlib
@@ -17,13 +18,13 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import explained, new_folder
-from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
-    Check,
-    refuse_unknown_check,
+    Checking,
+    refuse_wrong_check,
 )
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.weights import refuse_quantized, stored_dtype
@@ -43,7 +44,7 @@ FORMATS: dict[str, str] = {
 # Arguments that only some formats take.
 _TAKEN_BY = {"quantization": ("gguf", "ollama"), "shard_size": ("keras", "safetensors")}
 _SHARD_SIZE = "5GB"
-# What a file of that name would be.
+# The format of a file with this suffix.
 _FILES = {
     ".gguf": "gguf",
     ".safetensors": "safetensors",
@@ -66,16 +67,16 @@ def export(
     shard_size: int | str | None = None,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: Check = True,
+    check: Checking = False,
     verbose: int = 1,
 ) -> pathlib.Path:
     """Write a model for another runtime, with the LoRA that is on merged in.
 
-    What is written appears under its name only when it is whole, with a receipt: sizes and hashes
-    of all files, and what the model in memory answers to a few prompts. `verify` holds the export
-    against it. The model in memory keeps its LoRA. What is on is what leaves: within
-    `lora_disabled(model)`, or after `set_adapter(model, None)`, the base is written. The files are
-    under the Gemma terms of use.
+    The export appears under its name only when it is complete, with a receipt: the sizes and hashes
+    of all files and, with `check`, the answers of the model to a few prompts. `verify` compares the
+    export with its receipt. The active adapter is merged in; within `lora_disabled(model)`, or
+    after `set_adapter(model, None)`, the base is written. The model in memory keeps its LoRA. The
+    files are under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
@@ -86,19 +87,20 @@ def export(
             GGUF file with its Modelfile), `"gemma_jax"` (an Orbax checkpoint for the Gemma library
             for JAX), `"litert"` (a file for LiteRT-LM), or `"auto"`: `"gguf"` where the path ends
             in `.gguf`, else `"safetensors"`.
-        adapter: Which adapter is merged in, or written: one of `list_adapters(model)`, or `None`
-            for the base. Left out, what is on.
+        adapter: The adapter to merge in, or to write: one of `list_adapters(model)`, or `None` for
+            the base. Defaults to the active one.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
         quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's program
             `llama-quantize` is on the PATH, also its K-quants, such as `"Q4_K_M"`.
         shard_size: For `"keras"` and `"safetensors"`, bytes of weights in one file at most: a
-            number, or such as `"5GB"`, which `None` stands for.
-        overwrite: Whether to replace what is there.
-        prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers; `"run"` also opens what was written in its own runtime,
-            before it takes its name, and keeps it only where it answers as the model does. Where
-            the runtime is not installed, the export is kept, with a warning.
+            number, or a text such as `"5GB"`, the default.
+        overwrite: Whether to replace an existing folder or file.
+        prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
+        check: `False` does not run the model. `True` records its answers, so that `verify` can open
+            the export and compare. `"run"` does both at once, before the export takes its name, and
+            keeps it only if it answers as the model does. If the runtime is not installed, the
+            export is kept, with a warning.
         verbose: 1 shows a progress bar, 0 nothing.
 
     Returns:
@@ -107,41 +109,26 @@ def export(
     Raises:
         BackendError: Keras does not run on JAX.
         AdapterError: There is no such adapter.
-        ExportError: The name is taken, an argument is unknown, the target cannot carry this model,
-            or what was written does not answer as the model does. Nothing stays on disk.
+        ExportError: The name is taken, an argument is wrong, the format cannot hold this model, or
+            the export does not answer as the model does. Nothing new stays on disk.
     """
     check_backend()
     target = pathlib.Path(path).expanduser()
     format = _format(target, format)
     module = _module(format)
-    refuse_unknown_check(check)
-    options: dict[str, Any] = {"dtype": dtype}
-    for name, value in (("quantization", quantization), ("shard_size", shard_size)):
-        if value is not None and format not in _TAKEN_BY[name]:
-            *known, last = map(repr, _TAKEN_BY[name])
-            raise ExportError(
-                f"`{name}` is for {', '.join(known)} and {last}. Received: {value!r} with format "
-                f"{format!r}"
-            )
-    if quantization is not None:
-        options["quantization"] = quantization = str(quantization).upper()
-    if format in _TAKEN_BY["shard_size"]:
-        options["shard_size"] = _bytes(_SHARD_SIZE if shard_size is None else shard_size)
+    refuse_wrong_check(check, prompts)
+    options = _options(format, dtype, quantization, shard_size)
     if format not in ("keras", "gguf_adapter"):
         refuse_quantized(model)
-
-    def finish(folder: pathlib.Path, file_name: str = FILE_NAME) -> None:
-        write_checked_receipt(
-            model,
-            folder,
-            format=format,
-            dtype=_stored(model, format, dtype),
-            quantization=quantization,
-            prompts=prompts,
-            check=check,
-            file_name=file_name,
-        )
-
+    finish = functools.partial(
+        write_checked_receipt,
+        model,
+        format=format,
+        dtype=_stored(model, format, dtype),
+        quantization=options.get("quantization"),
+        prompts=prompts,
+        check=check,
+    )
     with use_adapter(model, adapter):
         if target.suffix.lower() == ".gguf":
             _write_file(module, model, target, overwrite, verbose, options, finish)
@@ -151,14 +138,33 @@ def export(
             _Progress(target, verbose) as progress,
         ):
             module.write(model, folder, progress=progress, **options)
-            if format != "keras":  # A preset brings its record.
-                write_record(model, folder)
+            if format != "keras":  # `write_preset` writes the metadata itself.
+                write_metadata(model, folder)
             finish(folder)
     return target
 
 
+def _options(
+    format: str, dtype: str, quantization: str | None, shard_size: int | str | None
+) -> dict[str, Any]:
+    """Collect the arguments of a format's `write`, and refuse those that it does not take."""
+    options: dict[str, Any] = {"dtype": dtype}
+    for name, value in (("quantization", quantization), ("shard_size", shard_size)):
+        if value is not None and format not in _TAKEN_BY[name]:
+            *known, last = map(repr, _TAKEN_BY[name])
+            raise ExportError(
+                f"`{name}` is for {', '.join(known)} and {last}. Received: {value!r} with format "
+                f"{format!r}"
+            )
+    if quantization is not None:
+        options["quantization"] = str(quantization).upper()
+    if format in _TAKEN_BY["shard_size"]:
+        options["shard_size"] = _bytes(_SHARD_SIZE if shard_size is None else shard_size)
+    return options
+
+
 def _format(target: pathlib.Path, format: str) -> str:
-    """What `"auto"` comes to; a folder shall not have the name of a file."""
+    """Resolve `"auto"`, and refuse a folder with the name of a file."""
     suffix = target.suffix.lower()
     chosen = _FILES.get(suffix, "safetensors") if format == "auto" else format
     single = suffix == ".gguf" and chosen in ("gguf", "gguf_adapter")
@@ -172,7 +178,7 @@ def _format(target: pathlib.Path, format: str) -> str:
 
 
 def _stored(model: keras.Model, format: str, dtype: str) -> str:
-    """What `"auto"` comes to."""
+    """Resolve `"auto"` to the dtype that is written."""
     if dtype != "auto":
         return dtype
     if format in ("gguf_adapter", "litert"):
@@ -200,7 +206,7 @@ def _write_file(
     overwrite: bool,
     verbose: int,
     options: dict[str, Any],
-    finish: Callable[[pathlib.Path, str], None],
+    finish: Callable[..., Any],
 ) -> None:
     if target.exists() and not (overwrite and target.is_file()):
         raise ExportError(
@@ -219,7 +225,7 @@ def _write_file(
         part = pathlib.Path(folder)
         module.write(model, part, progress=progress, file_name=target.name, **options)
         receipt = f"{target.name}.{FILE_NAME}"
-        finish(part, receipt)
+        finish(part, file_name=receipt)
         # A receipt without its file claims nothing; a file beside an old receipt would look broken.
         (part / receipt).replace(target.with_name(receipt))
         (part / target.name).replace(target)
@@ -240,7 +246,7 @@ def _bytes(size: int | str) -> int:
 
 
 class _Progress:
-    """A bar that takes `(name, done, total)`."""
+    """A progress bar that is called with `(name, done, total)`."""
 
     def __init__(self, target: pathlib.Path, verbose: int) -> None:
         from tqdm.auto import tqdm

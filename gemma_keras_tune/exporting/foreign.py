@@ -1,8 +1,8 @@
-"""Asks a foreign runtime. Runs by itself, in a process without this library.
+"""Ask a foreign runtime, in a process without this library.
 
 python -P foreign.py RUNTIME REQUEST.json ANSWER.json
 
-torch beside TensorFlow in one process may crash, and KerasHub shall open a preset alone.
+torch and TensorFlow in one process may crash, and a preset must open with KerasHub alone.
 """
 
 import importlib
@@ -18,7 +18,7 @@ BATCH = 4
 
 
 class MissingError(Exception):
-    """Packages are not installed: the command that installs them."""
+    """Packages that are not installed; the message is the command that installs them."""
 
 
 def main(runtime: str, request: str, answer: str) -> None:
@@ -44,7 +44,7 @@ def main(runtime: str, request: str, answer: str) -> None:
 
 
 def keras_hub(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A preset, by KerasHub's own classes, tokenizer and `generate`."""
+    """Open a preset with KerasHub's classes, tokenizer and `generate`."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     try:
         import keras
@@ -97,13 +97,15 @@ def keras_hub(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A Hugging Face folder, or one with an adapter. In float32: what is judged is the file."""
+    """Open a Hugging Face folder, or an adapter on one, in float32: the check is of the file."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import torch
         import transformers
     except ModuleNotFoundError as error:
-        raise MissingError("pip install transformers torch") from error
+        raise MissingError(
+            "pip install transformers torch, or gemma-keras-tune[interop]"
+        ) from error
 
     path = asked.get("base", asked["path"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -117,7 +119,7 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
         try:
             import peft
         except ModuleNotFoundError as error:
-            raise MissingError("pip install peft") from error
+            raise MissingError("pip install peft, or gemma-keras-tune[interop]") from error
         model = peft.PeftModel.from_pretrained(model, asked["path"]).eval()
         # The base knows nothing of the template the adapter was tuned with.
         stops = tuple({*stops, *asked["stop_token_ids"]})
@@ -150,7 +152,7 @@ _PUBLISHED = {
 
 
 def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A checkpoint, by the Gemma library's loader, tokenizer and model for JAX."""
+    """Open a checkpoint with the loader, tokenizer and model of the Gemma library for JAX."""
     try:
         gemma: Any = importlib.import_module("gemma")
         gm: Any = importlib.import_module("gemma.gm")
@@ -199,7 +201,7 @@ def gemma_jax(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def gemma_config(published: Any, family: str, given: dict[str, Any], params: Any) -> Any:
-    """The library's configuration of a model of any size, from that of a published one."""
+    """Make the library's configuration of a model of any size from that of a published one."""
     import dataclasses
 
     every = {"gemma2": 2, "gemma3": 6}[family]
@@ -230,7 +232,7 @@ def gemma_config(published: Any, family: str, given: dict[str, Any], params: Any
 
 
 def gemma3n_config(published: Any, family: str, given: dict[str, Any], params: Any) -> Any:
-    """The same for Gemma 3n."""
+    """Make the configuration of a Gemma 3n."""
     import dataclasses
 
     del family
@@ -261,7 +263,7 @@ def gemma3n_config(published: Any, family: str, given: dict[str, Any], params: A
 
 
 def gemma4_config(published: Any, family: str, given: dict[str, Any], params: Any) -> Any:
-    """The same for Gemma 4, dense or with experts."""
+    """Make the configuration of a Gemma 4, dense or with experts."""
     import dataclasses
 
     del family
@@ -300,7 +302,7 @@ def gemma4_config(published: Any, family: str, given: dict[str, Any], params: An
 
 
 def shared_layers(published: Any, given: dict[str, Any], layers: int) -> Any:
-    """The library rounds down how many layers have keys and values of their own."""
+    """Set the share of layers without their own keys and values; the library rounds it."""
     import dataclasses
 
     shared = given["num_kv_shared_layers"]
@@ -309,13 +311,13 @@ def shared_layers(published: Any, given: dict[str, Any], layers: int) -> Any:
 
 
 def cut(ids: list[int], stops: tuple[int, ...]) -> list[int]:
-    """Ids up to the first stop token."""
+    """Return the ids before the first stop token."""
     ends = [place for place, token in enumerate(ids) if token in stops]
     return ids[: ends[0]] if ends else ids
 
 
 def litert(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A `.litertlm` file, by LiteRT-LM. It tells texts alone, and no logits."""
+    """Open a `.litertlm` file with LiteRT-LM, which gives texts and no logits."""
     try:
         lm: Any = importlib.import_module("litert_lm")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A GGUF file opened in llama.cpp."""
+"""Open a GGUF file in llama.cpp."""
 
 import dataclasses
 import importlib
@@ -11,24 +11,19 @@ from typing import Any
 import numpy as np
 
 from gemma_keras_tune.errors import ExportError
-from gemma_keras_tune.formats.gguf.reader import (
-    read_header,
-)
 
-RUNTIME = "xllamacpp"
-
-
+_PACKAGE = "xllamacpp"
 # llama.cpp's server takes logarithms of float32 probabilities: below the smallest normal one they
 # have few bits left, and of 0 it writes the lowest float32.
 _NO_CHANCE = -87.0
-
-
 # Seconds: the longest answer to wait for.
 _TIMEOUT = 600
-
-
 # Added to a logit, it outweighs any other.
 _FORCE = 10_000.0
+
+
+class NotRunError(ExportError):
+    """A runtime that cannot be asked, with the reason."""
 
 
 @dataclasses.dataclass
@@ -38,9 +33,11 @@ class LlamaCpp:
     Attributes:
         path: The file.
         vocabulary: Number of its tokens.
-        letter: A token that is plain text. The server tells no probabilities where it writes a stop
-            token or half a character, so it is made to write this; they are those before that.
+        letter: Id of a token of plain text. llama.cpp's server leaves out the probabilities of a
+            step that writes a stop token or half a character, so a bias on the logits forces this
+            token; the probabilities are those before the bias.
         server: The `xllamacpp.Server`.
+        name: The runtime's name.
     """
 
     path: pathlib.Path
@@ -50,7 +47,7 @@ class LlamaCpp:
     name: str = "llama.cpp"
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens parsed and `<bos>` added as llama.cpp does.
+        """Tokenize a text, with special tokens parsed and `<bos>` added as llama.cpp does.
 
         Args:
             text: Any text.
@@ -62,7 +59,7 @@ class LlamaCpp:
         return [int(i) for i in self._post("/tokenize", request)["tokens"]]
 
     def next_logits(self, ids: list[int]) -> np.ndarray:
-        """Log-probabilities after the last token alone.
+        """Compute the log-probabilities of the token that follows.
 
         Args:
             ids: Token ids.
@@ -135,14 +132,14 @@ def open_runtime(
         A runtime that tokenizes, scores and generates.
 
     Raises:
-        ModuleNotFoundError: xllamacpp is not installed.
+        NotRunError: xllamacpp is not installed.
         ExportError: llama.cpp cannot load the file.
     """
     try:
-        xllamacpp = importlib.import_module(RUNTIME)
+        xllamacpp = importlib.import_module(_PACKAGE)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"llama.cpp is not installed. Install it: pip install {RUNTIME}", name=RUNTIME
+        raise NotRunError(
+            f"llama.cpp is not installed: pip install {_PACKAGE}, or gemma-keras-tune[interop]"
         ) from error
     file = _only_file(pathlib.Path(path))
     params = xllamacpp.CommonParams()
@@ -160,6 +157,8 @@ def open_runtime(
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise ExportError(f"llama.cpp cannot load {file}.", [str(error)]) from error
+    from gemma_keras_tune.formats.gguf.reader import read_header
+
     tokens = read_header(file).metadata["tokenizer.ggml.tokens"]
     letter = next(i for i, token in enumerate(tokens) if token.isalpha())
     return LlamaCpp(file, len(tokens), letter, server)

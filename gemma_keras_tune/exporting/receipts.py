@@ -1,33 +1,33 @@
-"""The receipt: a small JSON file beside the weights that says what was written.
+"""The receipt: a small JSON file beside the weights that describes the export.
 
 It holds each file's size and sha256, versions, template, stop tokens and adapter; where asked for,
-recordings: what the model in memory answered to a few prompts; and the outcome of comparing these
-with what the target's own runtime answers. `exporting.verifying` does that.
+recordings (the answers of the model in memory to a few prompts), and the result of comparing these
+with the answers of the format's runtime. `exporting.verifying` compares them.
 """
 
 import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import keras
 import numpy as np
-from keras import ops
+from msgspec import Meta
 
 from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune._support.packages import installed_versions
+from gemma_keras_tune._support.records import Finite, TokenId, Whole, read_record
 from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
-from gemma_keras_tune.gemma.families import backbone_inputs, family_of, fingerprint, quantizations
+from gemma_keras_tune.gemma.families import family_of, fingerprint, quantizations
 from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 from gemma_keras_tune.generation.answers import generate_ids
+from gemma_keras_tune.generation.scoring import Scorer
 from gemma_keras_tune.pairs.reader import Message
 
-SCHEMA = "gemma_keras_tune.receipt/3"
-# The first is without an outcome; both are without the version of the format.
-_OLD_SCHEMAS = ("gemma_keras_tune.receipt/1", "gemma_keras_tune.receipt/2")
+SCHEMA = "gemma_keras_tune.receipt/1"
 FILE_NAME = "receipt.json"
 PROMPTS = (
     "Hello!",
@@ -38,11 +38,10 @@ PROMPTS = (
 MAX_NEW_TOKENS = 16
 TOP = 8
 _BATCH = 4
-_LENGTH_STEP = 32
 # A receipt of a few prompts takes a few kilobytes.
 _MOST_BYTES = 1 << 26
 _PACKAGES = ("gemma-keras-tune", "keras", "keras-hub", "jax", "numpy")
-# What writes a format, and what opens it, where that is installed beside this library.
+# Packages that write and open a format; the receipt names those that are installed.
 _TARGET_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "keras": ("h5py",),
     "safetensors": ("safetensors", "transformers"),
@@ -53,97 +52,117 @@ _TARGET_PACKAGES: Mapping[str, tuple[str, ...]] = {
     "litert": ("litert-torch", "litert-lm-api"),
     "adapter": ("safetensors", "peft"),
 }
+InnerPath = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?!(?:.*/)?\.{0,2}(?:/|$))[^\\\x00:/]+(?:/[^\\\x00/]+)*$",
+        description="a path inside the folder",
+    ),
+]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="64 hexadecimal digits")]
 # Files that begin with a name and the version of their format.
 _VERSIONED: Mapping[str, tuple[bytes, int]] = {".gguf": (b"GGUF", 1), ".litertlm": (b"LITERTLM", 3)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file as it was written.
+    """The description of one file.
 
     Attributes:
-        path: Where it lies, relative to the receipt, with forward slashes.
-        bytes: Its size.
-        sha256: Of its content, in hexadecimal.
+        path: Path relative to the receipt, with forward slashes.
+        bytes: Size.
+        sha256: SHA-256 of the content, in hexadecimal.
     """
 
-    path: str
-    bytes: int
-    sha256: str
+    path: InnerPath
+    bytes: Whole
+    sha256: Digest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recording:
-    """What the model in memory made of one prompt.
+    """The answer of the model in memory to one prompt.
 
     Attributes:
-        text: The prompt through the template, as a runtime is given it.
+        text: The prompt in its template, as a runtime receives it.
         ids: Its token ids, `<bos>` first.
-        answer_ids: The greedy answer's token ids, without the stop token.
-        answer: The same as text.
+        answer_ids: Token ids of the greedy answer, without the stop token.
+        answer: The answer as text.
         stopped: Whether the model ended the answer itself.
-        margins: For every token of the answer, and the stop token, how far its logit lies above
-            the next best: a runtime that rounds may choose otherwise where this is small.
+        margins: For every token of the answer and the stop token, its logit minus the second best:
+            where this is small, a runtime that rounds may choose another token.
         top_ids: The most probable first tokens of the answer, the best first.
         top_logits: Their logits.
     """
 
     text: str
-    ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    ids: tuple[TokenId, ...]
+    answer_ids: tuple[TokenId, ...]
     answer: str
     stopped: bool
-    margins: tuple[float, ...]
-    top_ids: tuple[int, ...]
-    top_logits: tuple[float, ...]
+    margins: tuple[Finite, ...]
+    top_ids: tuple[TokenId, ...]
+    top_logits: tuple[Finite, ...]
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is inconsistent between the fields."""
+        steps = len(self.answer_ids) + self.stopped
+        if not self.ids or not self.top_ids:
+            yield "ids and top_ids must not be empty"
+        if len(self.margins) != steps or steps > MAX_NEW_TOKENS + 1:
+            yield f"margins must be one for each of {steps} tokens"
+        if len(self.top_ids) != len(self.top_logits):
+            yield "top_ids and top_logits must have the same length"
+
+
+Status = Literal["passed", "failed", "not run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the last check of an export came to.
+class Verification:
+    """The result of the last check of an export.
 
     Attributes:
-        verdict: `"passed"`, `"failed"` or `"not run"`: the export was not opened.
-        runtime: What opened it, with its version, or `None`.
-        checked: What was looked at and found right.
-        reasons: What is wrong, or why it was not opened.
+        status: `"passed"`, `"failed"` or `"not run"`: the export was not opened.
+        runtime: The runtime that opened it, with its version, or `None`.
+        checked: The checks that passed.
+        reasons: The faults, or why it was not opened.
     """
 
-    verdict: str
+    status: Status
     runtime: str | None = None
     checked: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
 
-VERDICTS = ("passed", "failed", "not run")
-NOT_CHECKED = Outcome("not run", reasons=("it was not asked for; `verify` does it",))
-Check = bool | Literal["run"]
+NOT_CHECKED = Verification("not run", reasons=("it was not asked for; `verify` does it",))
+# The argument `check`: record answers, do not, or record them and open what was written at once.
+Checking = bool | Literal["run"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Receipt:
-    """What was written, and what it shall answer.
+    """The description of an export, and the answers expected of it.
 
     Attributes:
         format: A format of `export`, or `"adapter"`.
-        dtype: What the weights are stored in.
-        quantization: Of a GGUF file, or `None`.
-        compute_dtype: What the model in memory computed the recordings in: a dtype, or the mode in
+        dtype: Dtype of the stored weights.
+        quantization: Quantization of a GGUF file, or `None`.
+        compute_dtype: Dtype in which the model in memory computed the recordings, or the mode in
             which Keras quantized it.
-        family: Such as `"gemma3"`.
-        base_fingerprint: Of the base model.
+        family: Family of the model, such as `"gemma3"`.
+        base_fingerprint: Fingerprint of the base model.
         template: Name of the prompt template.
-        stop_tokens: What ends an answer.
+        stop_tokens: Tokens that end an answer.
         stop_token_ids: Their ids.
-        adapter: Of the adapter that was on, its `name`, its own `rank`, `alpha`,
-            `target_modules` and `use_rslora`, the `scale` that comes to, and its `strength`, by
-            which that was multiplied; `None` for the base.
+        adapter: `name`, `rank`, `alpha`, `target_modules` and `use_rslora` of the active adapter,
+            its `scale`, and the `strength` that the scale was multiplied by; `None` for the base.
         packages: Versions by package.
-        files: All files, but for the receipt.
-        recordings: Empty where the model was not run.
-        outcome: Of the check.
-        format_version: Of GGUF and LiteRT-LM files, the version they begin with; `None` where the
-            format has none of its own.
+        files: All files except the receipt.
+        recordings: Empty if the model was not run.
+        verification: Result of the last check.
+        format_version: Version of the format that a GGUF or LiteRT-LM file begins with; `None` for
+            other formats.
     """
 
     format: str
@@ -154,16 +173,23 @@ class Receipt:
     base_fingerprint: str
     template: str
     stop_tokens: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    adapter: Mapping[str, Any] | None
-    packages: Mapping[str, str]
+    stop_token_ids: tuple[TokenId, ...]
+    adapter: dict[str, Any] | None
+    packages: dict[str, str]
     files: tuple[FileRecord, ...]
     recordings: tuple[Recording, ...]
-    outcome: Outcome = NOT_CHECKED
+    verification: Verification = NOT_CHECKED
     format_version: str | None = None
 
+    def faults(self) -> Iterator[str]:
+        """Yield the faults of the list of files."""
+        names = [file.path for file in self.files]
+        if not names:
+            yield "files is empty"
+        yield from (f"files: {name!r} comes twice" for name in {*names} if names.count(name) > 1)
+
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
@@ -182,23 +208,23 @@ def write_receipt(
     answers: bool = False,
     file_name: str = FILE_NAME,
 ) -> Receipt:
-    """Describe all files of a folder, in a file beside them.
+    """Write a receipt for all files of a folder beside them.
 
     Args:
         model: The model that was written.
         folder: The folder, complete.
-        format: What was written.
-        dtype: What the weights are stored in.
-        quantization: Of a GGUF file.
-        prompts: As for `record`.
+        format: A format of `export`, or `"adapter"`.
+        dtype: Dtype of the stored weights.
+        quantization: Quantization of a GGUF file.
+        prompts: Prompts to answer, as for `record_answers`.
         answers: Whether to record answers.
-        file_name: Name of the receipt; that of a lone file is `x.gguf.receipt.json`.
+        file_name: Name of the receipt; that of a single file is `x.gguf.receipt.json`.
 
     Returns:
         The receipt.
 
     Raises:
-        ExportError: As from `record`.
+        ExportError: As from `record_answers`.
     """
     template = get_template(model)
     files = tuple(_describe(folder, file_name))
@@ -216,24 +242,30 @@ def write_receipt(
         adapter=_adapter_on(model),
         packages=installed_versions((*_PACKAGES, *_TARGET_PACKAGES.get(format, ()))),
         files=files,
-        recordings=record(model, prompts) if answers else (),
+        recordings=record_answers(model, prompts) if answers else (),
         format_version=next(filter(None, (_format_version(folder / f.path) for f in files)), None),
     )
     (folder / file_name).write_text(receipt.to_json(), encoding="utf-8")
     return receipt
 
 
-def refuse_unknown_check(check: Any) -> None:
-    """Refuse what `check` cannot be, before any work is done.
+def refuse_wrong_check(check: Any, prompts: Any) -> None:
+    """Refuse a wrong `check`, and prompts that would not be answered, before any work is done.
 
     Args:
-        check: What a caller passed.
+        check: The argument `check` of a caller.
+        prompts: Its argument `prompts`.
 
     Raises:
-        ExportError: It is not `True`, `False` or `"run"`.
+        ExportError: `check` is not `True`, `False` or `"run"`, or is `False` beside prompts.
     """
     if not (isinstance(check, bool) or check == "run"):
         raise ExportError(f"`check` must be True, False or 'run'. Received: {check!r}")
+    if prompts is not None and not check:
+        raise ExportError(
+            "`prompts` are answered only where `check` is True or 'run'. Received: check=False",
+            next_step="Pass `check=True` to record answers to them, or leave `prompts` out.",
+        )
 
 
 def _computed_in(model: Any) -> str:
@@ -266,18 +298,20 @@ def _describe(folder: pathlib.Path, receipt: str) -> Iterator[FileRecord]:
             yield FileRecord(name, path.stat().st_size, sha256(path))
 
 
-def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Recording, ...]:
-    """Let the model in memory answer a few prompts, with the LoRA that is on.
+def record_answers(
+    model: keras.Model, prompts: Iterable[str] | None = None
+) -> tuple[Recording, ...]:
+    """Let the model in memory answer a few prompts, with the active adapter.
 
     Args:
         model: A KerasHub Gemma `CausalLM`.
-        prompts: What users would write; the template is put around it. `None` takes `PROMPTS`.
+        prompts: Texts that users would write, without a template. `None` takes `PROMPTS`.
 
     Returns:
-        One `Recording` a prompt, none for no prompts.
+        One `Recording` for each prompt.
 
     Raises:
-        ExportError: `prompts` are no texts, or the model has no tokenizer.
+        ExportError: `prompts` are not texts, or the model has no tokenizer.
     """
     given = PROMPTS if prompts is None else prompts
     asked = [given] if isinstance(given, str) else list(given)
@@ -299,16 +333,16 @@ def record(model: keras.Model, prompts: Iterable[str] | None = None) -> tuple[Re
 def answer_texts(
     model: Any, texts: Sequence[str], stop_token_ids: Iterable[int], *, top: int = TOP
 ) -> tuple[Recording, ...]:
-    """Let the model in memory continue texts, with the LoRA that is on.
+    """Let the model in memory continue texts, with the active adapter.
 
     Args:
         model: A KerasHub Gemma `CausalLM` with its preprocessor.
-        texts: Prompts through their template.
+        texts: Prompts in their template.
         stop_token_ids: Ids at which an answer ends.
         top: How many logits to keep.
 
     Returns:
-        One `Recording` a text.
+        One `Recording` for each text.
     """
     tokenizer = model.preprocessor.tokenizer
     encoder = RowTokenizer(tokenizer)
@@ -322,12 +356,12 @@ def answer_texts(
         share_programs=True,
     )
     wholes = [np.concatenate([row, ids]) for row, (ids, _) in zip(rows, answers, strict=True)]
-    # Where each token of the answer was chosen, and the stop token if one was.
+    # The positions at which the tokens of the answer, and the stop token, were chosen.
     places = [
         np.arange(len(row) - 1, len(whole) - (not stopped))
         for row, whole, (_, stopped) in zip(rows, wholes, answers, strict=True)
     ]
-    best = _best_logits(model, wholes, places, top)
+    best = Scorer(model).top_logits(wholes, places, top, batch_size=_BATCH)
     return tuple(
         Recording(
             text=text,
@@ -350,66 +384,11 @@ def _rendered(template: Template, prompt: str) -> str:
     return "".join(segment.text for segment in segments)
 
 
-def _best_logits(
-    model: Any, rows: Sequence[np.ndarray], places: Sequence[np.ndarray], top: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The largest logits of each row at some of its places: ids and logits, `[places, top]`."""
-    import jax
-
-    program = jax.jit(_program(model, top))
-    backbone = model.backbone
-    trainable = [v.value for v in backbone.trainable_variables]
-    fixed = [v.value for v in backbone.non_trainable_variables]
-    length = -(-max(map(len, rows)) // _LENGTH_STEP) * _LENGTH_STEP
-    found = []
-    for start in range(0, len(rows), _BATCH):
-        batch = range(start, min(start + _BATCH, len(rows)))
-        ids = np.zeros((_BATCH, length), np.int32)
-        mask = np.zeros((_BATCH, length), np.int32)
-        mask[:, 0] = 1
-        wanted = np.zeros((_BATCH, MAX_NEW_TOKENS + 1), np.int32)
-        for place, row in enumerate(batch):
-            ids[place, : len(rows[row])], mask[place, : len(rows[row])] = rows[row], 1
-            wanted[place, : len(places[row])] = places[row]
-        logits, tokens = map(np.asarray, program(trainable, fixed, ids, mask, wanted))
-        for place, row in enumerate(batch):
-            count = len(places[row])
-            found.append((tokens[place, :count], logits[place, :count].astype("float32")))
-    return found
-
-
-def _program(model: Any, top: int) -> Any:
-    backbone = model.backbone
-    variables = [*backbone.trainable_variables, *backbone.non_trainable_variables]
-    cap = family_of(model).head(model).soft_cap
-
-    def best(trainable: Any, fixed: Any, ids: Any, mask: Any, places: Any) -> tuple[Any, Any]:
-        inputs = backbone_inputs(backbone, ids, mask)
-        hidden, _ = backbone.stateless_call(trainable, fixed, inputs, training=False)
-        chosen = ops.take_along_axis(hidden, places[..., None], axis=1)
-        values = zip(variables, [*trainable, *fixed], strict=True)
-        with keras.StatelessScope(state_mapping=list(values)):
-            logits = ops.cast(_reversed(model, chosen), "float32")
-        if cap is not None and family_of(model).name == "gemma3n":
-            logits = ops.tanh(logits / cap) * cap
-        return ops.top_k(logits, top)
-
-    return best
-
-
-def _reversed(model: Any, hidden: Any) -> Any:
-    """Logits as the model's own output embedding makes them, quantized or not."""
-    if family_of(model).name == "gemma3n":
-        embedding = family_of(model).head(model).embedding
-        return ops.matmul(hidden, ops.transpose(ops.cast(embedding, hidden.dtype)))
-    return model.backbone.token_embedding(hidden, reverse=True)
-
-
-# Reading. A receipt may come from anywhere: whatever it holds, it is read as data or refused.
+# Reading. A receipt may come from anyone: its content is data, and checked.
 
 
 def receipt_path(path: pathlib.Path) -> pathlib.Path:
-    """Where the receipt of a folder, or of a lone file, lies."""
+    """Return the path of the receipt of a folder or a single file."""
     return path / FILE_NAME if path.is_dir() else path.with_name(f"{path.name}.{FILE_NAME}")
 
 
@@ -417,13 +396,13 @@ def read_receipt(path: pathlib.Path) -> Receipt:
     """Read the receipt of an export.
 
     Args:
-        path: A folder, or a lone file such as `model.gguf`.
+        path: A folder, or a single file such as `model.gguf`.
 
     Returns:
         The receipt. Its paths stay inside the folder.
 
     Raises:
-        ExportError: There is none, or it is none this library writes; every fault is listed.
+        ExportError: The receipt is missing or not valid; every fault is listed.
     """
     file = receipt_path(path)
     if not file.is_file():
@@ -437,167 +416,18 @@ def read_receipt(path: pathlib.Path) -> Receipt:
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{file} cannot be read: {error}") from error
-    reader = _Reader()
-    receipt = _receipt(reader, data)
-    if reader.problems:
-        raise ExportError(f"{file} is not a receipt of this library.", reader.problems)
+    schema = data.pop("schema", None) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise ExportError(
+            f"{file} is not a receipt of this library.",
+            [f"schema must be {SCHEMA!r}. Received: {schema!r:.80}"],
+        )
+    problems: list[str] = []
+    receipt = read_record(Receipt, data, problems=problems)
+    if receipt is None:
+        raise ExportError(f"{file} is not a receipt of this library.", problems)
     return receipt
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-class _Reader:
-    """Takes values of known types out of JSON data, and collects what is wrong."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def say(self, where: str, expected: str, value: Any) -> None:
-        shown = repr(value)
-        self.problems.append(f"{where} must be {expected}. Received: {shown[:80]}")
-
-    def mapping(self, value: Any, where: str, fields: type | None = None) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.say(where, "an object", value)
-            return {}
-        if fields is not None:
-            names = {field.name for field in dataclasses.fields(fields)} | {"schema"}
-            extra = sorted(set(value) - names)
-            if extra:
-                self.problems.append(f"{where} holds unknown entries: {', '.join(extra)[:200]}")
-        return value
-
-    def text(self, value: Any, where: str) -> str:
-        if not isinstance(value, str):
-            self.say(where, "text", value)
-            return ""
-        return value
-
-    def whole(self, value: Any, where: str, most: int = 2**63 - 1) -> int:
-        if type(value) is not int or not 0 <= value <= most:
-            self.say(where, f"a whole number from 0 to {most}", value)
-            return 0
-        return value
-
-    def number(self, value: Any, where: str) -> float:
-        if type(value) not in (int, float) or not abs(value) < 1e30:
-            self.say(where, "a finite number", value)
-            return 0.0
-        return float(value)
-
-    def flag(self, value: Any, where: str) -> bool:
-        if not isinstance(value, bool):
-            self.say(where, "true or false", value)
-            return False
-        return value
-
-    def many(self, read: Any, value: Any, where: str) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            self.say(where, "a list", value)
-            return ()
-        return tuple(read(item, f"{where}[{i}]") for i, item in enumerate(value))
-
-    def token(self, value: Any, where: str) -> int:
-        return self.whole(value, where, 2**31 - 1)
-
-
-def _receipt(reader: _Reader, data: Any) -> Receipt:
-    values = reader.mapping(data, "the receipt", Receipt)
-    schema = values.get("schema")
-    if schema not in (SCHEMA, *_OLD_SCHEMAS):
-        reader.say("schema", repr(SCHEMA), schema)
-        values = {}
-    if not values:
-        return Receipt("", "", None, "", "", "", "", (), (), None, {}, (), ())
-    get, text = values.get, reader.text
-    quantization, adapter, version = get("quantization"), get("adapter"), get("format_version")
-    packages = reader.mapping(get("packages"), "packages")
-    receipt = Receipt(
-        format=text(get("format"), "format"),
-        dtype=text(get("dtype"), "dtype"),
-        quantization=None if quantization is None else text(quantization, "quantization"),
-        compute_dtype=text(get("compute_dtype"), "compute_dtype"),
-        family=text(get("family"), "family"),
-        base_fingerprint=text(get("base_fingerprint"), "base_fingerprint"),
-        template=text(get("template"), "template"),
-        stop_tokens=reader.many(text, get("stop_tokens"), "stop_tokens"),
-        stop_token_ids=reader.many(reader.token, get("stop_token_ids"), "stop_token_ids"),
-        adapter=None if adapter is None else reader.mapping(adapter, "adapter"),
-        packages={name: text(value, f"packages.{name}") for name, value in packages.items()},
-        files=reader.many(lambda v, w: _file(reader, v, w), get("files"), "files"),
-        recordings=reader.many(
-            lambda v, w: _recording(reader, v, w), get("recordings"), "recordings"
-        ),
-        outcome=NOT_CHECKED if schema == _OLD_SCHEMAS[0] else _outcome(reader, get("outcome")),
-        format_version=None if version is None else text(version, "format_version"),
-    )
-    names = [file.path for file in receipt.files]
-    if not names:
-        reader.problems.append("files is empty")
-    reader.problems += [
-        f"files: {name!r} comes twice" for name in {*names} if names.count(name) > 1
-    ]
-    return receipt
-
-
-def _outcome(reader: _Reader, data: Any) -> Outcome:
-    values = reader.mapping(data, "outcome", Outcome)
-    verdict, runtime = values.get("verdict"), values.get("runtime")
-    if verdict not in VERDICTS:
-        reader.say("outcome.verdict", f"one of {VERDICTS}", verdict)
-        verdict = NOT_CHECKED.verdict
-    return Outcome(
-        verdict,
-        None if runtime is None else reader.text(runtime, "outcome.runtime"),
-        reader.many(reader.text, values.get("checked"), "outcome.checked"),
-        reader.many(reader.text, values.get("reasons"), "outcome.reasons"),
-    )
-
-
-def _file(reader: _Reader, data: Any, where: str) -> FileRecord:
-    values = reader.mapping(data, where, FileRecord)
-    path = reader.text(values.get("path"), f"{where}.path")
-    parts = path.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or "\\" in path
-        or ":" in parts[0]
-        or ("\0" in path)
-    ):
-        reader.say(f"{where}.path", "a path inside the folder", path)
-        path = ""
-    digest = reader.text(values.get("sha256"), f"{where}.sha256")
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        reader.say(f"{where}.sha256", "64 hexadecimal digits", digest)
-    return FileRecord(path, reader.whole(values.get("bytes"), f"{where}.bytes"), digest)
-
-
-def _recording(reader: _Reader, data: Any, where: str) -> Recording:
-    values = reader.mapping(data, where, Recording)
-
-    def take(name: str, read: Any) -> Any:
-        return read(values.get(name), f"{where}.{name}")
-
-    def several(name: str, read: Any) -> Any:
-        return reader.many(read, values.get(name), f"{where}.{name}")
-
-    recording = Recording(
-        text=take("text", reader.text),
-        ids=several("ids", reader.token),
-        answer_ids=several("answer_ids", reader.token),
-        answer=take("answer", reader.text),
-        stopped=take("stopped", reader.flag),
-        margins=several("margins", reader.number),
-        top_ids=several("top_ids", reader.token),
-        top_logits=several("top_logits", reader.number),
-    )
-    steps = len(recording.answer_ids) + recording.stopped
-    if not recording.ids or not recording.top_ids:
-        reader.problems.append(f"{where} has no token ids")
-    if len(recording.margins) != steps or steps > MAX_NEW_TOKENS + 1:
-        reader.problems.append(f"{where}.margins must be one for each of {steps} tokens")
-    if len(recording.top_ids) != len(recording.top_logits):
-        reader.problems.append(f"{where}.top_ids and top_logits differ in length")
-    return recording
+    raise ValueError(f"{name} is not JSON")

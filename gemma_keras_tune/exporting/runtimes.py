@@ -1,4 +1,4 @@
-"""What each format's own runtime answers to the prompts of a receipt."""
+"""Ask the runtime of each format the prompts of a receipt."""
 
 import contextlib
 import dataclasses
@@ -10,10 +10,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import keras
-import numpy as np
 
 from gemma_keras_tune.adapters.bases import wrong_base
 from gemma_keras_tune.adapters.lora import lora_config
@@ -25,56 +24,33 @@ from gemma_keras_tune.adapters.switching import (
     use_adapter,
 )
 from gemma_keras_tune.errors import ExportError, GemmaTuneError, LoadError
-from gemma_keras_tune.exporting import llama_cpp
+from gemma_keras_tune.exporting.llama_cpp import NotRunError, open_runtime
 from gemma_keras_tune.exporting.receipts import MAX_NEW_TOKENS, Receipt, answer_texts
-from gemma_keras_tune.formats.gguf.reader import read_header
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.templates import read_sidecar
 from gemma_keras_tune.loading.loader import load
 
 _WORKER = pathlib.Path(__file__).with_name("foreign.py")
 _TIMEOUT = 3600
-# Among so many of the most probable tokens the recorded ones are looked for.
+# The recorded tokens are looked for among this many of the most probable ones.
 _LOOKED_AT = 64
 
 Base: TypeAlias = "keras.Model | str | os.PathLike[str] | None"
 
 
-class Runtime(Protocol):
-    """A model opened by a program that is not this library."""
-
-    name: str
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids, special tokens parsed, `<bos>` as the runtime itself adds it."""
-
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """`[len(ids), vocabulary]` float32, but for one constant in each row."""
-
-    def generate(self, ids: list[int], max_new_tokens: int) -> list[int]:
-        """The greedy continuation, ended as the runtime itself ends it, without stop token."""
-
-    def close(self) -> None:
-        """Free the model."""
-
-
-class NotRunError(Exception):
-    """The runtime cannot be asked here, and why."""
-
-
 class WrongBaseError(ExportError):
-    """The adapter cannot be put on what was passed as `base`; nothing is said of the adapter."""
+    """A `base` that the adapter does not belong on; the adapter itself may be sound."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answered:
-    """What a runtime made of one prompt.
+    """The answer of a runtime to one prompt.
 
     Attributes:
-        ids: The prompt's token ids.
-        answer_ids: The greedy answer's.
-        logits: Of the tokens the receipt names, as the answer's first; but for one constant. NaN
-            for a token far from the most probable. `None` where the runtime does not tell.
+        ids: Token ids of the prompt.
+        answer_ids: Token ids of the greedy answer.
+        logits: Logits, up to one constant, that the tokens of the receipt have as the first of the
+            answer. NaN for a token far from the most probable; `None` if the runtime gives none.
     """
 
     ids: tuple[int, ...]
@@ -86,26 +62,26 @@ Asked = tuple[str, list[Answered]]
 
 
 def ask(path: pathlib.Path, receipt: Receipt, *, base: Base = None) -> Asked:
-    """Let an export's own runtime answer the prompts of its receipt.
+    """Let the runtime of an export's format answer the prompts of its receipt.
 
     Args:
         path: The export.
         receipt: Its receipt.
-        base: For an adapter, what it belongs on.
+        base: For an adapter, the model it belongs on.
 
     Returns:
         The runtime's name, and an `Answered` for each recording.
 
     Raises:
-        NotRunError: The runtime is not there.
+        NotRunError: The runtime is not installed, or `base` is missing.
         WrongBaseError: The adapter does not belong on the base.
         ExportError: The runtime fails on the export.
     """
     return _RUNTIMES[receipt.format](path, receipt, base)
 
 
-# Some runtimes ask for other versions of what this library uses: the variable that names the Python
-# of an environment of their own.
+# Some runtimes need other versions of the packages of this library. These variables name the Python
+# of an environment that has them.
 _PYTHONS = {"gemma_jax": "GEMMA_JAX_PYTHON", "litert": "LITERT_PYTHON"}
 
 
@@ -137,7 +113,7 @@ def _ask_process(
     try:
         done = subprocess.run(
             [python, "-P", str(_WORKER), runtime, *files],
-            # A device this process holds is not there for another.
+            # This process holds the accelerator.
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -183,10 +159,7 @@ def _llama_cpp(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
             raise NotRunError("pass the GGUF file of its base as `base`")
         path, options["adapter"] = _gguf_base(base, receipt), _adapter_file(path, receipt)
     longest = max(len(one.ids) for one in receipt.recordings) + MAX_NEW_TOKENS
-    try:
-        runtime = llama_cpp.open_runtime(path, context_length=max(512, 2 * longest), **options)
-    except ModuleNotFoundError as error:
-        raise NotRunError(str(error)) from error
+    runtime = open_runtime(path, context_length=max(512, 2 * longest), **options)
     try:
         answers = []
         for one in receipt.recordings:
@@ -206,7 +179,9 @@ def _llama_cpp(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
 
 
 def _gguf_base(base: Any, receipt: Receipt) -> pathlib.Path:
-    """The base's file, looked at before llama.cpp is asked."""
+    """Find the file of the base, and check it before llama.cpp opens it."""
+    from gemma_keras_tune.formats.gguf.reader import read_header
+
     if not isinstance(base, (str, os.PathLike)):
         raise WrongBaseError(f"`base` of a GGUF adapter is a GGUF file. Received: {base!r:.80}")
     path = pathlib.Path(base).expanduser()
@@ -222,20 +197,19 @@ def _gguf_base(base: Any, receipt: Receipt) -> pathlib.Path:
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise WrongBaseError(f"`base`: {files[0]} holds no model, but: {kind!r}")
-    _check_generation(str(metadata.get("general.architecture")), receipt)
+    _check_family(str(metadata.get("general.architecture")), receipt)
     return files[0]
 
 
 def check_receipt(path: pathlib.Path, receipt: Receipt) -> None:
-    """Refuse a receipt of something that this library does not write.
+    """Refuse a receipt of an export that this library does not write.
 
     Args:
         path: The export.
         receipt: Its receipt.
 
     Raises:
-        ExportError: Its format is unknown, or what such an export is made of is not among its
-            files.
+        ExportError: Its format is unknown, or it lacks a file that the format needs.
     """
     if receipt.format not in _RUNTIMES:
         raise ExportError(
@@ -260,7 +234,7 @@ def _unusable(error: GemmaTuneError) -> WrongBaseError:
     return WrongBaseError(f"`base`: {error.headline}", error.problems, error.next_step)
 
 
-def _check_generation(found: str, receipt: Receipt) -> None:
+def _check_family(found: str, receipt: Receipt) -> None:
     if found != receipt.family:
         raise WrongBaseError(
             f"`base`: the adapter was trained on {receipt.family}. Received: {found}"
@@ -268,17 +242,17 @@ def _check_generation(found: str, receipt: Receipt) -> None:
 
 
 def _adapter(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
-    """By PEFT where the base is a Hugging Face folder, and by this library on any other."""
+    """Ask PEFT if the base is a Hugging Face folder, and this library otherwise."""
     if isinstance(base, (str, os.PathLike)) and is_hugging_face(pathlib.Path(base)):
         config = json.loads(pathlib.Path(base, "config.json").read_text(encoding="utf-8"))
-        _check_generation(str(config["model_type"]).removesuffix("_text"), receipt)
+        _check_family(str(config["model_type"]).removesuffix("_text"), receipt)
         with contextlib.suppress(NotRunError):
             return _foreign("transformers")(path, receipt, base)
     return _this_library(path, receipt, base)
 
 
 def is_hugging_face(folder: pathlib.Path) -> bool:
-    """Whether a folder holds a model as transformers saves it."""
+    """Return whether a folder holds a model as transformers saves it."""
     with contextlib.suppress(OSError, ValueError):
         return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return False
@@ -308,13 +282,13 @@ def _this_library(path: pathlib.Path, receipt: Receipt, base: Base) -> Asked:
 
 
 def _base_model(base: Any, path: pathlib.Path, receipt: Receipt) -> keras.Model:
-    """The base, opened, and found to be the one the adapter belongs on."""
+    """Load the base, and check that the adapter belongs on it."""
     try:
         model = load(base)
         family = family_of(model)
     except GemmaTuneError as error:
         raise _unusable(error) from error
-    _check_generation(family.name, receipt)
+    _check_family(family.name, receipt)
     if lora_config(model) is None and any(n.layer.lora_enabled for n in family.linears(model)):
         raise WrongBaseError(
             "`base`: Keras's own LoRA is on it.",

@@ -14,7 +14,7 @@ import keras
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import check_free, new_folder
 from gemma_keras_tune._support.numbers import integer
-from gemma_keras_tune.adapters.bases import base_name, write_record
+from gemma_keras_tune.adapters.bases import base_name, write_metadata
 from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
 from gemma_keras_tune.adapters.lora import LoraConfig
 from gemma_keras_tune.adapters.switching import (
@@ -25,7 +25,7 @@ from gemma_keras_tune.adapters.switching import (
     use_adapter,
 )
 from gemma_keras_tune.errors import PlanError
-from gemma_keras_tune.exporting.receipts import Check, refuse_unknown_check
+from gemma_keras_tune.exporting.receipts import Checking, refuse_wrong_check
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
 from gemma_keras_tune.gemma.families import (
@@ -44,25 +44,25 @@ def save_preset(
     adapter: str | Active | None = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: Check = False,
+    check: Checking = False,
 ) -> pathlib.Path:
     """Save the model as a KerasHub preset, with the LoRA that is on merged in.
 
     `keras_hub.models.CausalLM.from_preset(path)` loads it in a process without this library, one of
     Gemma 4 `Gemma4CausalLM.from_preset(path)`: KerasHub 0.32 has two classes with that backbone.
     The template and its stop tokens are recorded beside the weights, in `gemma_keras_tune.json`,
-    and the files' hashes in `receipt.json`. The model in memory keeps its LoRA; where it is
-    switched off, the base is saved. The preset is under the Gemma terms of use.
+    and the files' hashes in `receipt.json`. The model in memory keeps its LoRA; if it is switched
+    off, the base is saved. The preset is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
-        adapter: Which adapter is merged in: one of `list_adapters(model)`, or `None` for the base.
-            Left out, what is on.
+        adapter: The adapter to merge in: one of `list_adapters(model)`, or `None` for the base.
+            Defaults to the active one.
         overwrite: Whether to replace an existing folder.
-        prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
-            once, before the preset takes its name.
+        prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
+        check: `False` does not run the model. `True` records its answers, so that `verify` can open
+            the preset and compare. `"run"` does both at once, before the preset takes its name.
 
     Returns:
         The folder.
@@ -74,7 +74,7 @@ def save_preset(
             as the model does.
     """
     check_backend()
-    refuse_unknown_check(check)
+    refuse_wrong_check(check, prompts)
     stored = str(family_of(model).head(model).embedding.dtype)
     with use_adapter(model, adapter), new_folder(path, overwrite=overwrite) as folder:
         write_preset(model, folder)
@@ -92,33 +92,33 @@ def save_adapter(
     name: str | Active = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
-    check: Check = False,
+    check: Checking = False,
 ) -> pathlib.Path:
     """Save the LoRA of a model in PEFT's layout, at the rank it was trained with.
 
-    The folder holds `adapter_config.json`, `adapter_model.safetensors`, and this library's record:
-    the base model's fingerprint, its family, the template and the stop tokens; and a receipt
-    with the files' hashes. It is under the Gemma terms of use.
+    The folder holds `adapter_config.json`, `adapter_model.safetensors`, this library's metadata
+    (the base model's fingerprint, its family, the template and the stop tokens) and a receipt with
+    the files' hashes. It is under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma with LoRA on.
         path: The folder to make.
-        name: One of `list_adapters(model)`; by default the one that is on.
+        name: One of `list_adapters(model)`. Defaults to the active one.
         overwrite: Whether to replace an existing folder.
-        prompts: What to record answers to; `None` takes a few general prompts.
-        check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
-            once: the files are loaded beside the adapters of this model.
+        prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
+        check: `False` does not run the model. `True` records its answers, so that `verify` can load
+            the adapter and compare. `"run"` does both at once, beside the adapters of this model.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: LoRA is not on, or its weights are not finite.
-        ExportError: The folder exists, or what was saved does not answer as the model does.
+        AdapterError: The model has no such adapter, or its weights are not finite.
+        ExportError: The folder exists, or the adapter does not answer as the model does.
     """
     from safetensors.numpy import save_file
 
-    refuse_unknown_check(check)
+    refuse_wrong_check(check, prompts)
     chosen = chosen_adapter(model, name)
     config, factors = adapter_factors(model, chosen)
     tensors = {}
@@ -130,7 +130,7 @@ def save_adapter(
         save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(_peft_config(model, config), indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_record(model, folder)
+        write_metadata(model, folder)
         write_checked_receipt(
             model, folder, format="adapter", dtype="float32", prompts=prompts, check=check
         )
@@ -154,7 +154,7 @@ def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
 
 
 class AdapterCheckpoint(keras.callbacks.Callback):
-    """Saves the adapter while it is trained, in place of the one it saved before.
+    """Save the adapter during training, in place of the one saved before.
 
     Each time the new folder is written aside and renamed, so a run that is cut off leaves a whole
     adapter. `load_adapter` puts it on the base again, and `tune` goes on with it.
@@ -194,13 +194,13 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self._every = (self.steps or 0) * batches_per_step(trainer.optimizer)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, where it is time."""
+        """Save after every `updates` updates."""
         self._batches += 1
         if self._every and self._batches % self._every == 0:
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, unless steps are counted."""
+        """Save, unless `steps` is set."""
         if not self._every:
             self._save()
 

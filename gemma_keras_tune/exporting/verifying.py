@@ -1,4 +1,4 @@
-"""Whether an export still is what was written, and answers as the model in memory did."""
+"""Check that an export has not changed, and that it answers as the model in memory did."""
 
 import dataclasses
 import math
@@ -12,13 +12,15 @@ import keras
 
 from gemma_keras_tune._support.files import sha256, write_text
 from gemma_keras_tune.errors import ExportError, GemmaTuneError
+from gemma_keras_tune.exporting.llama_cpp import NotRunError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
-    Check,
+    Checking,
     FileRecord,
-    Outcome,
     Receipt,
     Recording,
+    Status,
+    Verification,
     read_receipt,
     receipt_path,
     write_receipt,
@@ -26,18 +28,18 @@ from gemma_keras_tune.exporting.receipts import (
 from gemma_keras_tune.exporting.runtimes import (
     Answered,
     Base,
-    NotRunError,
     WrongBaseError,
     ask,
     check_receipt,
 )
 
-# How far a logit may lie from the recorded one, by what the weights are stored or computed in.
+# Largest difference allowed between a logit and the recorded one, by the dtype of the weights or of
+# the computation.
 TOLERANCES = {
     "float32": 1e-3,
     "float16": 0.05,
     "bfloat16": 0.5,
-    # Keras's: the activations are rounded too.
+    # Of Keras, which rounds the activations too.
     "int8": 0.5,
     "int4": 5.0,
     "Q8_0": 0.5,
@@ -55,23 +57,23 @@ TOLERANCES = {
 _OTHER = 0.5
 # llama.cpp computes some functions in float16, whatever the weights are stored in.
 _LLAMA_CPP = ("gguf", "gguf_adapter", "ollama")
-# What people lay beside weights; no runtime reads it.
+# Files that people put beside weights and no runtime reads.
 _HARMLESS = (".md", ".txt", ".png", ".jpg", ".html", ".pdf", ".log")
-# What LiteRT-LM leaves beside a model it has opened, and makes anew where it is gone.
+# Files that LiteRT-LM leaves beside a model that it has opened, and makes again if they are gone.
 _CACHES = (".xnnpack_cache",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         path: The export.
         format: Its format.
-        problems: What is wrong, one line each.
-        checks: What was looked at and found right.
-        skipped: What was not looked at, and why.
-        runtime: What opened it, with its version; `None` where nothing did.
+        problems: The faults, one line each.
+        checks: The checks that passed.
+        skipped: The checks that were not made, with the reasons.
+        runtime: The runtime that opened the export, with its version, or `None`.
     """
 
     path: pathlib.Path
@@ -83,17 +85,17 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong. What was not looked at stands in `skipped`."""
+        """True if there are no faults; `skipped` lists the checks that were not made."""
         return not self.problems
 
     @property
-    def outcome(self) -> Outcome:
-        """What a receipt says of it."""
-        verdict = "failed" if self.problems else "passed" if self.runtime else "not run"
-        return Outcome(verdict, self.runtime, self.checks, self.problems + self.skipped)
+    def verification(self) -> Verification:
+        """The entry of the receipt."""
+        status: Status = "failed" if self.problems else "passed" if self.runtime else "not run"
+        return Verification(status, self.runtime, self.checks, self.problems + self.skipped)
 
     def raise_if_failed(self) -> None:
-        """Raise `ExportError` with all problems, if there are any."""
+        """Raise an `ExportError` with all faults, if there are any."""
         if self.problems:
             raise ExportError(
                 f"{self.path} is not what was written.",
@@ -113,16 +115,16 @@ def write_checked_receipt(
     model: keras.Model,
     folder: pathlib.Path,
     *,
-    check: Check = False,
+    check: Checking = False,
     file_name: str = FILE_NAME,
     **written: Any,
 ) -> Receipt:
-    """Write a receipt, and check what was written where asked to.
+    """Write a receipt and, with `check="run"`, verify the export.
 
     Args:
         model: The model that was written.
         folder: The folder, complete.
-        check: Whether to record answers; `"run"` also opens what was written in its own runtime.
+        check: Whether to record answers; `"run"` also opens the export in its runtime.
         file_name: Name of the receipt.
         **written: `format`, `dtype`, `quantization` and `prompts`, as for `write_receipt`.
 
@@ -130,14 +132,14 @@ def write_checked_receipt(
         The receipt.
 
     Raises:
-        ExportError: As from `write_receipt`; or what was written does not answer as the model does.
+        ExportError: As from `write_receipt`, or the export does not answer as the model does.
     """
     receipt = write_receipt(model, folder, answers=bool(check), file_name=file_name, **written)
     return _check_now(model, folder, file_name) if check == "run" else receipt
 
 
 def _check_now(model: keras.Model, folder: pathlib.Path, file_name: str) -> Receipt:
-    """Open what was written in its own runtime. The receipt gets the outcome."""
+    """Verify the export, write the result into its receipt, and raise if it failed."""
     lone = file_name.removesuffix(FILE_NAME).removesuffix(".")
     written = folder / lone if lone else folder
     receipt = read_receipt(written)
@@ -156,30 +158,30 @@ def _check_now(model: keras.Model, folder: pathlib.Path, file_name: str) -> Rece
 def verify(
     path: str | os.PathLike[str], *, base: Base = None, run: bool = True, update: bool = True
 ) -> Verdict:
-    """Hold an export against its receipt.
+    """Compare an export with its receipt.
 
-    Every file's size and hash are compared. Then the export is opened in its own runtime, which
-    answers the recorded prompts: the token ids must be the same, the logits of the most probable
-    tokens within the tolerance of the dtype, and the greedy answers the same, but where two tokens
-    were as near to each other as the tolerance. A runtime that is not installed is named in
-    `skipped`. Files that changed are not opened. The outcome is written into the receipt; one
-    that says more is not replaced by "not run".
+    The size and hash of every file are compared. Then, if the receipt holds answers, the export is
+    opened in the runtime of its format, which answers the same prompts. The token ids must be
+    equal, the logits of the most probable tokens within the tolerance of the dtype, and the greedy
+    answers equal, except where two tokens were closer to each other than the tolerance. If the
+    runtime is not installed, the files alone are compared, and `skipped` names what to install.
+    Files that changed are not opened. The result is written into the receipt, where "not run" does
+    not replace an earlier "passed" or "failed".
 
     Args:
-        path: What `export`, `save_preset` or `save_adapter` wrote.
-        base: For an adapter, the model it belongs on, or what `load` takes; for a GGUF adapter,
-            the base's GGUF file. Without it an adapter's files are compared alone.
+        path: A folder or file that `export`, `save_preset` or `save_adapter` wrote.
+        base: For an adapter, the model it belongs on, or a source that `load` takes; for a GGUF
+            adapter, the base's GGUF file. Without it only the files of an adapter are compared.
         run: Whether to open the export in its runtime.
-        update: Whether to write the outcome into the receipt. Where that is not allowed, `skipped`
+        update: Whether to write the result into the receipt. If that is not permitted, `skipped`
             says so.
 
     Returns:
         The verdict.
 
     Raises:
-        ExportError: There is nothing of that name, no receipt, or one that is none of this
-            library; or `base` is missing, or is not what the adapter belongs on. The receipt keeps
-            the outcome it had.
+        ExportError: The export or its receipt is missing, the receipt is not valid, or the adapter
+            does not belong on `base`. The receipt keeps the result it had.
     """
     target = pathlib.Path(path).expanduser()
     if not target.exists():
@@ -187,14 +189,14 @@ def verify(
     receipt = read_receipt(target)
     check_receipt(target, receipt)
     verdict = _verdict(target, receipt, base, run)
-    outcome = verdict.outcome
-    told = outcome.verdict != "not run" or receipt.outcome.verdict == "not run"
-    if update and told and outcome != receipt.outcome:
+    verification = verdict.verification
+    told = verification.status != "not run" or receipt.verification.status == "not run"
+    if update and told and verification != receipt.verification:
         try:
-            told_now = dataclasses.replace(receipt, outcome=outcome)
+            told_now = dataclasses.replace(receipt, verification=verification)
             write_text(receipt_path(target), told_now.to_json())
         except ExportError as error:
-            note = f"the outcome was not written into the receipt: {error.headline}"
+            note = f"the result was not written into the receipt: {error.headline}"
             return dataclasses.replace(verdict, skipped=(*verdict.skipped, note))
     return verdict
 
@@ -270,7 +272,7 @@ def _problem(folder: pathlib.Path, file: FileRecord) -> str | None:
 
 
 def tolerance_of(receipt: Receipt) -> float:
-    """How far logits may lie from the recorded ones: the coarsest of storing and computing."""
+    """Return the largest difference of logits allowed: the larger one of storing and computing."""
     names = [receipt.compute_dtype, receipt.quantization or receipt.dtype]
     if receipt.format in _LLAMA_CPP:
         names.append("float16")
@@ -316,7 +318,7 @@ def _first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def _near(one: Recording, found: tuple[int, ...], allowed: float) -> bool:
-    """Whether an answer is the recorded one, or leaves it where two tokens were as good."""
+    """Return whether an answer is the recorded one, or first differs at two equally good tokens."""
     if found == one.answer_ids:
         return True
     place = _first_difference(one.answer_ids, found)
@@ -324,7 +326,7 @@ def _near(one: Recording, found: tuple[int, ...], allowed: float) -> bool:
 
 
 def _distance(one: Recording, found: tuple[float, ...]) -> float:
-    """The largest difference of logits, but for a constant: llama.cpp tells log-probabilities."""
+    """Return the largest difference of logits, up to a constant: llama.cpp normalizes its own."""
     if len(found) != len(one.top_logits):
         return math.inf
     pairs = zip(one.top_logits, found, strict=True)

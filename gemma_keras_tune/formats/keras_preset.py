@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import keras
 
-from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.weights import Progress, refuse_broken
@@ -78,7 +78,7 @@ def write_preset(
         )
     with _unmixed(model):
         model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
-    write_record(model, folder)
+    write_metadata(model, folder)
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""From a name, a folder or a file to a KerasHub model."""
+"""Loading of models: from a name, a folder or a file to a KerasHub model."""

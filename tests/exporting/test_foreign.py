@@ -39,7 +39,8 @@ def test_an_adapter_on_a_hugging_face_base_is_opened_by_peft(tmp_path):
 
 def test_a_checkpoint_is_opened_by_the_gemma_library(tmp_path):
     pytest.importorskip("orbax.checkpoint")
-    gkt.export(tuned(), tmp_path / "jax", format="gemma_jax", prompts=PROMPTS, verbose=0)
+    options = dict(check=True, prompts=PROMPTS, verbose=0)
+    gkt.export(tuned(), tmp_path / "jax", format="gemma_jax", **options)
     verdict = verify(tmp_path / "jax")
     assert verdict.passed, str(verdict)
     if os.environ.get("GEMMA_JAX_PYTHON"):

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
+from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     NOT_CHECKED,
-    SCHEMA,
     Receipt,
     read_receipt,
     receipt_path,
-    record,
-    sha256,
+    record_answers,
 )
 from gemma_keras_tune.gemma.families import backbone_inputs
 
@@ -69,24 +68,28 @@ def test_recordings_are_what_the_model_answers(model, folder):
         np.testing.assert_allclose(one.margins[0], logits[best[0]] - logits[best[1]], atol=1e-5)
 
 
-def test_a_receipt_without_an_outcome_is_read(folder, tmp_path):
+def test_a_receipt_without_a_result_says_that_it_was_not_checked(folder, tmp_path):
     data = as_data(folder)
-    assert data.pop("outcome")["verdict"] == "not run"
-    data["schema"] = "gemma_keras_tune.receipt/1"
+    assert data.pop("verification")["status"] == "not run"
     data.pop("format_version")
-    assert read_receipt(write(tmp_path, data)).outcome == NOT_CHECKED
-    data["schema"] = SCHEMA
-    data["outcome"] = {"verdict": "fine", "runtime": 3, "checked": [], "reasons": None}
+    assert read_receipt(write(tmp_path, data)).verification == NOT_CHECKED
+    data["verification"] = {"status": "fine", "runtime": 3, "checked": [], "reasons": None}
     with pytest.raises(gkt.ExportError) as caught:
         read_receipt(write(tmp_path, data))
     assert len(caught.value.problems) == 3
+    data["schema"] = "gemma_keras_tune.receipt/0"
+    with pytest.raises(
+        gkt.ExportError, match=r"receipt/1'. Received: 'gemma_keras_tune.receipt/0'"
+    ):
+        read_receipt(write(tmp_path, data))
 
 
 def test_no_answers_are_recorded_unless_asked(model, tmp_path):
     assert read_receipt(gkt.save_adapter(model, tmp_path / "a")).recordings == ()
-    assert read_receipt(gkt.save_preset(model, tmp_path / "p")).format == "keras"
-    path = gkt.export(model, tmp_path / "x.gguf", check=False, verbose=0)
+    assert read_receipt(gkt.save_preset(model, tmp_path / "p")).recordings == ()
+    path = gkt.export(model, tmp_path / "x.gguf", verbose=0)
     receipt = read_receipt(path)
+    assert receipt.recordings == ()
     assert receipt_path(path).name == "x.gguf.receipt.json"
     assert (receipt.format, receipt.dtype) == ("gguf", "float16")
     assert [file.path for file in receipt.files] == ["x.gguf"]
@@ -94,7 +97,7 @@ def test_no_answers_are_recorded_unless_asked(model, tmp_path):
 
 def test_prompts_must_be_texts(model):
     with pytest.raises(gkt.ExportError, match="`prompts` must be texts"):
-        record(model, [1])
+        record_answers(model, [1])
 
 
 # Reading what others may have written.

@@ -13,8 +13,10 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.__main__ import main
+from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting import verifying
+from gemma_keras_tune.exporting.llama_cpp import NotRunError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
     NOT_CHECKED,
@@ -23,9 +25,8 @@ from gemma_keras_tune.exporting.receipts import (
     Recording,
     read_receipt,
     receipt_path,
-    sha256,
 )
-from gemma_keras_tune.exporting.runtimes import Answered, NotRunError
+from gemma_keras_tune.exporting.runtimes import Answered
 from gemma_keras_tune.exporting.verifying import _compare, tolerance_of, verify
 
 
@@ -86,21 +87,21 @@ def test_everything_that_changed_is_named_at_once(folder):
 
 
 def test_the_outcome_is_kept_in_the_receipt(folder):
-    assert read_receipt(folder).outcome == NOT_CHECKED
+    assert read_receipt(folder).verification == NOT_CHECKED
     verify(folder, update=False)
-    assert read_receipt(folder).outcome == NOT_CHECKED
+    assert read_receipt(folder).verification == NOT_CHECKED
     verify(folder)
-    outcome = read_receipt(folder).outcome
-    assert outcome.verdict == "not run" and "as they were written" in outcome.checked[0]
+    outcome = read_receipt(folder).verification
+    assert outcome.status == "not run" and "as they were written" in outcome.checked[0]
     assert "no answers were recorded" in outcome.reasons[0]
     flip(folder / "config.json")
     verify(folder)
-    failed = read_receipt(folder).outcome
-    assert failed.verdict == "failed" and failed.reasons[0].startswith("config.json: ")
+    failed = read_receipt(folder).verification
+    assert failed.status == "failed" and failed.reasons[0].startswith("config.json: ")
     # What was found out is not replaced by what was not looked at.
     flip(folder / "config.json")
     verify(folder)
-    assert read_receipt(folder).outcome == failed
+    assert read_receipt(folder).verification == failed
     assert not list(folder.glob(f".{FILE_NAME}*"))
 
 
@@ -110,7 +111,7 @@ def test_a_receipt_that_cannot_be_written_is_said(folder, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     verdict = verify(folder)
-    assert verdict.passed and "outcome was not written" in verdict.skipped[-1]
+    assert verdict.passed and "result was not written" in verdict.skipped[-1]
     assert not list(folder.glob(f".{FILE_NAME}*"))
 
 
@@ -136,8 +137,8 @@ def test_a_check_at_once(save, model, tmp_path, monkeypatch):
         return "a runtime 1.0", answers_of(receipt)
 
     monkeypatch.setattr(verifying, "ask", answer)
-    outcome = read_receipt(save(model, tmp_path / "right", **options)).outcome
-    assert (outcome.verdict, outcome.runtime) == ("passed", "a runtime 1.0")
+    outcome = read_receipt(save(model, tmp_path / "right", **options)).verification
+    assert (outcome.status, outcome.runtime) == ("passed", "a runtime 1.0")
     # Before it takes its name.
     assert seen[0].name.startswith(".right.") and not seen[0].exists()
 
@@ -153,7 +154,7 @@ def test_a_check_at_once(save, model, tmp_path, monkeypatch):
     monkeypatch.setattr(verifying, "ask", nothing)
     with pytest.warns(UserWarning, match="pip install transformers torch"):
         kept = save(model, tmp_path / "kept", **options)
-    assert read_receipt(kept).outcome.verdict == "not run"
+    assert read_receipt(kept).verification.status == "not run"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "right"]
 
 
@@ -163,12 +164,19 @@ def test_checks_that_are_none(model, tmp_path):
             save(model, tmp_path / "out", check="yes")
 
 
+def test_prompts_that_would_not_be_answered_are_refused(model, tmp_path):
+    for save in (gkt.export, gkt.save_preset, gkt.save_adapter):
+        with pytest.raises(gkt.ExportError, match="`prompts` are answered only"):
+            save(model, tmp_path / "out", prompts=["Hello!"])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_adapter_is_checked_beside_itself(model, tmp_path):
     options = {"check": "run", "prompts": ["Hello!"]}
     path = gkt.save_adapter(model, tmp_path / "adapter", **options)
-    outcome = read_receipt(path).outcome
-    assert outcome.verdict == "passed" and outcome.runtime.startswith("gemma_keras_tune")
+    outcome = read_receipt(path).verification
+    assert outcome.status == "passed" and outcome.runtime.startswith("gemma_keras_tune")
     assert gkt.list_adapters(model) == ("default",) and gkt.active_adapter(model) == "default"
 
 
@@ -257,7 +265,7 @@ def needs(*modules):
     ],
 )
 def test_the_runtime_answers_as_recorded(model, format, options, tmp_path):
-    path = gkt.export(model, tmp_path / "out", format=format, verbose=0, **options)
+    path = gkt.export(model, tmp_path / "out", format=format, check=True, verbose=0, **options)
     verdict = verify(path)
     assert verdict.passed, verdict
     assert not verdict.skipped and any("logits differ" in text for text in verdict.checks)
@@ -266,7 +274,7 @@ def test_the_runtime_answers_as_recorded(model, format, options, tmp_path):
 @pytest.mark.slow
 @needs("xllamacpp")
 def test_other_weights_under_a_true_receipt_are_found_out(model, tmp_path):
-    path = gkt.export(model, tmp_path / "x.gguf", verbose=0)
+    path = gkt.export(model, tmp_path / "x.gguf", check=True, verbose=0)
     other = gkt.export(testing.tiny_model("gemma3", num_layers=1, seed=5), tmp_path / "y.gguf",
                        check=False, verbose=0)  # fmt: skip
     other.replace(path)
@@ -311,7 +319,7 @@ def test_a_base_that_cannot_be_one_is_told_apart_from_a_broken_adapter(model, tm
         with pytest.raises(gkt.ExportError, match=r"^`base`: ") as caught:
             verify(path, base=base)
         assert words in str(caught.value)
-    assert read_receipt(path).outcome == NOT_CHECKED
+    assert read_receipt(path).verification == NOT_CHECKED
 
 
 @needs("xllamacpp")
@@ -336,7 +344,7 @@ def test_a_base_of_a_gguf_adapter_is_a_gguf_file_of_its_generation(model, tmp_pa
             with pytest.raises(gkt.ExportError, match=r"^`base`") as caught:
                 verify(adapter, base=base)
             assert words in str(caught.value)
-    assert read_receipt(path).outcome == read_receipt(lone).outcome == NOT_CHECKED
+    assert read_receipt(path).verification == read_receipt(lone).verification == NOT_CHECKED
 
 
 def test_receipts_of_what_was_not_written_are_refused(model, tmp_path):
@@ -352,7 +360,7 @@ def test_receipts_of_what_was_not_written_are_refused(model, tmp_path):
 
 @pytest.mark.slow
 def test_a_runtime_that_is_not_installed_is_named(model, tmp_path):
-    path = gkt.export(model, tmp_path / "out", verbose=0)
+    path = gkt.export(model, tmp_path / "out", check=True, verbose=0)
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch here', name='torch')")
     code = (
         "import sys, gemma_keras_tune as gkt\n"

@@ -78,7 +78,8 @@ def test_litert_lm_answers_as_the_model_in_memory(tmp_path):
     pairs = testing.tiny_pairs(4)
     gkt.tune(model, pairs, epochs=60, learning_rate=1e-2, verbose=0)
     asked = [question for question, _ in pairs]
-    folder = gkt.export(model, tmp_path / "out", format="litert", verbose=0, prompts=asked)
+    options = dict(check=True, prompts=asked, verbose=0)
+    folder = gkt.export(model, tmp_path / "out", format="litert", **options)
     template = gkt.template_of(model)
     prompts = [
         "".join(

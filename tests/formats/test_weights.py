@@ -13,7 +13,7 @@ import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.adapters.switching import use_adapter
-from gemma_keras_tune.exporting.receipts import read_receipt, record
+from gemma_keras_tune.exporting.receipts import read_receipt, record_answers
 from gemma_keras_tune.formats.hugging_face.reader import _with_config
 from gemma_keras_tune.formats.weights import DTYPES, merged_weights, shape_problems
 from gemma_keras_tune.gemma.families import family_of
@@ -95,10 +95,11 @@ def test_what_is_off_stays(format, way, tmp_path):
         else:
             options = {"dtype": "float32"} if format == "gguf" else {}
             path = gkt.export(
-                model, tmp_path / "out", format=format, prompts=["Hello!"], verbose=0, **options
-            )
+                model, tmp_path / "out", format=format, check=True, prompts=["Hello!"], verbose=0,
+                **options,
+            )  # fmt: skip
     receipt = read_receipt(path)
-    assert receipt.adapter is None and receipt.recordings == record(base, ["Hello!"])
+    assert receipt.adapter is None and receipt.recordings == record_answers(base, ["Hello!"])
     # GGUF holds norms plus 1.
     assert_same(values_of(gkt.load(str(path))), values_of(base), 1e-6 if format == "gguf" else 0)
     if (format, way) == ("keras", "lora_disabled"):
@@ -210,8 +211,9 @@ def test_an_int8_model_is_exported_in_floats(int8, format, tmp_path):
     if format == "gemma_jax":
         pytest.importorskip("orbax.checkpoint")
     path = gkt.export(
-        int8, tmp_path / "out", format=format, dtype="float32", prompts=["Hello!"], verbose=0
-    )
+        int8, tmp_path / "out", format=format, dtype="float32", check=True, prompts=["Hello!"],
+        verbose=0,
+    )  # fmt: skip
     verdict = gkt.verify(path)
     assert verdict.passed, verdict
     assert read_receipt(path).compute_dtype == "int8"
@@ -228,7 +230,8 @@ def test_a_quantized_preset_answers_alike(mode, int8, tmp_path):
         model = testing.tiny_model("gemma3", num_layers=1)
         quantize(model.backbone, "int4")
     model.backbone.get_config()  # Keras changes the layers' policies when it is asked for this
-    path = gkt.export(model, tmp_path / "out", format="keras", prompts=["Hello!"], verbose=0)
+    options = dict(check=True, prompts=["Hello!"], verbose=0)
+    path = gkt.export(model, tmp_path / "out", format="keras", **options)
     verdict = gkt.verify(path)
     assert verdict.passed and not verdict.skipped
     gkt.enable_lora(model, rank=2, verbose=0)

@@ -14,7 +14,7 @@ import pytest
 from _hostile_texts import HOSTILE
 from _paths import ROOT
 
-from gemma_keras_tune.adapters.bases import write_record
+from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.errors import BackendError, LoadError
 from gemma_keras_tune.formats.gguf.reader import read_header
 from gemma_keras_tune.gemma.families import family_of, is_instruct, origin_of
@@ -24,7 +24,7 @@ from gemma_keras_tune.gemma.templates import (
     template_of,
     write_sidecar,
 )
-from gemma_keras_tune.loading import loader
+from gemma_keras_tune.loading import hubs, loader, package
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.testing import tiny_model, tiny_tokenizer_proto
 
@@ -605,7 +605,7 @@ def test_hub_errors(source, raised, parts, monkeypatch):
         raise raised
 
     monkeypatch.setenv("KAGGLE_KEY", "s3cret")
-    monkeypatch.setattr(loader, "_download_config", fail)
+    monkeypatch.setattr(hubs, "download_config", fail)
     with pytest.raises(LoadError) as caught:
         load(source)
     for part in parts:
@@ -617,7 +617,7 @@ def test_hub_errors(source, raised, parts, monkeypatch):
 
 def test_a_hub_model_that_is_no_gemma_is_not_downloaded(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(loader, "_download_config", lambda *_: str(tmp_path / "config.json"))
+    monkeypatch.setattr(hubs, "download_config", lambda *_: str(tmp_path / "config.json"))
     assert "is not a Gemma that generates text. Received: llama" in error("hf://a/b")
 
 
@@ -648,11 +648,11 @@ def test_the_class_that_generates_is_not_left_to_chance(named, owner):
 
 def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
     config = str(preset / "config.json")
-    monkeypatch.setattr(loader, "_download_config", lambda *_: config)
+    monkeypatch.setattr(hubs, "download_config", lambda *_: config)
     owner = keras_hub.models.Gemma3CausalLM
     stock = owner.from_preset
     monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
-    monkeypatch.setattr(loader, "_download_record", lambda *_: None)
+    monkeypatch.setattr(hubs, "download_record", lambda *_: None)
     loaded = load("hf://someone/tiny-it")
     assert origin_of(loaded).source == "hf://someone/tiny-it"
     assert is_instruct(loaded) is True
@@ -663,7 +663,7 @@ def test_a_hub_handle_is_loaded_by_kerashub(preset, monkeypatch):
 def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, monkeypatch):
     tuned = load(preset)
     attach_template(tuned, get_template(tuned, "Q: {prompt}\nA: {response}"))
-    write_record(tuned, tmp_path)
+    write_metadata(tuned, tmp_path)
     here = str(tmp_path)
     client = types.SimpleNamespace(
         snapshot_download=lambda **_: here,
@@ -671,7 +671,7 @@ def test_a_tuned_model_on_a_hub_brings_its_template(scheme, preset, tmp_path, mo
     )
     name = {"hf": "huggingface_hub", "kaggle": "kagglehub"}[scheme]
     monkeypatch.setitem(sys.modules, name, client)
-    monkeypatch.setattr(loader, "_download_config", lambda *_: str(preset / "config.json"))
+    monkeypatch.setattr(hubs, "download_config", lambda *_: str(preset / "config.json"))
     owner = keras_hub.models.Gemma3CausalLM
     stock = owner.from_preset
     monkeypatch.setattr(owner, "from_preset", lambda _, **kwargs: stock(str(preset), **kwargs))
@@ -684,8 +684,8 @@ def test_a_text_model_of_hugging_face_is_read_as_a_folder(tmp_path, monkeypatch)
     from gemma_keras_tune.exporting.exporter import export
 
     folder = export(tiny_model("gemma4"), tmp_path / "m", verbose=0, check=False)
-    monkeypatch.setattr(loader, "_download_config", lambda *_: str(folder / "config.json"))
-    monkeypatch.setattr(loader, "_download_folder", lambda repository: str(folder))
+    monkeypatch.setattr(hubs, "download_config", lambda *_: str(folder / "config.json"))
+    monkeypatch.setattr(hubs, "download_folder", lambda repository: str(folder))
     loaded = load("hf://someone/tiny")
     assert origin_of(loaded).source == "hf://someone/tiny"
     assert is_instruct(loaded) is True  # it has a chat template
@@ -726,12 +726,12 @@ def fake_package(folder, monkeypatch, contents):
 
     def find(name):
         if name not in files:
-            raise loader.importlib.metadata.PackageNotFoundError(name)
+            raise package.importlib.metadata.PackageNotFoundError(name)
         return files[name]
 
-    monkeypatch.setattr(loader.importlib.metadata, "files", find)
+    monkeypatch.setattr(package.importlib.metadata, "files", find)
     cache = folder / "cache"
-    monkeypatch.setattr(loader.platformdirs, "user_cache_path", lambda *_, **__: cache)
+    monkeypatch.setattr(package.platformdirs, "user_cache_path", lambda *_, **__: cache)
     return cache
 
 
@@ -751,14 +751,14 @@ def test_package_is_put_together_once_and_checked(tmp_path, monkeypatch, capsys)
     assert "does not hold the file it should" in message
     assert "--force-reinstall" in message
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(loader, "_SHA256", hashlib.sha256(b"".join(contents)).hexdigest())
-    file = loader._package_file()
+    monkeypatch.setattr(package, "_SHA256", hashlib.sha256(b"".join(contents)).hexdigest())
+    file = package.package_file()
     assert file.read_bytes() == b"".join(contents)
     assert "Gemma Terms of Use" in capsys.readouterr().err
-    assert loader._package_file() == file
+    assert package.package_file() == file
     assert capsys.readouterr().err == ""
     file.write_bytes(b"damaged")
-    assert loader._package_file().read_bytes() == b"".join(contents)
+    assert package.package_file().read_bytes() == b"".join(contents)
     assert [entry.name for entry in cache.iterdir()] == [file.name]
 
 
@@ -794,7 +794,7 @@ print(model.generate("Paris is the capital of", max_length=12))
 @pytest.mark.real
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 1.0e9), ("bfloat16", 0.5e9)])
 def test_real_model_loads_in_little_memory(dtype, least):
-    loader._package_file()
+    package.package_file()
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, dtype],
         capture_output=True,
@@ -815,7 +815,7 @@ def test_real_tokenizer_gives_the_original_ids():
 
     from gemma_keras_tune.formats.gguf.reader import tokenizer_proto
 
-    proto = tokenizer_proto(read_header(loader._package_file()))
+    proto = tokenizer_proto(read_header(package.package_file()))
     tokenizer = SentencePieceProcessor(model_proto=proto)
     assert {text: tokenizer.encode(text) for text in HOSTILE} == HOSTILE
     layer = keras_hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)

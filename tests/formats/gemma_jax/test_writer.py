@@ -399,7 +399,8 @@ def test_the_library_computes_the_same_logits(family: str, tmp_path: pathlib.Pat
     if found.returncode:
         pytest.skip("the package `gemma` does not start here; GEMMA_JAX_PYTHON names another")
     model = _tuned(tiny_model(family, **SIZES[family]))
-    folder = export(model, tmp_path / "jax", format="gemma_jax", verbose=0, prompts=["one", "two"])
+    options = dict(check=True, prompts=["one", "two"], verbose=0)
+    folder = export(model, tmp_path / "jax", format="gemma_jax", **options)
     ids = np.random.default_rng(0).integers(5, 500, (2, 20))
     # With its own cap, but for Gemma 3n, whose cap the library leaves out.
     ours = model(backbone_inputs(model.backbone, ids, np.ones_like(ids)))

@@ -24,8 +24,8 @@ from gemma_keras_tune.formats.weights import merged_weights
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of, is_instruct
 from gemma_keras_tune.gemma.templates import TEMPLATES, attach_template, get_template, template_of
 from gemma_keras_tune.generation.answers import generate
-from gemma_keras_tune.loading import loader
 from gemma_keras_tune.loading.loader import load
+from gemma_keras_tune.loading.package import package_file
 from gemma_keras_tune.pairs.reader import Message
 from gemma_keras_tune.testing import tiny_model
 
@@ -381,7 +381,9 @@ def test_every_k_quant(dtype, wide_model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["Q4_K_M", "Q5_K_M", "Q6_K"])
 def test_k_quants(quantization, wide_model, tmp_path):
-    path = gkt_export(wide_model, tmp_path / "x.gguf", quantization=quantization, verbose=0)
+    path = gkt_export(
+        wide_model, tmp_path / "x.gguf", quantization=quantization, check=True, verbose=0
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.gguf", "x.gguf.receipt.json"]
     kinds = {tensor.kind.name for tensor in read_header(path).tensors.values()}
     assert {"Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K"}[quantization] in kinds
@@ -492,7 +494,7 @@ def test_without_the_runtime(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install xllamacpp"):
+    with pytest.raises(ExportError, match="pip install xllamacpp"):
         llama_cpp.open_runtime(tmp_path)
 
 
@@ -501,7 +503,7 @@ def test_real_model(tmp_path):
     pytest.importorskip("xllamacpp")
     original = load("package://gemma3_270m")
     path = export(original, tmp_path, dtype="float32")
-    source = read_header(loader._package_file()).metadata
+    source = read_header(package_file()).metadata
     ours = read_header(path).metadata
     prefix = "tokenizer.ggml."
     assert ours[prefix + "tokens"] == source[prefix + "tokens"]

@@ -239,7 +239,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_a_gemma3_whose_layers_all_see_everything(tmp_path):
     model = testing.tiny_model("gemma3", num_layers=2, use_sliding_window_attention=False)
-    folder = gkt.export(model, tmp_path / "out", prompts=["Hello!"], verbose=0)
+    folder = gkt.export(model, tmp_path / "out", check=True, prompts=["Hello!"], verbose=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["layer_types"] == ["full_attention"] * 2
     assert config["sliding_window_pattern"] == 1 and config["rms_norm_eps"] == 1e-6
