@@ -17,8 +17,8 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import explained, new_folder
+from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.bases import write_record
-from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
@@ -73,9 +73,9 @@ def export(
 
     What is written appears under its name only when it is whole, with a receipt: sizes and hashes
     of all files, and what the model in memory answers to a few prompts. `verify` holds the export
-    against it. The model in memory keeps its LoRA. What is on is what leaves: within
-    `lora_disabled(model)`, or after `set_adapter(model, None)`, the base is written. The files are
-    under the Gemma terms of use.
+    against it. The model in memory keeps its LoRA. The active adapter is merged in; within
+    `lora_disabled(model)`, or after `gkt.adapters.set(model, None)`, the base is written. The files
+    are under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
@@ -86,8 +86,8 @@ def export(
             GGUF file with its Modelfile), `"gemma_jax"` (an Orbax checkpoint for the Gemma library
             for JAX), `"litert"` (a file for LiteRT-LM), or `"auto"`: `"gguf"` where the path ends
             in `.gguf`, else `"safetensors"`.
-        adapter: Which adapter is merged in, or written: one of `list_adapters(model)`, or `None`
-            for the base. Left out, what is on.
+        adapter: Which adapter is merged in, or written: one of `gkt.adapters.list(model)`, or
+            `None` for the base. Left out, what is on.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
         quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's own quantizer is

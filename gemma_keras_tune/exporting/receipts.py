@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
+from gemma_keras_tune.adapters.active import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of, fingerprint, quantizations

@@ -13,24 +13,22 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import check_free, new_folder
-from gemma_keras_tune.adapters.bases import base_name, write_record
-from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
-from gemma_keras_tune.adapters.lora import LoraConfig
-from gemma_keras_tune.adapters.switching import (
+from gemma_keras_tune.adapters.active import (
     ACTIVE,
     Active,
     adapter_factors,
     chosen_adapter,
     use_adapter,
 )
+from gemma_keras_tune.adapters.bases import base_name, write_record
+from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
+from gemma_keras_tune.adapters.lora import LoraConfig
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.exporting.receipts import Check, refuse_unknown_check
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
-from gemma_keras_tune.gemma.families import (
-    family_of,
-    locked,
-)
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.state import locked
 from gemma_keras_tune.training.model import (
     batches_per_update,
 )
@@ -58,8 +56,8 @@ def save_preset(
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
-        adapter: Which adapter is merged in: one of `list_adapters(model)`, or `None` for the base.
-            Left out, what is on.
+        adapter: Which adapter is merged in: one of `gkt.adapters.list(model)`, or `None` for
+            the base. Left out, what is on.
         overwrite: Whether to replace an existing folder.
         prompts: What to record answers to; `None` takes a few general prompts.
         check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
@@ -90,7 +88,7 @@ def save_adapter(
     model: keras.Model,
     path: str | os.PathLike[str],
     *,
-    name: str | Active = ACTIVE,
+    adapter: str | Active = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
     check: Check = False,
@@ -104,7 +102,7 @@ def save_adapter(
     Args:
         model: A KerasHub Gemma with LoRA on.
         path: The folder to make.
-        name: One of `list_adapters(model)`; by default the one that is on.
+        adapter: One of `gkt.adapters.list(model)`; by default the one that is on.
         overwrite: Whether to replace an existing folder.
         prompts: What to record answers to; `None` takes a few general prompts.
         check: Whether to record answers, to which `verify` holds what was saved; `"run"` does so at
@@ -120,7 +118,7 @@ def save_adapter(
     from safetensors.numpy import save_file
 
     refuse_unknown_check(check)
-    chosen = chosen_adapter(model, name)
+    chosen = chosen_adapter(model, adapter)
     config, factors = adapter_factors(model, chosen)
     tensors = {}
     for module, (a, b) in factors.items():

@@ -34,7 +34,8 @@ from gemma_keras_tune.formats.hugging_face.reader import (
 )
 from gemma_keras_tune.formats.litert.reader import FILE_NAME, load_litert
 from gemma_keras_tune.gemma.building import set_attention_scale
-from gemma_keras_tune.gemma.families import broken_weights, family_of, is_instruct, mark_origin
+from gemma_keras_tune.gemma.families import broken_weights, family_of
+from gemma_keras_tune.gemma.state import is_instruct, mark_origin
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, read_sidecar, read_template
 
 PACKAGE_PREFIX = "package://"

@@ -23,6 +23,7 @@ from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import LoraError, PlanError, TrainingError
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.state import training
 from gemma_keras_tune.training.losses import token_cross_entropy
 
 # Suffixes of the variables that weight decay leaves alone: norms, biases and Gemma 4's scalars.
@@ -96,14 +97,17 @@ class TuningModel(keras.Model):
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`; on the CPU, freed memory is kept from step to step.
 
+        It waits for answers that other threads are writing with the model. Until it returns, calls
+        of other threads that need the model raise a `TrainingError`.
+
         Raises:
-            TrainingError: A loss or gradient was not finite. The weights are those before that
-                step.
+            TrainingError: A loss or gradient was not finite: the weights are those before that
+                step. Or another thread trains the model.
         """
         call = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = keras.tree.flatten(call.arguments.get("callbacks") or [])
         call.arguments["callbacks"] = [_FiniteLoss(), *callbacks]
-        with kept_memory(), self._weights_put_back():
+        with training(self.gemma), kept_memory(), self._weights_put_back():
             return super().fit(*call.args, **call.kwargs)
 
     def train_step(self, state: Any, data: Any) -> Any:

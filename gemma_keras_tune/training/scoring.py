@@ -15,7 +15,8 @@ from keras import ops
 from gemma_keras_tune.adapters.lora import lora_on
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
-from gemma_keras_tune.gemma.families import backbone_inputs, family_of, model_lock
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.answers import values_of
 from gemma_keras_tune.training.losses import token_cross_entropy

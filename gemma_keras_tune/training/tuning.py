@@ -10,6 +10,7 @@ import numpy as np
 
 from gemma_keras_tune._support.compilation import use_compilation_cache
 from gemma_keras_tune._support.pictures import history_figure
+from gemma_keras_tune.adapters.active import adapter_config
 from gemma_keras_tune.adapters.lora import (
     ALL_TARGETS,
     ATTENTION_TARGETS,
@@ -19,9 +20,9 @@ from gemma_keras_tune.adapters.lora import (
     is_lora_on,
     lora_config,
 )
-from gemma_keras_tune.adapters.switching import adapter_config
 from gemma_keras_tune.errors import LoraError, PairsError, PlanError
 from gemma_keras_tune.gemma.families import context_length, family_of
+from gemma_keras_tune.gemma.state import locked
 from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, special_tokens
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.pairs import PairChecks, PairSource, read_pairs, split_pairs
@@ -305,6 +306,7 @@ def _wrong_callbacks(callbacks: Any, method: str) -> list[str]:
     return problems
 
 
+@locked
 def _going_on(model: keras.Model, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, with those of the adapter that is on the model and is tuned further."""
     there = adapter_config(model)
@@ -315,7 +317,7 @@ def _going_on(model: keras.Model, settings: dict[str, Any]) -> dict[str, Any]:
     if not is_lora_on(model):
         raise LoraError(
             "The adapter of this model is switched off, so nothing would be trained.",
-            next_step="Call `set_adapter(model, name)` to go on with one, or `remove_lora(model)`.",
+            next_step="Go on with one: `gkt.adapters.set(model, name)`; or `remove_lora(model)`.",
         )
     own = {name: getattr(there, name) for name in ("rank", "alpha", "target_modules", "use_rslora")}
     wrong = [

@@ -13,7 +13,7 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.evaluation.asking import Sides
-from gemma_keras_tune.gemma.families import model_lock
+from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.testing import tiny_model
 
 NAMES = ("one", "two", None)
@@ -40,7 +40,7 @@ def model(folders: dict[str, pathlib.Path]) -> Any:
     model = tiny_model("gemma3", num_layers=1)
     for name, folder in folders.items():
         gkt.load_adapter(model, folder, name=name)
-    gkt.set_adapter(model, None)
+    gkt.adapters.set(model, None)
     return model
 
 
@@ -76,7 +76,7 @@ def test_each_call_answers_with_its_own_adapter(
     tasks = [(name, how) for name in NAMES for how in (ask, ask, ask, pieces) for _ in range(9)]
     random.Random(0).shuffle(tasks)
     assert wrong(lambda task: task[1](model, task[0]), tasks, expected) == []
-    assert gkt.active_adapter(model) is None
+    assert gkt.adapters.active(model) is None
 
 
 def test_adapters_come_and_go_while_others_answer(
@@ -87,14 +87,14 @@ def test_adapters_come_and_go_while_others_answer(
         if change:
             own = f"own {threading.get_ident()}"
             gkt.load_adapter(model, folders["one"], name=own)
-            gkt.remove_adapter(model, own)
+            gkt.adapters.remove(model, own)
         return ask(model, name)
 
     tasks = [(name, change) for name in NAMES for change in (True, False, False, False)] * 4
     random.Random(0).shuffle(tasks)
     assert wrong(run, tasks, expected) == []
-    assert gkt.list_adapters(model) == ("one", "two")
-    gkt.set_adapter(model, None)
+    assert gkt.adapters.list(model) == ("one", "two")
+    gkt.adapters.set(model, None)
 
 
 def test_the_streams_of_one_thread_may_take_turns(
@@ -120,21 +120,21 @@ def test_a_stream_holds_the_model_only_while_it_computes(model: Any) -> None:
 @pytest.mark.parametrize(
     "held",
     [
-        lambda model: gkt.use_adapter(model, "one"),
-        lambda model: gkt.use_adapter(model),
+        lambda model: gkt.adapters.use(model, "one"),
+        lambda model: gkt.adapters.use(model),
         lambda model: gkt.lora_disabled(model),
         lambda model: Sides(model, model).on("base"),
         lambda model: Sides(model, model).on("tuned"),
     ],
 )
 def test_a_context_keeps_others_from_switching(model: Any, held: Any) -> None:
-    gkt.set_adapter(model, "two")
+    gkt.adapters.set(model, "two")
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         with held(model):
-            before = gkt.active_adapter(model)
-            switched = threads.submit(gkt.set_adapter, model, None)
+            before = gkt.adapters.active(model)
+            switched = threads.submit(gkt.adapters.set, model, None)
             with pytest.raises(concurrent.futures.TimeoutError):
                 switched.result(0.2)
-            assert gkt.active_adapter(model) == before
+            assert gkt.adapters.active(model) == before
         switched.result(10)
     assert not is_lora_on(model)

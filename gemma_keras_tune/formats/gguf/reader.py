@@ -32,7 +32,8 @@ import scipy.special
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.hugging_face.settings import EPSILON
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
-from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, mark_origin, split
+from gemma_keras_tune.gemma.families import FAMILIES, Family, Weight, all_finite, split
+from gemma_keras_tune.gemma.state import mark_origin
 from gemma_keras_tune.gemma.templates import Template, attach_template
 from gemma_keras_tune.gemma.vocabularies import (
     CONTROL,

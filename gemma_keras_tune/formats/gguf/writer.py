@@ -46,10 +46,9 @@ from gemma_keras_tune.gemma.families import (
     backbone_settings,
     context_length,
     family_of,
-    is_instruct,
     join,
-    origin_of,
 )
+from gemma_keras_tune.gemma.state import is_instruct, origin_of
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 from gemma_keras_tune.gemma.vocabularies import sentencepiece_messages
 
