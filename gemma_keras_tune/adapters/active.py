@@ -36,7 +36,7 @@ from gemma_keras_tune.adapters.lora import (
     set_lora_on,
     take_off,
 )
-from gemma_keras_tune.errors import AdapterError
+from gemma_keras_tune.errors import AdapterError, LoraError
 from gemma_keras_tune.gemma.state import locked, model_lock, state_of
 from gemma_keras_tune.gemma.templates import Template, attach_template
 
@@ -79,29 +79,14 @@ def active_adapter(model: keras.Model) -> str | None:
 
 @locked
 def adapter_config(model: keras.Model) -> LoraConfig | None:
-    """Return the configuration of the adapter that is on, or was last.
-
-    Args:
-        model: A model.
-
-    Returns:
-        Its own rank, alpha and target modules: the LoRA that several adapters share is as wide as
-        the widest. `None` without LoRA.
-    """
+    """Return the own rank, alpha and target modules of the adapter that is on, or was last."""
     found = adapters_of(model)
     return found.adapters[found.held].config if found else None
 
 
 @locked
 def adapter_strength(model: keras.Model) -> float:
-    """Return the strength of the adapter that is on, or was last.
-
-    Args:
-        model: A model.
-
-    Returns:
-        The `scale` it was switched to with; 1 if it was trained since, or without LoRA.
-    """
+    """Return the `scale` that the adapter was switched to with, 1 if it was trained since."""
     found = _up_to_date(model)
     return found.scale if found else 1.0
 
@@ -175,14 +160,7 @@ def use_adapter(
 
 @locked
 def held_adapter(model: keras.Model) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Note the adapter that is on, to come back to it whatever other threads switch to.
-
-    Args:
-        model: A model, with or without adapters.
-
-    Returns:
-        `use_adapter` for this adapter, at its strength.
-    """
+    """Return a context of the adapter that is on now, whatever other threads switch to later."""
     name, scale = active_adapter(model), adapter_strength(model)
     return functools.partial(use_adapter, model, name, scale=scale)
 
@@ -221,8 +199,8 @@ def add_adapter(
     Args:
         model: The base, with or without other adapters.
         name: Its new name.
-        config: Its rank, alpha and target modules.
-        matrices: `A [rank, inputs]` and `B [outputs, rank]` by Hugging Face module name.
+        config: Its own rank, alpha and target modules.
+        matrices: Its factors.
         template: The template it was tuned with.
 
     Returns:
@@ -239,8 +217,8 @@ def add_adapter(
     others = {n: a for n, a in before.adapters.items() if n != name} if before else {}
     found = _wide_enough(model, before, others, config)
     own = dataclasses.replace(config, total_parameters=found.lora.total_parameters)
-    order = dict.fromkeys([*(before.adapters if before else ()), name])
     everything = {**others, name: NamedAdapter(own, found.values(own, matrices))}
+    order = dict.fromkeys([*(before.adapters if before else ()), name])
     found.adapters = {n: everything[n] for n in order}
     state = state_of(model)
     state.adapters = found
@@ -268,7 +246,10 @@ def _wide_enough(
         )
     if before and _fits(before.lora, shared, alone=not others):
         return before
-    linears = fitting_linears(model, shared.rank, shared.target_modules)
+    try:
+        linears = fitting_linears(model, shared.rank, shared.target_modules)
+    except LoraError as error:
+        raise AdapterError(error.headline, error.problems, error.next_step) from error
     if before:
         take_off(model, before)
     found = put_on(model, linears, shared.rank, shared.alpha, use_rslora=shared.use_rslora)
@@ -279,16 +260,7 @@ def _wide_enough(
 
 
 def name_conflict(model: keras.Model, name: Any, config: LoraConfig) -> str | None:
-    """Return why a name cannot be given to an adapter, or `None` where it can.
-
-    Args:
-        model: The base, with or without other adapters.
-        name: The name.
-        config: The adapter's rank, alpha and target modules.
-
-    Returns:
-        A line that says what is wrong with it.
-    """
+    """Return why a name cannot be given to an adapter, or `None` where it can."""
     if not isinstance(name, str) or not name:
         return f"`name` must be a text that is not empty. Received: {name!r}"
     found = adapters_of(model)
@@ -303,14 +275,7 @@ def name_conflict(model: keras.Model, name: Any, config: LoraConfig) -> str | No
 
 @locked
 def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
-    """Return the name of an adapter to save.
-
-    Args:
-        model: A model with LoRA on.
-        name: One of `gkt.adapters.list(model)`; by default the one that is on, or was last.
-
-    Returns:
-        The name.
+    """Return the name of an adapter that is there, by default of the one that is or was last on.
 
     Raises:
         AdapterError: There is no such adapter.
@@ -331,15 +296,7 @@ def chosen_adapter(model: keras.Model, name: str | Active = ACTIVE) -> str:
 def adapter_factors(
     model: keras.Model, name: str | Active = ACTIVE
 ) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return an adapter as it was trained: its configuration and its factors.
-
-    Args:
-        model: As for `chosen_adapter`.
-        name: As for `chosen_adapter`.
-
-    Returns:
-        Its own rank, alpha and target modules, and `A [rank, inputs]` and `B [outputs, rank]` by
-        Hugging Face module name.
+    """Return an adapter as it was trained: its own configuration and its factors.
 
     Raises:
         AdapterError: There is no such adapter.

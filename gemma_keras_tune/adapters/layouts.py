@@ -31,7 +31,7 @@ import regex  # type: ignore[import-untyped]
 
 from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune.adapters._keras import layers_with_weights
-from gemma_keras_tune.adapters.lora import axis_sizes, kernel_shape, matrix_shape
+from gemma_keras_tune.adapters.lora import LoraConfig, axis_sizes, kernel_shape, matrix_shape
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.families import Family, Linear, Weight, family_of
 
@@ -76,10 +76,7 @@ class Adapter:
 
     Attributes:
         layout: `"peft"`, `"mlx"`, `"keras_hub"` or `"gemma_jax"`.
-        rank: Inner size of all factors.
-        alpha: Scale before division.
-        use_rslora: Whether the scale is `alpha / sqrt(rank)`.
-        target_modules: Hugging Face module names of the adapted layers, sorted.
+        config: Its settings; `total_parameters` is 0, as the base counts them.
         factors: `A [rank, inputs]` and `B [outputs, rank]` by full Hugging Face module name, of
             every layer of the target_modules.
         base: What the file says it was trained on, or `None`.
@@ -87,10 +84,7 @@ class Adapter:
     """
 
     layout: str
-    rank: int
-    alpha: float
-    use_rslora: bool
-    target_modules: tuple[str, ...]
+    config: LoraConfig
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
     base: str | None = None
     problems: tuple[str, ...] = ()
@@ -666,19 +660,18 @@ def _uniform(reading: _Reading, model: keras.Model) -> Adapter:
             problems.append(f"{name}: the adapter needs rank {rank}, here it can be at most {most}")
     scales = {factors.scale for factors in found.values()}
     alpha, stabilized, fold = _scale(reading, rank, scales)
-    return Adapter(
-        layout=reading.layout,
+    padded = {
+        name: _padded(found.get(name), linear, rank, fold=fold) for name, linear in adapted.items()
+    }
+    config = LoraConfig(
         rank=rank,
         alpha=alpha,
-        base=reading.base,
-        use_rslora=stabilized,
         target_modules=tuple(sorted(target_modules)),
-        factors={
-            name: _padded(found.get(name), linear, rank, fold=fold)
-            for name, linear in adapted.items()
-        },
-        problems=tuple(problems),
+        use_rslora=stabilized,
+        parameters=sum(a.size + b.size for a, b in padded.values()),
+        total_parameters=0,
     )
+    return Adapter(reading.layout, config, padded, reading.base, tuple(problems))
 
 
 def _compact(factors: Factors) -> Factors:

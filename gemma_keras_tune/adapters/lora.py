@@ -38,7 +38,9 @@ from gemma_keras_tune.gemma.state import locked, model_lock, state_of
 from gemma_keras_tune.gemma.templates import attach_template
 
 TargetModules = Literal["all", "attention"] | Iterable[str]
+# `A [rank, inputs]` and `B [outputs, rank]`, float32, by Hugging Face module name.
 Matrices = Mapping[str, tuple[np.ndarray, np.ndarray]]
+# `lora_kernel_a` and `lora_kernel_b` of every layer with LoRA.
 Values = list[tuple[Any, Any]]
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -85,7 +87,7 @@ class NamedAdapter:
 
     Attributes:
         config: Its own rank, alpha and target modules.
-        values: `lora_kernel_a` and `lora_kernel_b` of every layer with LoRA.
+        values: Its factors in the shapes of the shared LoRA.
         loaded: True if it came by `load_adapter`, rather than by `tune` or `enable_lora`.
     """
 
@@ -122,12 +124,7 @@ class AdapterSet:
         return [(layer.lora_kernel_a.value, layer.lora_kernel_b.value) for layer in layers]
 
     def assign(self, name: str, scale: float = 1.0) -> None:
-        """Give the variables the values of an adapter.
-
-        Args:
-            name: Its name.
-            scale: Strength of the adapter: its update times this number.
-        """
+        """Give the variables the values of an adapter, its update times `scale`."""
         adapter = self.adapters[name]
         for linear, (a, b) in zip(self.linears, adapter.values, strict=True):
             linear.layer.lora_kernel_a.assign(a)
@@ -148,15 +145,7 @@ class AdapterSet:
             self.scale = 1.0
 
     def values(self, config: LoraConfig, matrices: Matrices) -> Values:
-        """Convert an adapter to the shared LoRA, filled up with zeros.
-
-        Args:
-            config: The adapter's own rank, alpha and target modules.
-            matrices: `A [rank, inputs]`, `B [outputs, rank]` by Hugging Face module name.
-
-        Returns:
-            Arrays in the shapes of `lora_kernel_a` and `lora_kernel_b` for every layer.
-        """
+        """Convert an adapter's own matrices to the shared LoRA, filled up with zeros."""
         found = []
         for linear in self.linears:
             outputs, inputs = matrix_shape(linear)
@@ -241,11 +230,6 @@ def fitting_linears(
 ) -> tuple[Linear, ...]:
     """Return the layers that `target_modules` names, in layer order.
 
-    Args:
-        model: A KerasHub Gemma `CausalLM`.
-        rank: The rank they shall carry.
-        target_modules: As for `enable_lora`.
-
     Raises:
         LoraError: A name matches no layer, or a layer cannot carry the rank; all are named.
     """
@@ -269,16 +253,8 @@ def put_on(
 ) -> AdapterSet:
     """Freeze a model without LoRA, and give layers of `fitting_linears` their factors.
 
-    Args:
-        model: A KerasHub Gemma `CausalLM`.
-        linears: Layers of `fitting_linears`.
-        rank: Inner size of the factors.
-        alpha: As for `enable_lora`.
-        use_rslora: As for `enable_lora`.
-        seed: Seed of the initial `A`.
-
     Returns:
-        An `AdapterSet` without adapters yet, which is not yet the model's.
+        An `AdapterSet` without adapters, which is not yet part of the model's state.
     """
     config = LoraConfig(
         rank=rank,
@@ -339,8 +315,7 @@ def is_lora_on(model: keras.Model) -> bool:
     return any(linear.layer.lora_enabled for linear in lora_linears(model))
 
 
-@contextlib.contextmanager
-def lora_disabled(model: keras.Model) -> Iterator[None]:
+def lora_disabled(model: keras.Model) -> contextlib.AbstractContextManager[None]:
     """Switch LoRA off for a block of code: the model answers as its base, bit for bit.
 
     Other threads wait for the model meanwhile.
@@ -348,50 +323,34 @@ def lora_disabled(model: keras.Model) -> Iterator[None]:
     Args:
         model: A model; without LoRA nothing happens.
 
-    Yields:
-        Nothing.
+    Returns:
+        A context manager.
+
+    Raises:
+        TrainingError: Another thread trains the model.
+    """
+    return lora_switched(model, on=False)
+
+
+@contextlib.contextmanager
+def lora_switched(model: keras.Model, *, on: bool) -> Iterator[None]:
+    """Switch LoRA on or off for a block of code; without LoRA nothing happens.
+
+    A program traced while it is on serves the tuned model and the base: pass zeros for `B` to get
+    the base.
     """
     with model_lock(model):
         was_on = is_lora_on(model)
-        set_lora_on(model, on=False)
+        set_lora_on(model, on=on)
         try:
             yield
         finally:
             set_lora_on(model, on=was_on)
 
 
-@contextlib.contextmanager
-def lora_on(model: keras.Model) -> Iterator[None]:
-    """Switch LoRA on for a block of code, also where it is switched off.
-
-    A program traced inside this context serves the tuned model and the base: pass zeros for `B` to
-    get the base.
-
-    Args:
-        model: A model; without LoRA nothing happens.
-
-    Yields:
-        Nothing.
-    """
-    with model_lock(model):
-        off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
-        for layer in off:
-            layer.lora_enabled = True
-        try:
-            yield
-        finally:
-            for layer in off:
-                layer.lora_enabled = False
-
-
 @locked
 def set_lora_on(model: keras.Model, *, on: bool) -> None:
-    """Switch LoRA on or off on every layer that carries it.
-
-    Args:
-        model: A model; without LoRA nothing happens.
-        on: True switches it on, False off.
-    """
+    """Switch LoRA on or off on every layer that carries it."""
     if on == is_lora_on(model):
         return
     for linear in lora_linears(model):

@@ -58,27 +58,19 @@ def load_adapter(
     """
     adapter = read_adapter(path, model)
     folder = None if isinstance(path, Mapping) else pathlib.Path(path).expanduser()
-    own = LoraConfig(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
-        use_rslora=adapter.use_rslora,
-        parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
-        total_parameters=0,
-    )
     record = _record(folder) if folder else {}
     problems = [
         *_wrong_generation(model, record),
         *filter(None, [_other_base(model, record, adapter.base) if check_base else None]),
         *adapter.problems,
-        *filter(None, [name_conflict(model, name, own)]),
+        *filter(None, [name_conflict(model, name, adapter.config)]),
     ]
     if problems:
         raise AdapterError(
             f"The adapter in {folder or 'memory'} does not fit this model.", problems
         )
     template = _template(folder) if folder else None
-    return add_adapter(model, name, own, adapter.factors, template)
+    return add_adapter(model, name, adapter.config, adapter.factors, template)
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any]:

@@ -63,25 +63,12 @@ _states: "weakref.WeakKeyDictionary[keras.Model, ModelState]" = weakref.WeakKeyD
 
 
 def state_of(model: keras.Model) -> ModelState:
-    """Return the state of a model, made at the first call.
-
-    Args:
-        model: A model.
-
-    Returns:
-        Its one `ModelState`.
-    """
+    """Return the one state of a model, made at the first call."""
     return _states.get(model) or _states.setdefault(model, ModelState())
 
 
 def model_lock(model: keras.Model) -> Any:
     """Return the re-entrant lock of a model, held while an adapter is switched, or is to stay on.
-
-    Args:
-        model: A model.
-
-    Returns:
-        A `threading.RLock`.
 
     Raises:
         TrainingError: Another thread trains the model.
@@ -98,12 +85,6 @@ def model_lock(model: keras.Model) -> Any:
 @contextlib.contextmanager
 def training(model: keras.Model) -> Iterator[None]:
     """Keep the model for the thread that trains it: others get a `TrainingError` meanwhile.
-
-    Args:
-        model: A model.
-
-    Yields:
-        Nothing.
 
     Raises:
         TrainingError: Another thread trains the model.

@@ -29,7 +29,7 @@ from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
-from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_on
+from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_switched
 from gemma_keras_tune.errors import GenerationError, TemplateError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
@@ -653,10 +653,7 @@ def compiled(
         model: A KerasHub Gemma `CausalLM`.
         about: Key of the function. What is compiled holds for one LoRA of the model.
         function: Takes the model, its packed weights, and more arrays.
-        **options: As `jax.jit` takes them.
-
-    Returns:
-        A function of the packed weights and the other arrays.
+        **options: Options of `jax.jit`.
     """
     import jax
 
@@ -668,7 +665,7 @@ def compiled(
             traced = reference()
             assert traced is not None, "a program outlived its model"
             state_of(traced).compilations += 1
-            with decoding.bound(traced, weights), lora_on(traced):
+            with decoding.bound(traced, weights), lora_switched(traced, on=True):
                 return function(traced, weights, *arguments)
 
         programs[key] = jax.jit(program, **options)

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.adapters.lora import lora_on
+from gemma_keras_tune.adapters.lora import lora_switched
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
@@ -123,7 +123,7 @@ class Scorer:
             trainable = values_of(self.model, backbone.trainable_variables)
             fixed = values_of(self.model, backbone.non_trainable_variables)
             embedding = family_of(self.model).head(self.model).embedding
-            with lora_on(self.model):
+            with lora_switched(self.model, on=True):
                 return np.asarray(program(trainable, fixed, embedding.value, x, labels))
 
     def _hidden(self, trainable: Any, fixed: Any, x: Any) -> Any:

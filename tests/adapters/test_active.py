@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from _quantized import quantize
 from safetensors.numpy import load_file
 
 import gemma_keras_tune as gkt
@@ -236,7 +237,7 @@ def test_what_was_trained_on_is_kept(
     gkt.load_adapter(again, tmp_path / "trained")
     np.testing.assert_array_equal(ask(again), trained)
     gkt.adapters.set(model, None)
-    with pytest.raises(gkt.LoraError, match="set_adapter"):
+    with pytest.raises(gkt.LoraError, match=r"adapters\.set"):
         gkt.tune(model, tiny_pairs(8), verbose=0)
 
 
@@ -357,6 +358,40 @@ def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
     after = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_an_adapter_on_layers_that_cannot_carry_it_leaves_the_other(tmp_path):
+    for part in ("q_proj", "gate_proj"):
+        model = tiny_model("gemma3n")
+        gkt.enable_lora(model, 2, target_modules=[part], verbose=0)
+        gkt.save_adapter(model, tmp_path / part)
+    model = tiny_model("gemma3n")
+    gates = [n.layer for n in family_of(model).linears(model) if n.target == "gate_proj"]
+    for layer in gates:
+        quantize(layer, "int4")
+    gkt.load_adapter(model, tmp_path / "q_proj", name="one", check_base=False)
+    before = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
+    with pytest.raises(gkt.AdapterError, match=r"gate_proj.*int4"):
+        gkt.load_adapter(model, tmp_path / "gate_proj", name="two", check_base=False)
+    assert gkt.adapters.list(model) == ("one",) and gkt.adapters.active(model) == "one"
+    after = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_removed_lora_leaves_the_template_of_the_base_and_merged_lora_its_own():
+    for finish, expected in ((gkt.remove_lora, "base"), (gkt.merge_lora, "tuned")):
+        model = tiny_model("gemma3")
+        written = {n: gkt.get_template(n + "{prompt}\n{response}", model)
+                   for n in ("base", "tuned")}  # fmt: skip
+        gkt.attach_template(model, written["base"])
+        gkt.enable_lora(model, 2, verbose=0)
+        assert gkt.template_of(model) == written["base"]
+        gkt.attach_template(model, written["tuned"])
+        gkt.adapters.set(model, None)
+        assert gkt.template_of(model) == written["base"]
+        finish(model)
+        assert gkt.template_of(model) == written[expected]
 
 
 @pytest.mark.slow
