@@ -14,6 +14,7 @@ if "keras" not in _sys.modules:
 with _quiet_tensorflow():
     import keras_hub as _keras_hub  # noqa: F401
 
+from gemma_keras_tune import adapters
 from gemma_keras_tune.adapters.lora import (
     LoraConfig,
     enable_lora,
@@ -23,13 +24,6 @@ from gemma_keras_tune.adapters.lora import (
     remove_lora,
 )
 from gemma_keras_tune.adapters.reading import load_adapter
-from gemma_keras_tune.adapters.switching import (
-    active_adapter,
-    list_adapters,
-    remove_adapter,
-    set_adapter,
-    use_adapter,
-)
 from gemma_keras_tune.errors import (
     AdapterError,
     BackendError,
@@ -147,7 +141,7 @@ __all__ = [
     "TuneResult",
     "TuningModel",
     "Verdict",
-    "active_adapter",
+    "adapters",
     "attach_template",
     "cross_validate",
     "enable_lora",
@@ -156,7 +150,6 @@ __all__ = [
     "generate",
     "generate_answers",
     "get_template",
-    "list_adapters",
     "load",
     "load_adapter",
     "lora_config",
@@ -168,16 +161,13 @@ __all__ = [
     "merge_lora",
     "preview",
     "read_pairs",
-    "remove_adapter",
     "remove_lora",
     "save_adapter",
     "save_preset",
-    "set_adapter",
     "split_pairs",
     "stream",
     "template_of",
     "token_cross_entropy",
     "tune",
-    "use_adapter",
     "verify",
 ]

@@ -11,7 +11,8 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune.adapters.lora import kernel_shape, without_lora
-from gemma_keras_tune.gemma.families import Linear, family_of, fingerprint, is_instruct, origin_of
+from gemma_keras_tune.gemma.families import Linear, family_of, fingerprint
+from gemma_keras_tune.gemma.state import is_instruct, origin_of
 from gemma_keras_tune.gemma.templates import template_of, write_sidecar
 
 _LAYERS = 8

@@ -30,7 +30,8 @@ import regex  # type: ignore[import-untyped]
 from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune._support.packages import import_extra
-from gemma_keras_tune.adapters.lora import kernel_shape
+from gemma_keras_tune.adapters._keras import layers_with_weights
+from gemma_keras_tune.adapters.lora import LoraConfig, axis_sizes, kernel_shape, matrix_shape
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.families import Family, Linear, Weight, family_of
 
@@ -75,10 +76,7 @@ class Adapter:
 
     Attributes:
         layout: `"peft"`, `"mlx"`, `"keras_hub"` or `"gemma_jax"`.
-        rank: Inner size of all factors.
-        alpha: Scale before division.
-        use_rslora: Whether the scale is `alpha / sqrt(rank)`.
-        target_modules: Hugging Face module names of the adapted layers, sorted.
+        config: Its settings; `total_parameters` is 0, as the base counts them.
         factors: `A [rank, inputs]` and `B [outputs, rank]` by full Hugging Face module name, of
             every layer of the target_modules.
         base: What the file says it was trained on, or `None`.
@@ -86,10 +84,7 @@ class Adapter:
     """
 
     layout: str
-    rank: int
-    alpha: float
-    use_rslora: bool
-    target_modules: tuple[str, ...]
+    config: LoraConfig
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
     base: str | None = None
     problems: tuple[str, ...] = ()
@@ -173,15 +168,6 @@ def _unknown(path: pathlib.Path) -> AdapterError:
 
 
 # Shared by the readers.
-
-
-def _sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The kernel's output axes and its input axes, as sizes."""
-    kernel = kernel_shape(linear.layer)
-    return (
-        tuple(kernel[axis] for axis in linear.output_axes),
-        tuple(kernel[axis] for axis in linear.input_axes),
-    )
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -273,7 +259,7 @@ def _add_matrices(
         if name in reading.factors:
             reading.problems.append(f"{module}: it is there twice")
         rank, scale = ranks[module]
-        outputs, inputs = (math.prod(sizes) for sizes in _sizes(linear))
+        outputs, inputs = matrix_shape(linear)
         expected = {"a": (rank, inputs), "b": (outputs, rank)}
         stated = "`lora_parameters`" if reading.layout == "mlx" else "`r` and `rank_pattern`"
         wrong = [
@@ -479,7 +465,7 @@ def _read_keras_hub(path: pathlib.Path, model: keras.Model) -> _Reading:
 
     reading = _Reading("keras_hub")
     linears = {id(linear.layer): linear for linear in family_of(model).linears(model)}
-    layers = _layers_with_weights(model)
+    layers = layers_with_weights(getattr(model, "backbone", model))
     try:
         with h5py.File(path, "r") as file:
             store = file["lora"]
@@ -527,15 +513,6 @@ def _stored_rank(stored: Any) -> int:
     if not _is_rank(rank):
         raise ValueError(f"its rank is {rank}")
     return rank
-
-
-def _layers_with_weights(model: keras.Model) -> list[Any]:
-    """The layers by the numbers that `save_lora_weights` gives them.
-
-    It counts Keras's own list of all layers, to which there is no public way.
-    """
-    backbone: Any = getattr(model, "backbone", model)
-    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
 
 
 def _from_keras(linear: Linear, a: np.ndarray, b: np.ndarray) -> Factors:
@@ -636,7 +613,7 @@ def _add_jax(
     a, b = pair["a"], pair["b"]
     rank = a.shape[-1] if a.ndim else 0
     together = (len(weights),) if len(weights) > 1 else ()
-    outputs, inputs = _sizes(linears[id(weights[0].layer)])
+    outputs, inputs = axis_sizes(linears[id(weights[0].layer)])
     expected = ((*inputs, rank), (rank, *together, *outputs))
     if rank < 1 or (a.shape, b.shape) != expected:
         reading.problems.append(
@@ -662,24 +639,23 @@ def _uniform(reading: _Reading, model: keras.Model) -> Adapter:
     rank = max((factors.a.shape[0] for factors in found.values()), default=0)
     problems = reading.problems or ([] if found else ["it holds no factors"])
     for name, linear in adapted.items():
-        most = min(math.prod(sizes) for sizes in _sizes(linear))
+        most = min(matrix_shape(linear))
         if rank > most:
             problems.append(f"{name}: the adapter needs rank {rank}, here it can be at most {most}")
     scales = {factors.scale for factors in found.values()}
     alpha, stabilized, fold = _scale(reading, rank, scales)
-    return Adapter(
-        layout=reading.layout,
+    padded = {
+        name: _padded(found.get(name), linear, rank, fold=fold) for name, linear in adapted.items()
+    }
+    config = LoraConfig(
         rank=rank,
         alpha=alpha,
-        base=reading.base,
-        use_rslora=stabilized,
         target_modules=tuple(sorted(target_modules)),
-        factors={
-            name: _padded(found.get(name), _sizes(linear), rank, fold=fold)
-            for name, linear in adapted.items()
-        },
-        problems=tuple(problems),
+        use_rslora=stabilized,
+        parameters=sum(a.size + b.size for a, b in padded.values()),
+        total_parameters=0,
     )
+    return Adapter(reading.layout, config, padded, reading.base, tuple(problems))
 
 
 def _compact(factors: Factors) -> Factors:
@@ -707,13 +683,9 @@ def _scale(reading: _Reading, rank: int, scales: set[float]) -> tuple[float, boo
 
 
 def _padded(
-    factors: Factors | None,
-    sizes: tuple[tuple[int, ...], tuple[int, ...]],
-    rank: int,
-    *,
-    fold: bool,
+    factors: Factors | None, linear: Linear, rank: int, *, fold: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    outputs, inputs = (math.prod(side) for side in sizes)
+    outputs, inputs = matrix_shape(linear)
     a, b = np.zeros((rank, inputs), "float32"), np.zeros((outputs, rank), "float32")
     if factors is not None:
         own = factors.a.shape[0]

@@ -17,10 +17,9 @@ import dataclasses
 import math
 import numbers
 import string
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import jax
 import keras
@@ -28,33 +27,36 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune.errors import LoraError
-from gemma_keras_tune.gemma.families import (
-    Family,
-    Linear,
-    family_of,
-    locked,
-    model_lock,
-    stored_kernel,
+from gemma_keras_tune.adapters._keras import (
+    add_factor_weights,
+    remove_factor_weights,
 )
-from gemma_keras_tune.gemma.templates import Template, template_of
+from gemma_keras_tune.errors import LoraError
+from gemma_keras_tune.gemma.families import Family, Linear, family_of, stored_kernel
+from gemma_keras_tune.gemma.state import locked, model_lock, state_of
+from gemma_keras_tune.gemma.templates import attach_template
 
 TargetModules = Literal["all", "attention"] | Iterable[str]
+# `A [rank, inputs]` and `B [outputs, rank]`, float32, by Hugging Face module name.
+Matrices = Mapping[str, tuple[np.ndarray, np.ndarray]]
+# `lora_kernel_a` and `lora_kernel_b` of every layer with LoRA.
+Values = list[tuple[Any, Any]]
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 TARGET_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
+DEFAULT: Final = "default"
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """How LoRA was put on a model.
+    """Settings of LoRA on a model, and what they make trainable.
 
     Attributes:
         rank: Inner size of the factors.
         alpha: Scale before division: by `rank`, or by its square root when `use_rslora`.
         target_modules: Hugging Face module names of the adapted layers, sorted.
-        use_rslora: Whether the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
+        use_rslora: True if the scale is `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
         parameters: Number of trainable parameters.
         total_parameters: Number of parameters of the base model.
     """
@@ -80,14 +82,95 @@ class LoraConfig:
 
 
 @dataclasses.dataclass
-class _State:
+class NamedAdapter:
+    """One adapter of a model, ready to be assigned.
+
+    Attributes:
+        config: Its own rank, alpha and target modules.
+        values: Its factors in the shapes of the shared LoRA.
+        loaded: True if it came by `load_adapter`, rather than by `tune` or `enable_lora`.
+    """
+
     config: LoraConfig
+    values: Values
+    loaded: bool = True
+
+
+@dataclasses.dataclass
+class AdapterSet:
+    """The LoRA of a model, and the adapters that share it.
+
+    Attributes:
+        lora: The shared LoRA: as wide as the widest adapter, on all layers any of them has.
+        linears: The layers that carry it.
+        was_trainable: The variables of the base, and whether each was trainable before.
+        adapters: By name. A new dictionary replaces it, so other threads may read it at any time.
+        held: Name of the adapter that the layers' variables hold.
+        assigned: The arrays those variables were given.
+        scale: Strength at which they were given them.
+    """
+
+    lora: LoraConfig
     linears: tuple[Linear, ...]
-    template: Template | None
     was_trainable: list[tuple[keras.Variable, bool]]
+    adapters: dict[str, NamedAdapter] = dataclasses.field(default_factory=dict)
+    held: str = DEFAULT
+    assigned: Values = dataclasses.field(default_factory=list)
+    scale: float = 1.0
+
+    def current(self) -> Values:
+        """Return the arrays that the variables hold now."""
+        layers = [linear.layer for linear in self.linears]
+        return [(layer.lora_kernel_a.value, layer.lora_kernel_b.value) for layer in layers]
+
+    def assign(self, name: str, scale: float = 1.0) -> None:
+        """Give the variables the values of an adapter, its update times `scale`."""
+        adapter = self.adapters[name]
+        for linear, (a, b) in zip(self.linears, adapter.values, strict=True):
+            linear.layer.lora_kernel_a.assign(a)
+            linear.layer.lora_kernel_b.assign(b if scale == 1 else b * np.asarray(scale, b.dtype))
+        self.held, self.assigned, self.scale = name, self.current(), scale
+        if scale == 1:
+            adapter.values = self.assigned
+
+    def keep_trained(self) -> None:
+        """Take over what was trained, or assigned by others, since `assign`.
+
+        Arrays of JAX never change: variables that hold other ones have been given other values.
+        """
+        now = self.current()
+        if any(new is not old for n, o in zip(now, self.assigned, strict=True)
+               for new, old in zip(n, o, strict=True)):  # fmt: skip
+            self.adapters[self.held].values = self.assigned = now
+            self.scale = 1.0
+
+    def values(self, config: LoraConfig, matrices: Matrices) -> Values:
+        """Convert an adapter's own matrices to the shared LoRA, filled up with zeros."""
+        found = []
+        for linear in self.linears:
+            outputs, inputs = matrix_shape(linear)
+            a = np.zeros((self.lora.rank, inputs), "float32")
+            b = np.zeros((outputs, self.lora.rank), "float32")
+            if linear.hugging_face in matrices:
+                a[: config.rank], own_b = matrices[linear.hugging_face]
+                b[:, : config.rank] = own_b * _ratio(config.scale, self.lora.scale)
+            both = _to_kernels(linear.layer, a, b)
+            found.append((ops.convert_to_tensor(both[0]), ops.convert_to_tensor(both[1])))
+        return found
+
+    def matrices(self, adapter: NamedAdapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Convert an adapter back, as it was trained: the inverse of `values`."""
+        config, found = adapter.config, {}
+        for linear, values in zip(self.linears, adapter.values, strict=True):
+            if linear.target in config.target_modules:
+                a, b = _to_matrices(*values)
+                own_b = b[:, : config.rank] * _ratio(self.lora.scale, config.scale)
+                found[linear.hugging_face] = (a[: config.rank], np.ascontiguousarray(own_b))
+        return found
 
 
-_states: "weakref.WeakKeyDictionary[keras.Model, _State]" = weakref.WeakKeyDictionary()
+def _ratio(first: float, second: float) -> np.float32:
+    return np.float32(1.0 if first == second else first / second)
 
 
 @locked
@@ -125,116 +208,149 @@ def enable_lora(
             that cannot carry it.
     """
     check_backend()
-    if model in _states:
+    state = state_of(model)
+    if state.adapters is not None:
         raise LoraError(
-            f"LoRA is already on this model: {_states[model].config}",
+            f"LoRA is already on this model: {state.adapters.lora}",
             next_step="First call `merge_lora(model)` to keep it, or `remove_lora(model)`.",
         )
     rank = _rank(rank)
     alpha = _alpha(rank, alpha)
+    linears = fitting_linears(model, rank, target_modules)
+    found = put_on(model, linears, rank, alpha, use_rslora=use_rslora, seed=seed)
+    found.adapters[DEFAULT] = NamedAdapter(found.lora, found.assigned, loaded=False)
+    state.adapters, state.active = found, DEFAULT
+    if verbose:
+        print(found.lora)
+    return found.lora
+
+
+def fitting_linears(
+    model: keras.Model, rank: int, target_modules: TargetModules
+) -> tuple[Linear, ...]:
+    """Return the layers that `target_modules` names, in layer order.
+
+    Raises:
+        LoraError: A name matches no layer, or a layer cannot carry the rank; all are named.
+    """
     family = family_of(model)
-    _check_bare(family.linears(model))
-    linears = _select(family.linears(model), target_modules)
+    every = family.linears(model)
+    if state_of(model).adapters is None:
+        _check_bare(every)
+    linears = _select(every, target_modules)
     _check_fit(family, linears, rank)
-    state = _State(
-        config=LoraConfig(
-            rank=rank,
-            alpha=alpha,
-            target_modules=tuple(sorted({linear.target for linear in linears})),
-            use_rslora=use_rslora,
-            parameters=sum(rank * sum(_matrix_shape(linear)) for linear in linears),
-            total_parameters=model.count_params(),
-        ),
-        linears=linears,
-        template=template_of(model),
-        was_trainable=[(v, v.trainable) for v in model.variables],
+    return linears
+
+
+def put_on(
+    model: keras.Model,
+    linears: tuple[Linear, ...],
+    rank: int,
+    alpha: float,
+    *,
+    use_rslora: bool,
+    seed: int = 0,
+) -> AdapterSet:
+    """Freeze a model without LoRA, and give layers of `fitting_linears` their factors.
+
+    Returns:
+        An `AdapterSet` without adapters, which is not yet part of the model's state.
+    """
+    config = LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        target_modules=tuple(sorted({linear.target for linear in linears})),
+        use_rslora=use_rslora,
+        parameters=sum(rank * sum(matrix_shape(linear)) for linear in linears),
+        total_parameters=model.count_params(),
     )
+    found = AdapterSet(config, linears, [(v, v.trainable) for v in model.variables])
     for variable in model.variables:
         variable.trainable = False
     random = np.random.default_rng(seed)
     for linear in linears:
-        _add_factors(linear, rank, state.config.scale * rank, random)
-    _states[model] = state
+        _add_factors(linear, rank, config.scale * rank, random)
+    found.assigned = found.current()
     _forget_compiled(model)
-    if verbose:
-        print(state.config)
-    return state.config
+    return found
+
+
+def take_off(model: keras.Model, adapters: AdapterSet) -> None:
+    """Undo `put_on`."""
+    for linear in adapters.linears:
+        _remove_factors(linear.layer)
+    for variable, trainable in adapters.was_trainable:
+        variable.trainable = trainable
+    _forget_compiled(model)
 
 
 def lora_config(model: keras.Model) -> LoraConfig | None:
-    """The LoRA configuration of a model, or `None` when LoRA is not on.
+    """Return the LoRA configuration of a model.
 
     Args:
         model: A model.
 
     Returns:
-        What `enable_lora` returned, while LoRA is on.
+        The LoRA that all adapters of the model share, or `None` without LoRA.
     """
-    state = _states.get(model)
-    return state.config if state else None
+    found = adapters_of(model)
+    return found.lora if found else None
+
+
+def adapters_of(model: keras.Model) -> AdapterSet | None:
+    """Return the LoRA of a model and its adapters, `None` without LoRA."""
+    found: AdapterSet | None = state_of(model).adapters
+    return found
 
 
 def lora_linears(model: keras.Model) -> tuple[Linear, ...]:
-    """The linear layers that carry LoRA, in layer order; empty when LoRA is not on."""
-    state = _states.get(model)
-    return state.linears if state else ()
+    """Return the linear layers that carry LoRA, in layer order; none without LoRA."""
+    found = adapters_of(model)
+    return found.linears if found else ()
 
 
+@locked
 def is_lora_on(model: keras.Model) -> bool:
-    """Whether LoRA is on and not switched off by `lora_disabled`."""
+    """Return True if the model has LoRA and it is not switched off, as by `lora_disabled`."""
     return any(linear.layer.lora_enabled for linear in lora_linears(model))
 
 
-@contextlib.contextmanager
-def lora_disabled(model: keras.Model) -> Iterator[None]:
-    """Within the context the model answers as its base, bit for bit. Other threads wait for it.
+def lora_disabled(model: keras.Model) -> contextlib.AbstractContextManager[None]:
+    """Switch LoRA off for a block of code: the model answers as its base, bit for bit.
+
+    Other threads wait for the model meanwhile.
 
     Args:
         model: A model; without LoRA nothing happens.
 
-    Yields:
-        Nothing.
+    Returns:
+        A context manager.
+
+    Raises:
+        TrainingError: Another thread trains the model.
+    """
+    return lora_switched(model, on=False)
+
+
+@contextlib.contextmanager
+def lora_switched(model: keras.Model, *, on: bool) -> Iterator[None]:
+    """Switch LoRA on or off for a block of code; without LoRA nothing happens.
+
+    A program traced while it is on serves the tuned model and the base: pass zeros for `B` to get
+    the base.
     """
     with model_lock(model):
         was_on = is_lora_on(model)
-        set_lora_on(model, on=False)
+        set_lora_on(model, on=on)
         try:
             yield
         finally:
             set_lora_on(model, on=was_on)
 
 
-@contextlib.contextmanager
-def lora_on(model: keras.Model) -> Iterator[None]:
-    """Within the context LoRA is on, also where it is switched off just now.
-
-    A program that is traced so serves both: whoever calls it gives zeros for `B` to have the base.
-
-    Args:
-        model: A model; without LoRA nothing happens.
-
-    Yields:
-        Nothing.
-    """
-    with model_lock(model):
-        off = [linear.layer for linear in lora_linears(model) if not linear.layer.lora_enabled]
-        for layer in off:
-            layer.lora_enabled = True
-        try:
-            yield
-        finally:
-            for layer in off:
-                layer.lora_enabled = False
-
-
 @locked
 def set_lora_on(model: keras.Model, *, on: bool) -> None:
-    """Switch LoRA on or off on every layer that carries it.
-
-    Args:
-        model: A model; without LoRA nothing happens.
-        on: Whether it shall be on.
-    """
+    """Switch LoRA on or off on every layer that carries it."""
     if on == is_lora_on(model):
         return
     for linear in lora_linears(model):
@@ -244,7 +360,9 @@ def set_lora_on(model: keras.Model, *, on: bool) -> None:
 
 @locked
 def remove_lora(model: keras.Model) -> None:
-    """Take LoRA off and throw it away: the model is its base again.
+    """Take LoRA off and throw it away, with all adapters: the model is its base again.
+
+    The template is again the one it had before LoRA was put on.
 
     Args:
         model: A model with LoRA on.
@@ -252,20 +370,17 @@ def remove_lora(model: keras.Model) -> None:
     Raises:
         LoraError: LoRA is not on.
     """
-    state = _require(model)
-    for linear in state.linears:
-        _remove_factors(linear.layer)
-    for variable, trainable in state.was_trainable:
-        variable.trainable = trainable
-    del _states[model]
-    _forget_compiled(model)
+    take_off(model, _require(model))
+    state = state_of(model)
+    state.adapters = state.active = None
+    state.templates = {name: one for name, one in state.templates.items() if name is None}
 
 
 @locked
 def merge_lora(model: keras.Model) -> None:
-    """Add the update into the base kernels for good, and take LoRA off.
+    """Add the active adapter's update into the base kernels for good, and take LoRA off.
 
-    The sum is taken in float32 and rounded once to the kernel's dtype.
+    The sum is taken in float32 and rounded once to the kernel's dtype. The template stays.
 
     Args:
         model: A model with LoRA on.
@@ -273,22 +388,24 @@ def merge_lora(model: keras.Model) -> None:
     Raises:
         LoraError: LoRA is not on, or the base is quantized, where a sum would be rounded away.
     """
-    state = _require(model)
-    quantized = [linear.path for linear in state.linears if linear.layer.quantization_mode]
+    found = _require(model)
+    quantized = [linear.path for linear in found.linears if linear.layer.quantization_mode]
     if quantized:
         raise LoraError(
             "LoRA cannot be merged into quantized kernels without loss.",
             quantized,
             "Save the adapter with `save_adapter`, and merge it into the unquantized model.",
         )
-    for linear in state.linears:
+    template = state_of(model).template(found.held)
+    for linear in found.linears:
         kernel = stored_kernel(linear.layer)
         kernel.assign(np.asarray(kernel, "float32") + kernel_update(linear))
     remove_lora(model)
+    attach_template(model, template)
 
 
 def get_factors(linear: Linear) -> tuple[np.ndarray, np.ndarray, float]:
-    """The factors of one layer in PEFT's layout.
+    """Return the factors of one layer in PEFT's layout.
 
     Args:
         linear: One of `lora_linears(model)`.
@@ -298,10 +415,8 @@ def get_factors(linear: Linear) -> tuple[np.ndarray, np.ndarray, float]:
         Hugging Face's `[outputs, inputs]` weight is `scale * B @ A`.
     """
     layer = linear.layer
-    rank = layer.lora_rank
-    a = np.asarray(layer.lora_kernel_a, "float32").reshape(-1, rank).T
-    b = np.moveaxis(np.asarray(layer.lora_kernel_b, "float32"), -2, -1).reshape(-1, rank)
-    return np.ascontiguousarray(a), np.ascontiguousarray(b), layer.lora_alpha / rank
+    scale = layer.lora_alpha / layer.lora_rank
+    return *_to_matrices(layer.lora_kernel_a, layer.lora_kernel_b), scale
 
 
 def set_factors(linear: Linear, a: np.ndarray, b: np.ndarray) -> None:
@@ -317,28 +432,45 @@ def set_factors(linear: Linear, a: np.ndarray, b: np.ndarray) -> None:
     """
     layer = linear.layer
     rank = layer.lora_rank
-    outputs, inputs = _matrix_shape(linear)
+    outputs, inputs = matrix_shape(linear)
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise LoraError(
             f"The factors do not fit {linear.path}: expected A {(rank, inputs)} and "
             f"B {(outputs, rank)}. Received: A {a.shape}, B {b.shape}"
         )
-    b_shape = layer.lora_kernel_b.shape
-    layer.lora_kernel_a.assign(a.T.reshape(layer.lora_kernel_a.shape))
-    layer.lora_kernel_b.assign(np.moveaxis(b.reshape(*b_shape[:-2], b_shape[-1], rank), -1, -2))
+    for variable, value in zip(
+        (layer.lora_kernel_a, layer.lora_kernel_b), _to_kernels(layer, a, b), strict=True
+    ):
+        variable.assign(value)
+
+
+def _to_matrices(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`A [rank, inputs]` and `B [outputs, rank]` float32, from arrays in the layers' shapes."""
+    a, b = np.asarray(a, "float32"), np.asarray(b, "float32")
+    rank = a.shape[-1]
+    matrix_b = np.moveaxis(b, -2, -1).reshape(-1, rank)
+    return np.ascontiguousarray(a.reshape(-1, rank).T), np.ascontiguousarray(matrix_b)
+
+
+def _to_kernels(layer: Any, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `_to_matrices` for one layer."""
+    *leading, rank, last = layer.lora_kernel_b.shape
+    kernel_b = np.moveaxis(b.reshape(*leading, last, rank), -1, -2)
+    return a.T.reshape(layer.lora_kernel_a.shape), kernel_b
 
 
 def kernel_update(linear: Linear) -> np.ndarray:
-    """What LoRA adds to one kernel, float32, in the kernel's own shape."""
+    """Return what LoRA adds to one kernel, float32, in the kernel's own shape."""
     layer = linear.layer
     a, b = (np.asarray(f, "float32") for f in (layer.lora_kernel_a, layer.lora_kernel_b))
     return (layer.lora_alpha / layer.lora_rank) * np.matmul(a, b)
 
 
-def _require(model: keras.Model) -> _State:
-    if model not in _states:
+def _require(model: keras.Model) -> AdapterSet:
+    found = adapters_of(model)
+    if found is None:
         raise LoraError("LoRA is not on this model.", next_step="Call `enable_lora(model)` first.")
-    return _states[model]
+    return found
 
 
 def _forget_compiled(model: keras.Model) -> None:
@@ -409,7 +541,7 @@ def _check_fit(family: Family, linears: tuple[Linear, ...], rank: int) -> None:
     problems = []
     for linear in linears:
         mode = linear.layer.quantization_mode
-        if type(linear.layer) not in _LORA_CLASSES:
+        if type(linear.layer) not in (*_LORA_CLASSES, *_LORA_CLASSES.values()):
             problems.append(f"{linear.path}: a {type(linear.layer).__name__} cannot carry LoRA")
         elif mode not in (None, "int8", "int4") or (mode and not family.quantized_lora):
             problems.append(
@@ -417,32 +549,32 @@ def _check_fit(family: Family, linears: tuple[Linear, ...], rank: int) -> None:
             )
         elif mode == "int4" and isinstance(linear.layer, keras.layers.Dense):
             problems.append(f"{linear.path}: LoRA on a Dense layer in int4 is not supported")
-        elif rank > min(_matrix_shape(linear)):
-            problems.append(f"{linear.path}: the rank can be at most {min(_matrix_shape(linear))}")
+        elif rank > min(matrix_shape(linear)):
+            problems.append(f"{linear.path}: the rank can be at most {min(matrix_shape(linear))}")
     if problems:
         raise LoraError(f"LoRA of rank {rank} does not fit every target layer.", problems)
 
 
-def _matrix_shape(linear: Linear) -> tuple[int, int]:
-    """`(outputs, inputs)` of the layer seen as one matrix."""
-    shape = kernel_shape(linear.layer)
-    outputs, inputs = (
-        math.prod(shape[axis] for axis in axes) for axes in (linear.output_axes, linear.input_axes)
-    )
+def matrix_shape(linear: Linear) -> tuple[int, int]:
+    """Return `(outputs, inputs)` of a layer seen as one matrix."""
+    outputs, inputs = map(math.prod, axis_sizes(linear))
     return outputs, inputs
 
 
+def axis_sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of the output axes and of the input axes of a layer's kernel."""
+    kernel = kernel_shape(linear.layer)
+    return (
+        tuple(kernel[axis] for axis in linear.output_axes),
+        tuple(kernel[axis] for axis in linear.input_axes),
+    )
+
+
 def largest_rank(model: keras.Model, target_modules: Iterable[str] = ALL_TARGETS) -> int:
-    """The largest rank that every linear layer of these modules can carry: its smaller side."""
+    """Return the largest rank that every layer of these modules can carry: its smaller side."""
     wanted = set(target_modules)
     linears = (n for n in family_of(model).linears(model) if n.target in wanted)
-    return min(min(_matrix_shape(linear)) for linear in linears)
-
-
-def base_template(model: keras.Model) -> Template | None:
-    """The template that was attached to a model when LoRA was put on it."""
-    state = _states.get(model)
-    return state.template if state else None
+    return min(min(matrix_shape(linear)) for linear in linears)
 
 
 class _LoraForward:
@@ -522,7 +654,7 @@ thin_product.defvjp(_thin_product_forward, _thin_product_backward)
 
 @contextlib.contextmanager
 def without_lora(layer: Any) -> Iterator[None]:
-    """Within the context one layer computes with its base kernel alone."""
+    """Let one layer compute with its base kernel alone, for a block of code."""
     was_on, layer.lora_enabled = layer.lora_enabled, False
     try:
         yield
@@ -567,45 +699,27 @@ def _squeeze_ones(factor: Any, layer: Any, *, first: bool) -> Any:
 
 
 def _add_factors(linear: Linear, rank: int, alpha: float, random: np.random.Generator) -> None:
-    """Give the layer its factors, under the names Keras's own LoRA uses.
-
-    Keras offers no public way to choose the factorisation, nor to replace a layer inside a built
-    model: so the layer's class becomes a subclass of itself, and its tracker is unlocked as
-    `EinsumDense.enable_lora` does. This function and `_remove_factors` are the only places.
-    """
+    """Give the layer its factors, under the names Keras's own LoRA uses."""
     layer = linear.layer
-    _, kernel, _ = _equation(layer)
-    source = _equation(layer)[0]
+    source, kernel, _ = _equation(layer)
     shape = kernel_shape(layer)
     sizes = dict(zip(kernel, shape, strict=True))
     a_shape = [sizes[axis] if axis in source else 1 for axis in kernel[:-1]] + [rank]
     b_shape = [1 if axis in source else sizes[axis] for axis in kernel[:-2]] + [rank, shape[-1]]
-    inputs = math.prod(a_shape[:-1])
-    start = random.uniform(-1.0, 1.0, a_shape) / math.sqrt(inputs)
-    layer._tracker.unlock()
-    try:
-        for name, size in (("lora_kernel_a", a_shape), ("lora_kernel_b", b_shape)):
-            weight = layer.add_weight(
-                name=name, shape=tuple(size), initializer="zeros", dtype="float32"
-            )
-            setattr(layer, name, weight)
-    finally:
-        layer._tracker.lock()
+    start = random.uniform(-1.0, 1.0, a_shape) / math.sqrt(math.prod(a_shape[:-1]))
+    add_factor_weights(layer, _LORA_CLASSES[type(layer)], tuple(a_shape), tuple(b_shape))
     layer.lora_kernel_a.assign(start.astype("float32"))
     layer.lora_rank, layer.lora_alpha, layer.lora_enabled = rank, alpha, True
-    layer.__class__ = _LORA_CLASSES[type(layer)]
 
 
 def _remove_factors(layer: Any) -> None:
-    layer.__class__ = next(stock for stock, ours in _LORA_CLASSES.items() if ours is type(layer))
-    for name in ("lora_kernel_a", "lora_kernel_b"):
-        layer._untrack_variable(getattr(layer, name))
-        setattr(layer, name, None)
+    stock = next(stock for stock, ours in _LORA_CLASSES.items() if ours is type(layer))
+    remove_factor_weights(layer, stock)
     layer.lora_rank, layer.lora_alpha, layer.lora_enabled = None, None, False
 
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:
-    """The shape of a kernel as the layer's equation sees it, packed or not."""
+    """Return the shape of a kernel as the layer's equation sees it, packed or not."""
     if layer.quantization_mode != "int4":
         shape = stored_kernel(layer).shape
     elif isinstance(layer, keras.layers.Dense):

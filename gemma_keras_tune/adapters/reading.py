@@ -8,25 +8,14 @@ from typing import Any
 
 import keras
 
+from gemma_keras_tune.adapters.active import add_adapter, name_conflict
 from gemma_keras_tune.adapters.bases import base_name, wrong_base
 from gemma_keras_tune.adapters.layouts import read_adapter
-from gemma_keras_tune.adapters.lora import LoraConfig
-from gemma_keras_tune.adapters.switching import (
-    DEFAULT,
-    adapter_factors,
-    add_adapter,
-    name_conflict,
-)
+from gemma_keras_tune.adapters.lora import DEFAULT, LoraConfig
 from gemma_keras_tune.errors import AdapterError, TemplateError
-from gemma_keras_tune.gemma.families import (
-    family_of,
-    locked,
-)
-from gemma_keras_tune.gemma.templates import (
-    Template,
-    read_sidecar,
-    read_template,
-)
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.state import locked
+from gemma_keras_tune.gemma.templates import Template, read_sidecar, read_template
 
 
 @locked
@@ -43,9 +32,9 @@ def load_adapter(
     of KerasHub's `save_lora_weights` (`.lora.h5`) and of the Gemma library for JAX are read too.
     Where ranks differ from layer to layer, the smaller ones are filled up with zeros; where scales
     do, they are multiplied into the factors: what the model computes is the same. Several may be
-    on one base, each under a name; `set_adapter`, `use_adapter` and `generate(adapter=…)` switch
-    between them. The template recorded with it is attached; one that cannot be, such as a Python
-    function, is left out with a warning.
+    on one base, each under a name; `gkt.adapters.set`, `gkt.adapters.use` and
+    `generate(adapter=…)` switch between them. The template recorded with it is attached; one that
+    cannot be, such as a Python function, is left out with a warning.
 
     The base may be loaded in another dtype, or quantized, than it was trained in: a sample of its
     weights, recorded with the adapter, is compared within what rounding explains. Adapters made
@@ -69,28 +58,19 @@ def load_adapter(
     """
     adapter = read_adapter(path, model)
     folder = None if isinstance(path, Mapping) else pathlib.Path(path).expanduser()
-    own = LoraConfig(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
-        use_rslora=adapter.use_rslora,
-        parameters=sum(a.size + b.size for a, b in adapter.factors.values()),
-        total_parameters=0,
-    )
     record = _record(folder) if folder else {}
     problems = [
         *_wrong_generation(model, record),
         *filter(None, [_other_base(model, record, adapter.base) if check_base else None]),
         *adapter.problems,
-        *filter(None, [name_conflict(model, name, own)]),
+        *filter(None, [name_conflict(model, name, adapter.config)]),
     ]
     if problems:
         raise AdapterError(
             f"The adapter in {folder or 'memory'} does not fit this model.", problems
         )
     template = _template(folder) if folder else None
-    add_adapter(model, name, own, dict(adapter.factors), template)
-    return adapter_factors(model, name)[0]
+    return add_adapter(model, name, adapter.config, adapter.factors, template)
 
 
 def _record(folder: pathlib.Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import keras_hub
 import numpy as np
 
 from gemma_keras_tune._support.equality import ArrayEquality
+from gemma_keras_tune.adapters.active import held_adapter
 from gemma_keras_tune.adapters.lora import lora_disabled
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.response_log import ResponseLog
-from gemma_keras_tune.gemma.families import model_lock
+from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.generation.answers import (
     MAX_BUFFERS,
     SHORTEN,
@@ -80,6 +81,10 @@ class ModelPair:
     tuned: keras.Model
     base: keras.Model | None = None
 
+    def __post_init__(self) -> None:
+        """Note which adapter is on, as other threads may switch between two requests."""
+        object.__setattr__(self, "_adapter_on", held_adapter(self.tuned))
+
     def model(self, side: Side) -> keras.Model:
         """Return the model of a side."""
         return self.tuned if side == "tuned" else self.base
@@ -87,10 +92,14 @@ class ModelPair:
     @contextlib.contextmanager
     def on(self, side: Side) -> Iterator[keras.Model]:
         """Switch to a side within the context, which gives its model. Other threads wait for it."""
-        off = side == "base" and self.base is self.tuned
         model = self.model(side)
-        with model_lock(model), lora_disabled(model) if off else contextlib.nullcontext():
-            yield model
+        with model_lock(model):
+            if side == "tuned":
+                chosen: Any = self._adapter_on()  # type: ignore[attr-defined]
+            else:
+                chosen = lora_disabled(model) if model is self.tuned else contextlib.nullcontext()
+            with chosen:
+                yield model
 
 
 def run_requests(

@@ -18,8 +18,8 @@ import keras
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import explained, new_folder
+from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.bases import write_metadata
-from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.exporting.receipts import (
     FILE_NAME,
@@ -75,8 +75,8 @@ def export(
     The export appears under its name only when it is complete, with a receipt: the sizes and hashes
     of all files and, with `check`, the answers of the model to a few prompts. `verify` compares the
     export with its receipt. The active adapter is merged in; within `lora_disabled(model)`, or
-    after `set_adapter(model, None)`, the base is written. The model in memory keeps its LoRA. The
-    files are under the Gemma terms of use.
+    after `gkt.adapters.set(model, None)`, the base is written. The model in memory keeps its LoRA.
+    The files are under the Gemma terms of use.
 
     Args:
         model: A KerasHub Gemma.
@@ -87,8 +87,8 @@ def export(
             GGUF file with its Modelfile), `"gemma_jax"` (an Orbax checkpoint for the Gemma library
             for JAX), `"litert"` (a file for LiteRT-LM), or `"auto"`: `"gguf"` where the path ends
             in `.gguf`, else `"safetensors"`.
-        adapter: The adapter to merge in, or to write: one of `list_adapters(model)`, or `None` for
-            the base. Defaults to the active one.
+        adapter: The adapter to merge in, or to write: one of `gkt.adapters.list(model)`, or
+            `None` for the base. Defaults to the active one.
         dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: the weights' own dtype, for
             GGUF float16 in place of float32. A preset always keeps the weights' own.
         quantization: For GGUF and Ollama, `"Q8_0"` or `"Q4_0"`; where llama.cpp's program

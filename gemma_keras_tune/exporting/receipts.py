@@ -18,7 +18,7 @@ from msgspec import Meta
 from gemma_keras_tune._support.files import sha256
 from gemma_keras_tune._support.packages import installed_versions
 from gemma_keras_tune._support.records import Finite, TokenId, Whole, read_record
-from gemma_keras_tune.adapters.switching import active_adapter, adapter_config, adapter_strength
+from gemma_keras_tune.adapters.active import active_adapter, adapter_config, adapter_strength
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import family_of, fingerprint, quantizations

@@ -14,15 +14,15 @@ from typing import Any, TypeAlias
 
 import keras
 
-from gemma_keras_tune.adapters.bases import wrong_base
-from gemma_keras_tune.adapters.lora import lora_config
-from gemma_keras_tune.adapters.reading import load_adapter
-from gemma_keras_tune.adapters.switching import (
+from gemma_keras_tune.adapters.active import (
     active_adapter,
     list_adapters,
     remove_adapter,
     use_adapter,
 )
+from gemma_keras_tune.adapters.bases import wrong_base
+from gemma_keras_tune.adapters.lora import lora_config
+from gemma_keras_tune.adapters.reading import load_adapter
 from gemma_keras_tune.errors import ExportError, GemmaTuneError, LoadError
 from gemma_keras_tune.exporting.llama_cpp import NotRunError, open_runtime
 from gemma_keras_tune.exporting.receipts import MAX_NEW_TOKENS, Receipt, answer_texts

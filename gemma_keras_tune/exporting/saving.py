@@ -14,24 +14,22 @@ import keras
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.files import check_free, new_folder
 from gemma_keras_tune._support.numbers import integer
-from gemma_keras_tune.adapters.bases import base_name, write_metadata
-from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
-from gemma_keras_tune.adapters.lora import LoraConfig
-from gemma_keras_tune.adapters.switching import (
+from gemma_keras_tune.adapters.active import (
     ACTIVE,
     Active,
     adapter_factors,
     chosen_adapter,
     use_adapter,
 )
+from gemma_keras_tune.adapters.bases import base_name, write_metadata
+from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
+from gemma_keras_tune.adapters.lora import LoraConfig
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.exporting.receipts import Checking, refuse_wrong_check
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
-from gemma_keras_tune.gemma.families import (
-    family_of,
-    locked,
-)
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.state import locked
 from gemma_keras_tune.training.optimizer import batches_per_step
 
 _PREFIX = "base_model.model."
@@ -57,8 +55,8 @@ def save_preset(
     Args:
         model: A KerasHub Gemma.
         path: The folder to make.
-        adapter: The adapter to merge in: one of `list_adapters(model)`, or `None` for the base.
-            Defaults to the active one.
+        adapter: The adapter to merge in: one of `gkt.adapters.list(model)`, or `None` for the
+            base. Defaults to the active one.
         overwrite: Whether to replace an existing folder.
         prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
         check: `False` does not run the model. `True` records its answers, so that `verify` can open
@@ -89,7 +87,7 @@ def save_adapter(
     model: keras.Model,
     path: str | os.PathLike[str],
     *,
-    name: str | Active = ACTIVE,
+    adapter: str | Active = ACTIVE,
     overwrite: bool = False,
     prompts: Iterable[str] | None = None,
     check: Checking = False,
@@ -103,7 +101,7 @@ def save_adapter(
     Args:
         model: A KerasHub Gemma with LoRA on.
         path: The folder to make.
-        name: One of `list_adapters(model)`. Defaults to the active one.
+        adapter: One of `gkt.adapters.list(model)`. Defaults to the active one.
         overwrite: Whether to replace an existing folder.
         prompts: Prompts to answer; needs `check`. Defaults to a few general ones.
         check: `False` does not run the model. `True` records its answers, so that `verify` can load
@@ -119,7 +117,7 @@ def save_adapter(
     from safetensors.numpy import save_file
 
     refuse_wrong_check(check, prompts)
-    chosen = chosen_adapter(model, name)
+    chosen = chosen_adapter(model, adapter)
     config, factors = adapter_factors(model, chosen)
     tensors = {}
     for module, (a, b) in factors.items():

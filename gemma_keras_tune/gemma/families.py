@@ -5,15 +5,12 @@ here: no other package compares the name of a family.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import math
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import keras
 import keras_hub
@@ -590,71 +587,6 @@ _NO_MEDIA = (
     "audio_mel",
     "audio_mel_mask",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Origin of a model.
-
-    Attributes:
-        source: The argument of `load`.
-        instruct: True if it is instruction-tuned; `None` if nothing says.
-    """
-
-    source: str
-    instruct: bool | None
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_locks: "weakref.WeakKeyDictionary[keras.Model, Any]" = weakref.WeakKeyDictionary()
-
-
-def model_lock(model: keras.Model) -> Any:
-    """Return the re-entrant lock of a model, held while an adapter is switched, or is to stay on.
-
-    Args:
-        model: A model.
-
-    Returns:
-        A `threading.RLock`.
-    """
-    return _locks.setdefault(model, threading.RLock())
-
-
-def locked(function: _Function) -> _Function:
-    """Let one thread at a time into a function whose first argument is `model`."""
-
-    @functools.wraps(function)
-    def call(model: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        with model_lock(model):
-            return function(model, *args, **kwargs)
-
-    return cast(_Function, call)
-
-
-_origins: "weakref.WeakKeyDictionary[keras.Model, Origin]" = weakref.WeakKeyDictionary()
-
-
-def mark_origin(model: keras.Model, source: str, instruct: bool | None) -> None:
-    """Remember where a model came from.
-
-    Args:
-        model: A KerasHub Gemma.
-        source: The argument of `load`.
-        instruct: True if it is instruction-tuned, if known.
-    """
-    _origins[model] = Origin(source, instruct)
-
-
-def origin_of(model: keras.Model) -> Origin | None:
-    """Return the origin of a model, or `None` for one this library did not load."""
-    return _origins.get(model)
-
-
-def is_instruct(model: keras.Model) -> bool | None:
-    """Tell if a model is instruction-tuned; `None` if nothing says."""
-    origin = _origins.get(model)
-    return origin.instruct if origin else None
 
 
 def fingerprint(model: keras.Model) -> str:

@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import re
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -29,7 +28,8 @@ import keras
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import TemplateError
-from gemma_keras_tune.gemma.families import FAMILIES, family_of, is_instruct
+from gemma_keras_tune.gemma.families import FAMILIES, family_of
+from gemma_keras_tune.gemma.state import is_instruct, locked, state_of
 from gemma_keras_tune.gemma.tables import Turn
 
 SIDECAR = "gemma_keras_tune.json"
@@ -519,32 +519,37 @@ def _token_id(tokenizer: keras.layers.Layer, token: str) -> int | None:
     return found if tokenizer.id_to_token(found) == token else None
 
 
-_attached: "weakref.WeakKeyDictionary[keras.Model, Template]" = weakref.WeakKeyDictionary()
-
-
+@locked
 def attach_template(model: keras.Model, template: Template | None) -> None:
-    """Remember the template a model was tuned with; `None` forgets it.
+    """Remember the template a model was tuned with.
+
+    It belongs to the active adapter; without one, to the model itself.
 
     Args:
         model: The model.
-        template: Its template.
+        template: Its template; `None` forgets the one that was attached.
     """
+    state = state_of(model)
     if template is None:
-        _attached.pop(model, None)
+        state.templates.pop(state.active, None)
     else:
-        _attached[model] = template
+        state.templates[state.active] = template
 
 
+@locked
 def template_of(model: keras.Model) -> Template | None:
-    """Return the template a model was tuned with, or `None`.
+    """Return the template a model was tuned with.
 
     Args:
         model: A model.
 
     Returns:
-        The template from `attach_template`, which `tune` and `load` call, too.
+        The template attached to the active adapter by `attach_template`, `tune` or
+        `load_adapter`; else the one attached to the model itself, also by `load`; else `None`.
     """
-    return _attached.get(model)
+    state = state_of(model)
+    template: Template | None = state.template(state.active)
+    return template
 
 
 def read_template(folder: str | os.PathLike[str]) -> Template | None:

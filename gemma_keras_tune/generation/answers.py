@@ -28,12 +28,13 @@ from keras import ops
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune._support.memory import kept_memory
-from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_on
-from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
+from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
+from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_switched
 from gemma_keras_tune.errors import GenerationError, TemplateError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
-from gemma_keras_tune.gemma.families import context_length, locked
+from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
+from gemma_keras_tune.gemma.state import locked, state_of
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation import decoding
 from gemma_keras_tune.pairs import Message
@@ -87,8 +88,8 @@ def generate(
         seed: Makes a random sampler repeat itself, for the same prompts and `batch_size`.
         batch_size: Rows that run at once.
         strip: Whether white space around an answer is left out.
-        adapter: One of `list_adapters(model)` to answer with; `None` answers as the base, bit for
-            bit. Left out, it is the adapter that is on.
+        adapter: One of `gkt.adapters.list(model)` to answer with; `None` answers as the base, bit
+            for bit. Left out, it is the adapter that is on.
         template: Anything `get_template` takes. `"auto"` is the one the model was tuned with, or
             its family's.
 
@@ -232,7 +233,7 @@ def generate_ids(
 
 
 def compiled_programs(model: keras.Model) -> int:
-    """How many family programs have been compiled for a model since it was made.
+    """Count the programs compiled for a model since it was made.
 
     Args:
         model: A model.
@@ -240,7 +241,7 @@ def compiled_programs(model: keras.Model) -> int:
     Returns:
         The number of compilations by `generate` and its kin.
     """
-    return programs_of(model).traces
+    return state_of(model).compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,24 +345,6 @@ def _whole(seed: Any) -> int | list[int] | None:
         raise GenerationError(
             f"`seed` must be an integer, or one for each row. Received: {seed!r:.80}"
         ) from None
-
-
-class _Programs:
-    """The compiled programs of one model."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[Any, Any] = {}
-        self.traces = 0
-
-
-_programs: "weakref.WeakKeyDictionary[keras.Model, _Programs]" = weakref.WeakKeyDictionary()
-
-
-def programs_of(model: keras.Model) -> _Programs:
-    """The compiled programs of a model."""
-    if model not in _programs:
-        _programs[model] = _Programs()
-    return _programs[model]
 
 
 def weights_of(model: keras.Model) -> list[Any]:
@@ -511,17 +494,17 @@ def choose_programs(
         Their shapes.
     """
     about = (SamplerState(sampler, None, 0).key, lora_config(model))
-    compiled = [
+    there = [
         (size, chunk, buffer)
-        for size, chunk, buffer, *rest in programs_of(model).by_key
+        for size, chunk, buffer, *rest in state_of(model).programs
         if tuple(rest) == about and isinstance(size, int)
     ]
     # Powers of two, so that calls with few prompts share programs.
     size = min(batch_size, 2 ** math.ceil(math.log2(max(len(lengths) for lengths, _ in calls))))
     if share:
-        size = _shared_size(compiled, calls, size)
+        size = _shared_size(there, calls, size)
     chunks = {_chunk_for(max(lengths)) for lengths, _ in calls}
-    known = {(chunk, buffer) for s, chunk, buffer in compiled if s == size and chunk in chunks}
+    known = {(chunk, buffer) for s, chunk, buffer in there if s == size and chunk in chunks}
     return ProgramShapes(size, frozenset(_kept_buffers(calls, size, known, most)))
 
 
@@ -541,13 +524,13 @@ def batches(rows: Sequence[Any], shapes: ProgramShapes, new_tokens: int) -> list
     return found
 
 
-def _shared_size(compiled: Sequence[tuple[int, int, int]], calls: Sequence[Call], size: int) -> int:
+def _shared_size(there: Sequence[tuple[int, int, int]], calls: Sequence[Call], size: int) -> int:
     """Rows of the smallest program compiled already that has room for all calls, and not too much.
 
     Where there is none, it is `size`.
     """
     chunk, need = max(_needs(call, size)[0] for call in calls)
-    roomy = (s for s, c, b in compiled if s >= size and c == chunk and need <= b <= MAX_ROOM * need)
+    roomy = (s for s, c, b in there if s >= size and c == chunk and need <= b <= MAX_ROOM * need)
     return min(roomy, default=size)
 
 
@@ -649,25 +632,41 @@ def padded_stops(stops: tuple[int, ...]) -> np.ndarray:
 
 
 def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable[..., Any]:
-    """The compiled program for a batch: made once for a model, shape and sampler.
+    """The compiled program for a batch: made once for a model, shape and sampler."""
+    sampler, chunk = None if state.is_greedy else state.sampler, batch.chunk
 
-    Weights are arguments, so a program stays good while they are trained. The model is held weakly,
-    so a program does not keep it alive.
+    def write(traced: keras.Model, weights: Any, *arguments: Any) -> Any:
+        return decoding.write(traced, weights, sampler, chunk, *arguments)
+
+    return compiled(model, (batch.size, chunk, batch.buffer, state.key), write)
+
+
+def compiled(
+    model: keras.Model, about: tuple[Any, ...], function: Callable[..., Any], **options: Any
+) -> Callable[..., Any]:
+    """Compile a function of a model, or return what was compiled before.
+
+    Weights are arguments, so a program stays good while they are trained, and serves the base and
+    every adapter. The model is held weakly, so a program does not keep it alive.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        about: Key of the function. What is compiled holds for one LoRA of the model.
+        function: Takes the model, its packed weights, and more arrays.
+        **options: Options of `jax.jit`.
     """
     import jax
 
-    programs = programs_of(model)
-    key = (batch.size, batch.chunk, batch.buffer, state.key, lora_config(model))
-    if key not in programs.by_key:
-        reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
-        chunk = batch.chunk
+    programs, key = state_of(model).programs, (*about, lora_config(model))
+    if key not in programs:
+        reference = weakref.ref(model)
 
         def program(weights: Any, *arguments: Any) -> Any:
-            programs.traces += 1
             traced = reference()
             assert traced is not None, "a program outlived its model"
-            with decoding.bound(traced, weights), lora_on(traced):
-                return decoding.write(traced, weights, sampler, chunk, *arguments)
+            state_of(traced).compilations += 1
+            with decoding.bound(traced, weights), lora_switched(traced, on=True):
+                return function(traced, weights, *arguments)
 
-        programs.by_key[key] = jax.jit(program)
-    return programs.by_key[key]
+        programs[key] = jax.jit(program, **options)
+    return programs[key]

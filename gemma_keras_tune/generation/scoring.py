@@ -11,10 +11,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras_tune.adapters.lora import lora_on
+from gemma_keras_tune.adapters.lora import lora_switched
 from gemma_keras_tune.gemma.encoding import RowTokenizer
-from gemma_keras_tune.gemma.families import backbone_inputs, family_of, model_lock
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.gemma.head import soft_capped
+from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.answers import values_of
 
@@ -139,7 +140,7 @@ class Scorer:
             with model_lock(self.model):
                 trainable = values_of(self.model, backbone.trainable_variables)
                 fixed = values_of(self.model, backbone.non_trainable_variables)
-                with lora_on(self.model):
+                with lora_switched(self.model, on=True):
                     out = jax.tree.map(np.asarray, program(trainable, fixed, x))
             for place, row in enumerate(batch):
                 count = len(positions[row])

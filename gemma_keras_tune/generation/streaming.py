@@ -6,8 +6,7 @@ and answer, and the cache stays on the device between them.
 """
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -16,9 +15,8 @@ import numpy as np
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.memory import kept_memory
-from gemma_keras_tune.adapters.lora import lora_config, lora_on
-from gemma_keras_tune.adapters.switching import ACTIVE, Active, use_adapter
-from gemma_keras_tune.gemma.families import model_lock
+from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
+from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
 from gemma_keras_tune.generation import answers, decoding
 from gemma_keras_tune.generation.answers import Prompt
@@ -138,31 +136,18 @@ def _written(
 
 
 def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
-    """The two programs for a size; made once, and they do not keep the model alive."""
-    import jax
+    """The two programs for a size: one reads the prompt, one writes on."""
+    sampler, chunk = None if state.is_greedy else state.sampler, batch.chunk
 
-    programs = answers.programs_of(model)
-    key = ("stream", batch.chunk, batch.buffer, state.key, lora_config(model))
-    if key in programs.by_key:
-        return programs.by_key[key]
-    reference, sampler = weakref.ref(model), None if state.is_greedy else state.sampler
+    def read(traced: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
+        return decoding.read_prompts(traced, weights, chunk, tokens, starts, chunks)
 
-    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
-        def program(weights: Any, *arguments: Any) -> Any:
-            programs.traces += 1
-            found = reference()
-            assert found is not None, "a program outlived its model"
-            with decoding.bound(found, weights), lora_on(found):
-                return function(found, weights, *arguments)
+    def write(traced: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
+        return decoding.write_on(traced, weights, sampler, held, starts, end, stops)
 
-        return program
-
-    def read(found: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
-        return decoding.read_prompts(found, weights, batch.chunk, tokens, starts, chunks)
-
-    def write(found: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
-        return decoding.write_on(found, weights, sampler, held, starts, end, stops)
-
+    size = (chunk, batch.buffer)
     # The state is written over in place: the cache is large.
-    programs.by_key[key] = jax.jit(traced(read)), jax.jit(traced(write), donate_argnums=1)
-    return programs.by_key[key]
+    return (
+        answers.compiled(model, ("read", *size, state.key), read),
+        answers.compiled(model, ("write", *size, state.key), write, donate_argnums=1),
+    )

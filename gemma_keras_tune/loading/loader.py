@@ -23,14 +23,8 @@ from gemma_keras_tune.formats.hugging_face.reader import (
     load_hugging_face,
 )
 from gemma_keras_tune.gemma.building import set_attention_scale
-from gemma_keras_tune.gemma.families import (
-    FAMILIES,
-    Family,
-    broken_weights,
-    family_of,
-    is_instruct,
-    mark_origin,
-)
+from gemma_keras_tune.gemma.families import FAMILIES, Family, broken_weights, family_of
+from gemma_keras_tune.gemma.state import is_instruct, mark_origin
 from gemma_keras_tune.gemma.templates import attach_template, read_sidecar, read_template
 from gemma_keras_tune.loading import hubs, package
 

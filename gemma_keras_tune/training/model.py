@@ -19,6 +19,7 @@ from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import GemmaTuneError, LoraError, PlanError
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.state import training
 from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues
 from gemma_keras_tune.training.losses import token_cross_entropy
 from gemma_keras_tune.training.optimizer import default_optimizer, inner_optimizer
@@ -119,16 +120,19 @@ class TuningModel(keras.Model):
 
         A first batch that fails leaves the model its weights.
 
+        It waits for answers that other threads are writing with the model. Until it returns, calls
+        of other threads that need the model raise a `TrainingError`.
+
         Raises:
-            TrainingError: A loss or gradient was not finite. The weights are those before that
-                step.
+            TrainingError: A loss or gradient was not finite: the weights are those before that
+                step. Or another thread trains the model.
         """
         call = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = keras.tree.flatten(call.arguments.get("callbacks") or [])
         held = HeldValues()
         call.arguments["callbacks"] = [held, FiniteLoss(), *callbacks]
         try:
-            with kept_memory():
+            with training(self.gemma), kept_memory():
                 return super().fit(*call.args, **call.kwargs)
         except BaseException as error:
             held.put_back(error)

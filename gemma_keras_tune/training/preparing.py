@@ -6,8 +6,8 @@ from typing import Any, Unpack
 
 import keras
 
+from gemma_keras_tune.adapters.active import adapter_config
 from gemma_keras_tune.adapters.lora import TARGET_GROUPS, LoraConfig, is_lora_on
-from gemma_keras_tune.adapters.switching import adapter_config
 from gemma_keras_tune.errors import LoraError, PairsError, PlanError
 from gemma_keras_tune.gemma.families import context_length, family_of
 from gemma_keras_tune.gemma.templates import Template, get_template, special_tokens
@@ -154,7 +154,7 @@ def _continue_adapter(model: keras.Model, settings: Mapping[str, Any]) -> Mappin
     if not is_lora_on(model):
         raise LoraError(
             "The adapter of this model is switched off, so nothing would be trained.",
-            next_step="Call `set_adapter(model, name)` to go on with one, or `remove_lora(model)`.",
+            next_step="Go on with one: `gkt.adapters.set(model, name)`; or `remove_lora(model)`.",
         )
     own = {name: getattr(there, name) for name in ("rank", "alpha", "target_modules", "use_rslora")}
     wrong = [

@@ -11,8 +11,11 @@ import numpy as np
 
 from gemma_keras_tune._support.compilation import compilation_cache
 from gemma_keras_tune._support.pictures import history_figure
-from gemma_keras_tune.adapters.lora import enable_lora, lora_config
-from gemma_keras_tune.adapters.switching import adapter_config
+from gemma_keras_tune.adapters.active import adapter_config
+from gemma_keras_tune.adapters.lora import (
+    enable_lora,
+    lora_config,
+)
 from gemma_keras_tune.gemma.templates import attach_template
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.training.callbacks import BestWeights, TuningProgress

@@ -67,9 +67,10 @@ def peft(model, folder, *, rank_of=lambda name: 2, names=None, prefix="model.", 
 def assert_adds(adapter, updates):
     """The adapter adds just this, and nothing to the other layers of its target_modules."""
     assert adapter.problems == ()
-    scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.use_rslora else adapter.rank)
+    config = adapter.config
+    scale = config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
     for name, (a, b) in adapter.factors.items():
-        assert a.shape[0] == b.shape[1] == adapter.rank
+        assert a.shape[0] == b.shape[1] == config.rank
         expected = updates.get(name, np.zeros((b.shape[0], a.shape[1])))
         np.testing.assert_allclose(scale * b @ a, expected, atol=1e-5, err_msg=name)
     assert set(updates) <= set(adapter.factors)
@@ -89,7 +90,7 @@ def test_ranks_and_alphas_of_layers(model, tmp_path):
     for name, update in updates.items():
         update *= (2 if name.endswith("q_proj") else 6) / rank_of(name)
     adapter = read_adapter(folder, model)
-    assert (adapter.rank, adapter.alpha) == (4, 4)
+    assert (adapter.config.rank, adapter.config.alpha) == (4, 4)
     assert_adds(adapter, updates)
 
 
@@ -99,7 +100,8 @@ def test_one_rank_and_alpha_stay_as_they_are(model, tmp_path, stabilized):
         model, tmp_path, rank_of=lambda _: 3, r=3, lora_alpha=5, use_rslora=stabilized
     )
     adapter = read_adapter(folder, model)
-    assert (adapter.rank, adapter.alpha, adapter.use_rslora) == (3, 5, stabilized)
+    config = adapter.config
+    assert (config.rank, config.alpha, config.use_rslora) == (3, 5, stabilized)
     assert_adds(adapter, {n: u * 5 / (3**0.5 if stabilized else 3) for n, u in updates.items()})
 
 
@@ -238,8 +240,8 @@ def mlx(model, folder, **settings):
 def test_an_adapter_of_mlx(model, tmp_path):
     updates = mlx(model, tmp_path)
     adapter = read_adapter(tmp_path, model)
-    assert (adapter.layout, adapter.rank, adapter.alpha) == ("mlx", 2, 40)
-    assert adapter.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert (adapter.layout, adapter.config.rank, adapter.config.alpha) == ("mlx", 2, 40)
+    assert adapter.config.target_modules == ("k_proj", "o_proj", "q_proj", "v_proj")
     assert_adds(adapter, updates)
     mlx(model, tmp_path, fine_tune_type="dora")
     assert "dora" in read_adapter(tmp_path, model).problems[0]
@@ -287,7 +289,7 @@ def test_an_adapter_of_keras_hub(family, target_modules, tmp_path):
     assert updates
     adapter = read_adapter(path, testing.tiny_model(family))
     assert adapter.layout == "keras_hub"
-    assert adapter.rank == (1 if family == "gemma3n" else 4)  # one A for each head
+    assert adapter.config.rank == (1 if family == "gemma3n" else 4)  # one A for each head
     assert_adds(adapter, updates)
 
 
@@ -358,7 +360,7 @@ def jax_tree(model):
 def test_a_tree_of_the_gemma_library_for_jax(model):
     tree, updates = jax_tree(model)
     adapter = read_adapter(tree, model)
-    assert (adapter.layout, adapter.rank, adapter.alpha) == ("gemma_jax", 2, 2)
+    assert (adapter.layout, adapter.config.rank, adapter.config.alpha) == ("gemma_jax", 2, 2)
     assert set(adapter.factors) == set(linears_of(model))
     assert_adds(adapter, updates)
     tree["layer_0"]["attn"]["q_einsum"]["w"] = drawn(4, 16, 8)
@@ -426,7 +428,7 @@ def tries(source, model):
     except gkt.AdapterError:
         return
     linears = linears_of(model)
-    assert adapter.problems or adapter.rank >= 1
+    assert adapter.problems or adapter.config.rank >= 1
     for name, (a, b) in adapter.factors.items():
         assert (b.shape[0], a.shape[1]) == shape_of(linears[name])
         assert np.isfinite(a).all()

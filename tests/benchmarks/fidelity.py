@@ -259,12 +259,12 @@ def switching(
     times = []
     for name in ("two", "one", "two", "one"):
         begin = time.perf_counter()
-        with gkt.use_adapter(fresh, name):
+        with gkt.adapters.use(fresh, name):
             jax.block_until_ready([variable.value for variable in fresh.variables])
             times.append(time.perf_counter() - begin)
         gkt.generate(fresh, reference.prompts, adapter=name, **ask)
     base = gkt.generate(fresh, reference.prompts, adapter=None, **ask)
-    with gkt.use_adapter(fresh, None):
+    with gkt.adapters.use(fresh, None):
         equal = bool((reference.hidden_of(fresh) == hidden).all())
     return {
         "base_untouched": int(equal and base == untouched),

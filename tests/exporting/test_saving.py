@@ -15,7 +15,8 @@ import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.adapters.bases import base_record, wrong_base
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.gemma.families import backbone_inputs, mark_origin
+from gemma_keras_tune.gemma.families import backbone_inputs
+from gemma_keras_tune.gemma.state import mark_origin
 from gemma_keras_tune.gemma.templates import attach_template, get_template, template_of
 
 IDS = np.arange(4, 20).reshape(2, 8)
@@ -243,7 +244,7 @@ def test_a_broken_record_is_refused(saved, tiny, tmp_path, text):
     else:
         record.write_text(text)
     refused(folder, tiny)
-    assert gkt.list_adapters(tiny) == ()
+    assert gkt.adapters.list(tiny) == ()
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_an_adapter_is_checked_beside_itself(model, tmp_path):
     path = gkt.save_adapter(model, tmp_path / "adapter", **options)
     outcome = read_receipt(path).verification
     assert outcome.status == "passed" and outcome.runtime.startswith("gemma_keras_tune")
-    assert gkt.list_adapters(model) == ("default",) and gkt.active_adapter(model) == "default"
+    assert gkt.adapters.list(model) == ("default",) and gkt.adapters.active(model) == "default"
 
 
 def test_a_lone_file(model, tmp_path):

@@ -11,8 +11,8 @@ from _quantized import quantize
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
+from gemma_keras_tune.adapters.active import use_adapter
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.adapters.switching import use_adapter
 from gemma_keras_tune.exporting.receipts import read_receipt, record_answers
 from gemma_keras_tune.formats.hugging_face.reader import _with_config
 from gemma_keras_tune.formats.weights import DTYPES, merged_weights, shape_problems
@@ -104,7 +104,7 @@ def test_what_is_off_stays(format, way, tmp_path):
     assert_same(values_of(gkt.load(str(path))), values_of(base), 1e-6 if format == "gguf" else 0)
     if (format, way) == ("keras", "lora_disabled"):
         assert gkt.verify(path).passed
-    assert gkt.active_adapter(model) == "default"
+    assert gkt.adapters.active(model) == "default"
 
 
 def test_an_adapter_that_is_off_is_no_file(tmp_path):

@@ -17,6 +17,7 @@ from gemma_keras_tune.evaluation.requests import ModelPair, Request, run_request
 from gemma_keras_tune.evaluation.response_log import ResponseLog
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
+from gemma_keras_tune.gemma.state import state_of
 from gemma_keras_tune.gemma.templates import TEMPLATES, Segment, TextTemplate, attach_template
 from gemma_keras_tune.generation import answers, decoding
 from gemma_keras_tune.generation.answers import (
@@ -211,7 +212,7 @@ def test_guesses_save_passes_and_change_nothing(family, monkeypatch, passes):
     taken = {}
     for count in (0, 3):
         monkeypatch.setattr(decoding, "MAX_GUESSES", count)
-        answers.programs_of(model).by_key.clear()
+        state_of(model).programs.clear()
         passes.clear()
         taken[count] = generate_ids(
             model, rows, stop_token_ids=[stop], max_new_tokens=40, batch_size=4

@@ -73,7 +73,7 @@ def test_two_programs_serve_every_prompt_and_both_adapters(model: Any) -> None:
     # Named, it is on for this answer alone, whatever is switched while it is written.
     named = gkt.stream(model, "another and longer prompt", max_new_tokens=13, adapter=None)
     assert next(named) + "".join(named) == base
-    assert gkt.active_adapter(model) == "default" and compiled_programs(model) == made
+    assert gkt.adapters.active(model) == "default" and compiled_programs(model) == made
     with pytest.raises(gkt.AdapterError, match="'other'"):
         gkt.stream(model, "one", adapter="other")
 

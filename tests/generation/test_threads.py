@@ -7,14 +7,16 @@ import random
 import threading
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
+from gemma_keras_tune.evaluation.asking import Sides
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.evaluation.requests import ModelPair
-from gemma_keras_tune.gemma.families import model_lock
-from gemma_keras_tune.testing import tiny_model
+from gemma_keras_tune.gemma.state import model_lock
+from gemma_keras_tune.testing import tiny_model, tiny_pairs
 
 NAMES = ("one", "two", None)
 THREADS = 8
@@ -40,7 +42,7 @@ def model(folders: dict[str, pathlib.Path]) -> Any:
     model = tiny_model("gemma3", num_layers=1)
     for name, folder in folders.items():
         gkt.load_adapter(model, folder, name=name)
-    gkt.set_adapter(model, None)
+    gkt.adapters.set(model, None)
     return model
 
 
@@ -76,7 +78,7 @@ def test_each_call_answers_with_its_own_adapter(
     tasks = [(name, how) for name in NAMES for how in (ask, ask, ask, pieces) for _ in range(9)]
     random.Random(0).shuffle(tasks)
     assert wrong(lambda task: task[1](model, task[0]), tasks, expected) == []
-    assert gkt.active_adapter(model) is None
+    assert gkt.adapters.active(model) is None
 
 
 def test_adapters_come_and_go_while_others_answer(
@@ -87,14 +89,14 @@ def test_adapters_come_and_go_while_others_answer(
         if change:
             own = f"own {threading.get_ident()}"
             gkt.load_adapter(model, folders["one"], name=own)
-            gkt.remove_adapter(model, own)
+            gkt.adapters.remove(model, own)
         return ask(model, name)
 
     tasks = [(name, change) for name in NAMES for change in (True, False, False, False)] * 4
     random.Random(0).shuffle(tasks)
     assert wrong(run, tasks, expected) == []
-    assert gkt.list_adapters(model) == ("one", "two")
-    gkt.set_adapter(model, None)
+    assert gkt.adapters.list(model) == ("one", "two")
+    gkt.adapters.set(model, None)
 
 
 def test_the_streams_of_one_thread_may_take_turns(
@@ -120,21 +122,78 @@ def test_a_stream_holds_the_model_only_while_it_computes(model: Any) -> None:
 @pytest.mark.parametrize(
     "held",
     [
-        lambda model: gkt.use_adapter(model, "one"),
-        lambda model: gkt.use_adapter(model),
+        lambda model: gkt.adapters.use(model, "one"),
+        lambda model: gkt.adapters.use(model),
         lambda model: gkt.lora_disabled(model),
         lambda model: ModelPair(model, model).on("base"),
         lambda model: ModelPair(model, model).on("tuned"),
     ],
 )
 def test_a_context_keeps_others_from_switching(model: Any, held: Any) -> None:
-    gkt.set_adapter(model, "two")
+    gkt.adapters.set(model, "two")
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         with held(model):
-            before = gkt.active_adapter(model)
-            switched = threads.submit(gkt.set_adapter, model, None)
+            before = gkt.adapters.active(model)
+            switched = threads.submit(gkt.adapters.set, model, None)
             with pytest.raises(concurrent.futures.TimeoutError):
                 switched.result(0.2)
-            assert gkt.active_adapter(model) == before
+            assert gkt.adapters.active(model) == before
         switched.result(10)
     assert not is_lora_on(model)
+
+
+def test_names_are_told_while_another_thread_answers(model: Any) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, gkt.adapters.use(model, "one"):
+        assert threads.submit(gkt.adapters.list, model).result(10) == ("one", "two")
+        assert threads.submit(gkt.adapters.active, model).result(10) == "one"
+
+
+def test_a_template_goes_to_the_adapter_a_thread_sees(
+    folders: dict[str, pathlib.Path],
+) -> None:
+    """It does not go to the one that another thread answers with just now."""
+    model = tiny_model("gemma3", num_layers=1)
+    gkt.load_adapter(model, folders["one"], name="one")
+    template = gkt.get_template(model, "{prompt}>{response}")
+    gkt.adapters.set(model, None)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with gkt.adapters.use(model, "one"):
+            attached = threads.submit(gkt.attach_template, model, template)
+            assert gkt.template_of(model) is None
+        attached.result(10)
+    assert gkt.template_of(model) == template
+    assert gkt.adapters.active(model) is None
+
+
+def test_an_evaluation_keeps_its_adapter_when_another_thread_switches(model: Any) -> None:
+    gkt.adapters.set(model, "two", scale=0.5)
+    sides = Sides(model, model)
+    factor = lora_linears(model)[0].layer.lora_kernel_b
+    before = np.asarray(factor)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        threads.submit(gkt.adapters.set, model, "one").result(10)
+    with sides.on("tuned"):
+        assert gkt.adapters.active(model) == "two"
+        np.testing.assert_array_equal(np.asarray(factor), before)
+    assert gkt.adapters.active(model) == "one"
+
+
+@pytest.mark.slow
+def test_training_keeps_the_model_and_tells_other_threads(
+    folders: dict[str, pathlib.Path],
+) -> None:
+    model = tiny_model("gemma3", num_layers=1)
+    gkt.load_adapter(model, folders["one"], name="one")
+    found: dict[str, Any] = {}
+
+    class Asking(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            found["list"] = threads.submit(gkt.adapters.list, model).result(10)
+            for call in (ask, gkt.adapters.set, gkt.adapters.remove):
+                found[call.__name__] = threads.submit(call, model, "one").exception(10)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        gkt.tune(model, tiny_pairs(4), epochs=1, callbacks=[Asking()], verbose=0)
+        assert found.pop("list") == ("one",)
+        assert [type(error) for error in found.values()] == [gkt.TrainingError] * 3
+        assert threads.submit(ask, model, "one").result(60) == ask(model, "one")

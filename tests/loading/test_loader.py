@@ -17,7 +17,8 @@ from _paths import ROOT
 from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.errors import BackendError, LoadError
 from gemma_keras_tune.formats.gguf.reader import read_header
-from gemma_keras_tune.gemma.families import family_of, is_instruct, origin_of
+from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.state import is_instruct, origin_of
 from gemma_keras_tune.gemma.templates import (
     attach_template,
     get_template,

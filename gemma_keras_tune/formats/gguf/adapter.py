@@ -11,8 +11,8 @@ import gguf
 import keras
 import numpy as np
 
+from gemma_keras_tune.adapters.active import adapter_factors, adapter_strength
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
-from gemma_keras_tune.adapters.switching import adapter_factors, adapter_strength
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.gguf.writer import (
     DTYPES,
@@ -60,7 +60,7 @@ def write(
     if not is_lora_on(model):
         raise ExportError(
             "There is no adapter to write: LoRA is not on this model, or is switched off.",
-            next_step="Tune with `method='lora'`, switch to an adapter with `set_adapter`, or "
+            next_step="Tune with `method='lora'`, switch to one with `gkt.adapters.set`, or "
             "write the whole model with `format='gguf'`.",
         )
     refuse_broken(model)

@@ -37,9 +37,9 @@ from gemma_keras_tune.gemma.families import (
     Weight,
     all_finite,
     joined_shape,
-    mark_origin,
     split,
 )
+from gemma_keras_tune.gemma.state import mark_origin
 from gemma_keras_tune.gemma.tables import SENTENCEPIECE
 from gemma_keras_tune.gemma.templates import Template, attach_template
 from gemma_keras_tune.gemma.vocabularies import (

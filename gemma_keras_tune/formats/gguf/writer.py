@@ -35,15 +35,8 @@ from gemma_keras_tune.formats.gguf.reader import (
 from gemma_keras_tune.formats.gguf.settings import backbone_config, rope_factors, sizes
 from gemma_keras_tune.formats.hugging_face.tokenizer import merge_rules
 from gemma_keras_tune.formats.weights import Progress, merged_weights, rounded, warn_of_media
-from gemma_keras_tune.gemma.families import (
-    Family,
-    Weight,
-    backbone_settings,
-    family_of,
-    is_instruct,
-    join,
-    origin_of,
-)
+from gemma_keras_tune.gemma.families import Family, Weight, backbone_settings, family_of, join
+from gemma_keras_tune.gemma.state import is_instruct, origin_of
 from gemma_keras_tune.gemma.tables import GGUF_PRECISE, SENTENCEPIECE, FusedPart
 from gemma_keras_tune.gemma.templates import END_OF_TEXT, Template, get_template, template_of
 from gemma_keras_tune.gemma.vocabularies import (

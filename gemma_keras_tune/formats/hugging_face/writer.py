@@ -34,9 +34,9 @@ from gemma_keras_tune.gemma.families import (
     backbone_settings,
     context_length,
     family_of,
-    is_instruct,
     join,
 )
+from gemma_keras_tune.gemma.state import is_instruct
 from gemma_keras_tune.gemma.tables import FULL, GELU
 from gemma_keras_tune.gemma.templates import Template, get_template, template_of
 

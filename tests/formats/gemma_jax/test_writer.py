@@ -29,7 +29,8 @@ from gemma_keras_tune.exporting.verifying import verify
 from gemma_keras_tune.formats.gemma_jax import writer as gemma_jax_writer
 from gemma_keras_tune.formats.gemma_jax.reader import _flat
 from gemma_keras_tune.formats.weights import merged_weights
-from gemma_keras_tune.gemma.families import backbone_inputs, backbone_settings, is_instruct
+from gemma_keras_tune.gemma.families import backbone_inputs, backbone_settings
+from gemma_keras_tune.gemma.state import is_instruct
 from gemma_keras_tune.gemma.templates import SIDECAR, attach_template, get_template, template_of
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.testing import tiny_model

@@ -21,7 +21,8 @@ from gemma_keras_tune.formats.gguf import k_quants, ollama
 from gemma_keras_tune.formats.gguf import writer as gguf_writer
 from gemma_keras_tune.formats.gguf.reader import TEMPLATE_KEY, read_header
 from gemma_keras_tune.formats.weights import merged_weights
-from gemma_keras_tune.gemma.families import backbone_inputs, family_of, is_instruct
+from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.state import is_instruct
 from gemma_keras_tune.gemma.templates import TEMPLATES, attach_template, get_template, template_of
 from gemma_keras_tune.generation.answers import generate
 from gemma_keras_tune.loading.loader import load

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from _quantized import quantize
 from safetensors.numpy import load_file
 
 import gemma_keras_tune as gkt
+from gemma_keras_tune.adapters.active import adapter_strength
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
-from gemma_keras_tune.adapters.switching import adapter_strength
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.exporting.receipts import read_receipt
 from gemma_keras_tune.formats.gguf.reader import read_header
@@ -78,11 +79,11 @@ def model(folders: dict[str, pathlib.Path]) -> Any:
 @pytest.mark.slow
 def test_each_answers_as_it_does_alone(model: Any, alone: dict[str | None, np.ndarray]) -> None:
     assert (
-        gkt.list_adapters(model) == ("one", "two", "wide") and gkt.active_adapter(model) == "wide"
+        gkt.adapters.list(model) == ("one", "two", "wide") and gkt.adapters.active(model) == "wide"
     )
     for name in ("one", None, "two", "wide", None, "one"):
         np.testing.assert_array_equal(ask(model, adapter=name), alone[name])
-    assert gkt.active_adapter(model) == "wide"
+    assert gkt.adapters.active(model) == "wide"
     np.testing.assert_array_equal(ask(model), alone["wide"])
 
 
@@ -100,7 +101,7 @@ def test_base_is_untouched_bit_for_bit(model: Any) -> None:
     ids = np.arange(5, 25).reshape(2, 10)
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     expected = np.asarray(fresh().backbone(inputs))
-    with gkt.use_adapter(model, None):
+    with gkt.adapters.use(model, None):
         np.testing.assert_array_equal(np.asarray(model.backbone(inputs)), expected)
     assert not (np.asarray(model.backbone(inputs)) == expected).all()
 
@@ -108,14 +109,14 @@ def test_base_is_untouched_bit_for_bit(model: Any) -> None:
 def test_scale_is_the_strength(model: Any) -> None:
     kernels = {}
     for scale in (1.0, 0.5, 0.0):
-        with gkt.use_adapter(model, "one", scale=scale):
+        with gkt.adapters.use(model, "one", scale=scale):
             kernels[scale] = np.asarray(lora_linears(model)[0].layer.kernel)
     middle = (kernels[1.0] + kernels[0.0]) / 2
     np.testing.assert_allclose(kernels[0.5], middle, atol=1e-6)
     assert np.abs(kernels[1.0] - kernels[0.0]).max() > 0.01
     for scale in (float("nan"), "0.5", None, True):
         with pytest.raises(gkt.AdapterError, match="finite"):
-            gkt.set_adapter(model, "one", scale=scale)  # type: ignore[arg-type]
+            gkt.adapters.set(model, "one", scale=scale)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ def test_saved_again_it_is_what_it_was(
     from safetensors.numpy import load_file
 
     for name, folder in folders.items():
-        again = gkt.save_adapter(model, tmp_path / name, name=name)
+        again = gkt.save_adapter(model, tmp_path / name, adapter=name)
         for file in ("adapter_config.json", "gemma_keras_tune.json"):
             assert (again / file).read_text() == (folder / file).read_text()
         before, after = (load_file(f / "adapter_model.safetensors") for f in (folder, again))
@@ -166,33 +167,33 @@ def test_each_brings_its_template(model: Any, folders: dict[str, pathlib.Path]) 
         (folders["one"] / "aside").rename(folders["one"] / "gemma_keras_tune.json")
     assert words() == []
     for name, expected in {"two": ["two"], "bare": [], "wide": ["wide"]}.items():
-        gkt.set_adapter(model, name)
+        gkt.adapters.set(model, name)
         assert words()[1:2] == expected
-        with gkt.use_adapter(model, None):
+        with gkt.adapters.use(model, None):
             assert words() == []
     gkt.attach_template(model, gkt.get_template(model, "{prompt} mine\n{response}"))
-    gkt.set_adapter(model, "two")
-    gkt.set_adapter(model, "wide")
+    gkt.adapters.set(model, "two")
+    gkt.adapters.set(model, "wide")
     assert words()[1:2] == ["mine"]
 
 
 @pytest.mark.slow
 def test_removed_is_gone(model: Any, alone: dict[str | None, np.ndarray]) -> None:
-    gkt.remove_adapter(model, "wide")
-    assert gkt.list_adapters(model) == ("one", "two") and gkt.active_adapter(model) is None
+    gkt.adapters.remove(model, "wide")
+    assert gkt.adapters.list(model) == ("one", "two") and gkt.adapters.active(model) is None
     np.testing.assert_array_equal(ask(model), alone[None])
-    gkt.set_adapter(model, "two")
+    gkt.adapters.set(model, "two")
     np.testing.assert_array_equal(ask(model), alone["two"])
-    gkt.remove_adapter(model, "one")
+    gkt.adapters.remove(model, "one")
     np.testing.assert_array_equal(ask(model), alone["two"])
-    gkt.remove_adapter(model, "two")
-    assert gkt.list_adapters(model) == () and gkt.lora_config(model) is None
+    gkt.adapters.remove(model, "two")
+    assert gkt.adapters.list(model) == () and gkt.lora_config(model) is None
     np.testing.assert_array_equal(ask(model), alone[None])
 
 
 @pytest.mark.slow
 def test_unknown_names_are_refused(model: Any) -> None:
-    for call in (gkt.set_adapter, gkt.remove_adapter):
+    for call in (gkt.adapters.set, gkt.adapters.remove):
         for name in ("three", ["one"]):
             with pytest.raises(gkt.AdapterError, match="one, two, wide"):
                 call(model, name)
@@ -200,7 +201,7 @@ def test_unknown_names_are_refused(model: Any) -> None:
         gkt.generate(model, PROMPT, adapter="three")
     with pytest.raises(gkt.AdapterError, match="none"):
         gkt.generate(fresh(), PROMPT, adapter="one")
-    assert gkt.active_adapter(model) == "wide"
+    assert gkt.adapters.active(model) == "wide"
     assert gkt.generate(fresh(), PROMPT, adapter=None, max_new_tokens=2) is not None
 
 
@@ -210,7 +211,7 @@ def test_lora_tuned_in_memory_is_not_lost(folders: dict[str, pathlib.Path]) -> N
     with pytest.raises(gkt.AdapterError, match="under another `name`"):
         gkt.load_adapter(model, folders["one"])
     gkt.load_adapter(model, folders["one"], name="one")
-    assert gkt.list_adapters(model) == ("default", "one")
+    assert gkt.adapters.list(model) == ("default", "one")
     config = gkt.lora_config(model)
     assert config is not None and config.rank == 4
 
@@ -219,14 +220,14 @@ def test_lora_tuned_in_memory_is_not_lost(folders: dict[str, pathlib.Path]) -> N
 def test_what_was_trained_on_is_kept(
     model: Any, alone: dict[str | None, np.ndarray], tmp_path: pathlib.Path
 ) -> None:
-    gkt.set_adapter(model, "two")
+    gkt.adapters.set(model, "two")
     gkt.tune(model, tiny_pairs(8), epochs=2, learning_rate=1e-2, template="{prompt}\n{response}",
              verbose=0)  # fmt: skip
     trained = ask(model)
     np.testing.assert_array_equal(ask(model, adapter="one"), alone["one"])
     np.testing.assert_array_equal(ask(model, adapter="two"), trained)
     np.testing.assert_array_equal(ask(model, adapter=None), alone[None])
-    gkt.save_adapter(model, tmp_path / "trained", name="two")
+    gkt.save_adapter(model, tmp_path / "trained", adapter="two")
     settings = json.loads((tmp_path / "trained/adapter_config.json").read_text())
     assert settings["r"] == 2  # the width it shares with the others is not its own
     for linear in lora_linears(model):
@@ -235,8 +236,8 @@ def test_what_was_trained_on_is_kept(
     again = fresh()
     gkt.load_adapter(again, tmp_path / "trained")
     np.testing.assert_array_equal(ask(again), trained)
-    gkt.set_adapter(model, None)
-    with pytest.raises(gkt.LoraError, match="set_adapter"):
+    gkt.adapters.set(model, None)
+    with pytest.raises(gkt.LoraError, match=r"adapters\.set"):
         gkt.tune(model, tiny_pairs(8), verbose=0)
 
 
@@ -248,20 +249,20 @@ def nudge(model: Any) -> np.ndarray:
 
 
 def test_trained_within_a_context_it_stays_on(model: Any) -> None:
-    gkt.set_adapter(model, "one")
-    with gkt.use_adapter(model, "one"):
+    gkt.adapters.set(model, "one")
+    with gkt.adapters.use(model, "one"):
         trained = nudge(model)
     factor = lora_linears(model)[0].layer.lora_kernel_b
     np.testing.assert_array_equal(np.asarray(factor), trained)
-    gkt.set_adapter(model, "two")
-    gkt.set_adapter(model, "one")
+    gkt.adapters.set(model, "two")
+    gkt.adapters.set(model, "one")
     np.testing.assert_array_equal(np.asarray(factor), trained)
 
 
 def test_strength_comes_back_after_a_context(model: Any) -> None:
-    gkt.set_adapter(model, "one", scale=0.5)
+    gkt.adapters.set(model, "one", scale=0.5)
     before = np.asarray(lora_linears(model)[0].layer.kernel)
-    with gkt.use_adapter(model, "two"):
+    with gkt.adapters.use(model, "two"):
         pass
     np.testing.assert_array_equal(np.asarray(lora_linears(model)[0].layer.kernel), before)
 
@@ -269,21 +270,21 @@ def test_strength_comes_back_after_a_context(model: Any) -> None:
 def test_adapters_come_and_go_within_a_context(folders: dict[str, pathlib.Path]) -> None:
     model = fresh()
     gkt.load_adapter(model, folders["one"], name="one")
-    with gkt.use_adapter(model, "one"):
+    with gkt.adapters.use(model, "one"):
         gkt.load_adapter(model, folders["wide"], name="wide")
-    assert gkt.active_adapter(model) == "one"
-    with gkt.use_adapter(model, "wide"):
-        gkt.remove_adapter(model, "one")
-    assert gkt.list_adapters(model) == ("wide",) and gkt.active_adapter(model) is None
-    with gkt.use_adapter(model, "wide"):
-        gkt.remove_adapter(model, "wide")
-    assert gkt.list_adapters(model) == () and gkt.lora_config(model) is None
+    assert gkt.adapters.active(model) == "one"
+    with gkt.adapters.use(model, "wide"):
+        gkt.adapters.remove(model, "one")
+    assert gkt.adapters.list(model) == ("wide",) and gkt.adapters.active(model) is None
+    with gkt.adapters.use(model, "wide"):
+        gkt.adapters.remove(model, "wide")
+    assert gkt.adapters.list(model) == () and gkt.lora_config(model) is None
 
 
 def test_what_is_exported_is_the_one_asked_for(
     model: Any, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    gkt.set_adapter(model, "two", scale=0.5)
+    gkt.adapters.set(model, "two", scale=0.5)
 
     def exported(of: Any, name: str, **options: Any) -> pathlib.Path:
         return gkt.export(of, tmp_path / name, check=False, verbose=0, **options)
@@ -301,12 +302,12 @@ def test_what_is_exported_is_the_one_asked_for(
     assert receipt.adapter is None and receipt.packages["safetensors"]
     preset = gkt.save_preset(model, tmp_path / "preset", adapter="one")
     again = {linear.path: linear for linear in family_of(model).linears(gkt.load(preset))}
-    with gkt.use_adapter(model, "one"):
+    with gkt.adapters.use(model, "one"):
         for linear in lora_linears(model):
             kernel = np.asarray(again[linear.path].layer.kernel)
             np.testing.assert_allclose(kernel, np.asarray(linear.layer.kernel), atol=1e-7)
     assert read_receipt(preset).adapter["name"] == "one"  # type: ignore[index]
-    assert gkt.active_adapter(model) == "two" and adapter_strength(model) == 0.5
+    assert gkt.adapters.active(model) == "two" and adapter_strength(model) == 0.5
     with pytest.raises(AdapterError, match="no adapter 'nobody'"):
         exported(model, "nobody", adapter="nobody")
     assert not (tmp_path / "nobody").exists()
@@ -315,7 +316,7 @@ def test_what_is_exported_is_the_one_asked_for(
 def test_a_gguf_adapter_has_its_own_rank(
     model: Any, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    gkt.set_adapter(model, "two", scale=0.5)
+    gkt.adapters.set(model, "two", scale=0.5)
     for name, options in (("wide", {"adapter": "wide"}), ("one", {"adapter": "one"}), ("two", {})):
         path = gkt.export(model, tmp_path / f"{name}.gguf", format="gguf_adapter", verbose=0,
                           check=False, **options)  # fmt: skip
@@ -359,6 +360,40 @@ def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+def test_an_adapter_on_layers_that_cannot_carry_it_leaves_the_other(tmp_path):
+    for part in ("q_proj", "gate_proj"):
+        model = tiny_model("gemma3n")
+        gkt.enable_lora(model, 2, target_modules=[part], verbose=0)
+        gkt.save_adapter(model, tmp_path / part)
+    model = tiny_model("gemma3n")
+    gates = [n.layer for n in family_of(model).linears(model) if n.target == "gate_proj"]
+    for layer in gates:
+        quantize(layer, "int4")
+    gkt.load_adapter(model, tmp_path / "q_proj", name="one", check_base=False)
+    before = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
+    with pytest.raises(gkt.AdapterError, match=r"gate_proj.*int4"):
+        gkt.load_adapter(model, tmp_path / "gate_proj", name="two", check_base=False)
+    assert gkt.adapters.list(model) == ("one",) and gkt.adapters.active(model) == "one"
+    after = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_removed_lora_leaves_the_template_of_the_base_and_merged_lora_its_own():
+    for finish, expected in ((gkt.remove_lora, "base"), (gkt.merge_lora, "tuned")):
+        model = tiny_model("gemma3")
+        written = {n: gkt.get_template(n + "{prompt}\n{response}", model)
+                   for n in ("base", "tuned")}  # fmt: skip
+        gkt.attach_template(model, written["base"])
+        gkt.enable_lora(model, 2, verbose=0)
+        assert gkt.template_of(model) == written["base"]
+        gkt.attach_template(model, written["tuned"])
+        gkt.adapters.set(model, None)
+        assert gkt.template_of(model) == written["base"]
+        finish(model)
+        assert gkt.template_of(model) == written[expected]
+
+
 @pytest.mark.slow
 def test_the_base_keeps_the_template_it_was_loaded_with():
     model = tiny_model("gemma3")
@@ -366,5 +401,5 @@ def test_the_base_keeps_the_template_it_was_loaded_with():
     gkt.attach_template(model, own)
     gkt.tune(model, tiny_pairs(4), epochs=1, rank=2, template="plain", verbose=0)
     assert gkt.template_of(model).name == "plain"
-    gkt.set_adapter(model, None)
+    gkt.adapters.set(model, None)
     assert gkt.template_of(model) == own
