@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any, BinaryIO, NoReturn
 
 from gemma_keras_tune.errors import PairsError, warn_of_pairs
+from gemma_keras_tune.pairs.conversations import is_message
+from gemma_keras_tune.pairs.values import is_blank
 
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
 _CHUNK_ROWS = 1024
@@ -57,6 +59,8 @@ class Rows:
         length: Number of rows, where it is known.
         repeatable: Whether the rows can be read more than once.
         stable: Whether every reading gives the same rows in the same order, from outside memory.
+        filled: Counts the rows in which a column holds something, of a table of which only the
+            columns wanted are read.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Rows:
     length: int | None = None
     repeatable: bool = True
     stable: bool = False
+    filled: Callable[[Any], int] | None = None
 
 
 def open_source(source: Any, split: str | None = None) -> Rows:
@@ -523,21 +528,24 @@ def _open_csv(path: pathlib.Path) -> Rows:
 
 
 def _open_tsv(path: pathlib.Path) -> Rows:
-    return _open_delimited(path, "\t")
+    return _open_delimited(path, "\t", _tab_separated)
 
 
-def _open_delimited(path: pathlib.Path, delimiter: str) -> Rows:
+def _open_delimited(
+    path: pathlib.Path, delimiter: str, read: "Callable[..., Iterator[Record]] | None" = None
+) -> Rows:
+    read = read or _delimited
     # The limit is the process's, and 128 KiB by default, which a long document passes.
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_FIELD))
     with _read_bytes(path) as file:
-        first = next(_delimited(file, delimiter), (None, None, ()))[2]
+        first = next(read(file, delimiter), (None, None, ()))[2]
     if isinstance(first, Broken):
         raise PairsError(f"The first line of {path.name!r} cannot be read: {first.text}.")
     columns = tuple(first)
 
     def records(_: Keys) -> Iterator[Record]:
         with _read_bytes(path) as file:
-            rows = _delimited(file, delimiter)
+            rows = read(file, delimiter)
             next(rows, None)
             for _file, line, values in rows:
                 if type(values) is list:
@@ -575,6 +583,17 @@ def _delimited(file: BinaryIO, delimiter: str) -> Iterator[Record]:
             undecodable.clear()
         if values:
             yield None, line, values
+
+
+def _tab_separated(file: BinaryIO, delimiter: str) -> Iterator[Record]:
+    """Read the rows of a file with tabs, in which quotes are characters like any other."""
+    undecodable: list[tuple[int, UnicodeDecodeError]] = []
+    for number, line in enumerate(_text_lines(file, undecodable), 1):
+        text = line.rstrip("\r\n")
+        if undecodable:
+            yield None, number, Broken(_bad_byte(undecodable.pop()[1]))
+        elif text:
+            yield None, number, text.split(delimiter)
 
 
 def _broken_csv(text: str) -> Broken:
@@ -622,12 +641,17 @@ def _open_parquet(path: pathlib.Path) -> Rows:
             columns = None if keys is None else list(keys)
             yield from _arrow_records(file.iter_batches(_CHUNK_ROWS, columns=columns), keys)
 
+    def filled(name: Any) -> int:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return sum(_filled(batch[0]) for batch in file.iter_batches(columns=[name]))
+
     return Rows(
         path.name,
         lambda keys: _whole(records(keys)),
         columns=tuple(metadata.schema.to_arrow_schema().names),
         length=metadata.num_rows,
         stable=True,
+        filled=filled,
     )
 
 
@@ -641,6 +665,7 @@ def _open_arrow(source: Any) -> Rows:
         columns=tuple(table.column_names),
         length=table.num_rows,
         stable=True,
+        filled=lambda name: sum(map(_filled, table[name].chunks)),
     )
 
 
@@ -656,7 +681,26 @@ def _open_hugging_face(dataset: Any) -> Rows:
         columns=tuple(dataset.column_names),
         length=len(dataset),
         stable=True,
+        filled=lambda name: sum(
+            _filled(batch[name])
+            for batch in dataset.select_columns([name]).with_format("arrow").iter(_CHUNK_ROWS)
+        ),
     )
+
+
+def _filled(column: Any) -> int:
+    """Count the values of an Arrow column that hold something."""
+    import pyarrow.compute as compute
+    from pyarrow import types
+
+    length = None
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        length = compute.binary_length(compute.utf8_trim_whitespace(column))
+    elif types.is_list(column.type) or types.is_large_list(column.type):
+        length = compute.list_value_length(column)
+    if length is None:
+        return len(column) - column.null_count
+    return compute.sum(compute.greater(length, 0)).as_py() or 0
 
 
 def _arrow_records(batches: Iterable[Any], keys: Keys) -> Iterator[Record]:
@@ -667,10 +711,20 @@ def _arrow_records(batches: Iterable[Any], keys: Keys) -> Iterator[Record]:
 
 
 def _arrow_column(column: Any) -> list[Any]:
+    if _holds_bytes(column.type):  # Pictures and sound: only that they are there is of interest.
+        return [value or None for value in column.is_valid().to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:  # Which row it is shows where each is decoded by itself.
         return column.cast("binary").to_pylist()
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Tell whether an Arrow type is a structure with bytes in it."""
+    from pyarrow import types
+
+    fields = [kind.field(i).type for i in range(kind.num_fields)]
+    return any(types.is_binary(f) or types.is_large_binary(f) or _holds_bytes(f) for f in fields)
 
 
 def _open_frame(frame: Any) -> Rows:
@@ -681,8 +735,16 @@ def _open_frame(frame: Any) -> Rows:
             for values in zip(*(part[name].tolist() for name in names), strict=True):
                 yield None, None, dict(zip(names, values, strict=True))
 
+    def filled(name: Any) -> int:
+        return sum(not is_blank(value) for value in frame[name])
+
     return Rows(
-        "the DataFrame", records, columns=tuple(frame.columns), length=len(frame), stable=True
+        "the DataFrame",
+        records,
+        columns=tuple(frame.columns),
+        length=len(frame),
+        stable=True,
+        filled=filled,
     )
 
 
@@ -715,7 +777,13 @@ def _open_columns(source: Mapping[Any, Any], name: str) -> Rows:
         for values in zip(*(source[key] for key in names), strict=True):
             yield None, None, dict(zip(names, values, strict=True))
 
-    return Rows(name, records, columns=tuple(source), length=next(iter(lengths.values())))
+    return Rows(
+        name,
+        records,
+        columns=tuple(source),
+        length=next(iter(lengths.values())),
+        filled=lambda key: sum(not is_blank(value) for value in source[key]),
+    )
 
 
 def _is_column(value: Any) -> bool:
@@ -728,11 +796,6 @@ def _is_column(value: Any) -> bool:
 def _first(values: Any) -> Any:
     """The first of some values, or `None`; pandas would look for one labelled 0."""
     return next(iter(values), None)
-
-
-def is_message(value: Any) -> bool:
-    """Whether a value is one message of a conversation, in either of the two common forms."""
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
 # TensorFlow.
@@ -800,6 +863,7 @@ def _open_tf(dataset: Any, name: str) -> Rows:
         lambda keys: _tf_records(dataset, keys),
         columns=tuple(spec) if isinstance(spec, dict) else None,
         length=count if count >= 0 else None,
+        filled=lambda _: sys.maxsize,  # A tensor is there in every row.
     )
 
 

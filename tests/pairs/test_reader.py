@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -32,7 +33,7 @@ from gemma_keras_tune.pairs import (
     sources,
     split_pairs,
 )
-from gemma_keras_tune.pairs.rows import SCHEMAS, known_schemas
+from gemma_keras_tune.pairs.schemas import SCHEMAS, known_schemas
 
 DATA = ROOT.parent / "shared" / "data"
 PAIRS = [
@@ -83,6 +84,12 @@ def columns(rows):
 def write_csv(path, rows, delimiter=",", header=("prompt", "response")):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return path
+
+
+def write_tsv(path, rows, header=("prompt", "response")):
+    lines = ["\t".join(row) + "\n" for row in [header, *rows]]
+    path.write_text("".join(lines), encoding="utf-8", newline="")
     return path
 
 
@@ -141,7 +148,8 @@ def every_source(rows, folder):
     yield "json as jsonl", write_json(folder / "array.jsonl", records, indent=2)
     yield "csv", write_csv(folder / "rows.csv", rows)
     yield "csv with semicolons", write_csv(folder / "semicolons.csv", rows, ";")
-    yield "tsv", str(write_csv(folder / "rows.tsv", rows, "\t"))
+    if not re.search(r"[\t\r\n]", "".join(itertools.chain(*rows))):
+        yield "tsv", str(write_tsv(folder / "rows.tsv", rows))
     yield "parquet", write_parquet(folder / "rows.parquet", records)
     yield "folder", write_folder(folder / "records", records)
 
@@ -335,7 +343,7 @@ def test_content_in_typed_parts_is_joined():
     ]
     image = [{"type": "image", "url": "x"}]
     assert problems([[{"role": "user", "content": image}, {"role": "model", "content": "c"}]]) == [
-        "row 1: message 1 of the row has parts that are no text: image"
+        "row 1: message 1 of the row (user) has parts that are no text: image"
     ]
 
 
@@ -461,7 +469,7 @@ def test_broken_messages():
         {"messages": "[{"},
         {"messages": ["hi"]},
         {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "critic", "content": "x"}]},
         {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": None}]},
     ]
     found = problems(rows)
@@ -474,8 +482,8 @@ def test_broken_messages():
     assert found[4:] == [
         "row 5: message 1 of `messages` must be a dictionary, got a str: 'hi'",
         "row 6: message 1 of `messages` has neither role and content nor from and value",
-        "row 7: message 1 of `messages` has the unknown role 'tool' (known: system, developer, "
-        "user, human, assistant, model, gpt, bot)",
+        "row 7: message 1 of `messages` has the unknown role 'critic' (known: system, developer, "
+        "user, human, prompter, assistant, model, gpt, bot, ai)",
         "row 8: message 1 of `messages` (user) is empty",
         "row 8: message 2 of `messages` (assistant) is missing (its value is None)",
     ]
