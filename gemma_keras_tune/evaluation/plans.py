@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from gemma_keras_tune._support.files import write_text
-from gemma_keras_tune.errors import EvaluationError, PairsError
+from gemma_keras_tune.errors import EvaluationError, PairsError, warn_of_pairs
 from gemma_keras_tune.evaluation.checks import (
     CHECKS,
     Check,
@@ -23,13 +23,14 @@ from gemma_keras_tune.evaluation.checks import (
     has_text,
     shown,
 )
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs.conversations import Message, read_conversation
 from gemma_keras_tune.pairs.sources import Broken, open_source
+from gemma_keras_tune.pairs.unused import Unused
+from gemma_keras_tune.pairs.values import ReadingError, is_list
 
 Kind = Literal["success", "failure", "boundary"]
 KINDS: tuple[Kind, ...] = ("success", "failure", "boundary")
 SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Case:
         """The case as JSON data, as a plan's file has it. What is as usual is left out."""
         prompt: Any = self.prompt
         if not isinstance(prompt, str):
-            prompt = [dataclasses.asdict(message) for message in prompt]
+            prompt = [{"role": message.role, "content": message.content} for message in prompt]
         config = {
             "id": self.id,
             "kind": self.kind,
@@ -242,35 +243,16 @@ def _id(value: Any) -> tuple[Any, list[str]]:
 def _prompt(value: Any) -> tuple[Any, list[str]]:
     if isinstance(value, str):
         return value, [] if value.strip() else [" is empty"]
-    if not isinstance(value, Sequence) or not value:
+    if not is_list(value) or not len(value):
         return value, [f" must be text or a list of messages, got {shown(value)}"]
-    messages, problems = [], []
-    for number, item in enumerate(value, 1):
-        try:
-            messages.append(_message(item))
-        except ValueError:
-            problems.append(
-                f": message {number} needs `role` ({', '.join(_ROLES)}) and `content` as text, "
-                f"got {shown(item)}"
-            )
-    return tuple(messages), problems or _turn_problems([message.role for message in messages])
-
-
-def _message(item: Any) -> Message:
-    if isinstance(item, Message):
-        item = {"role": item.role, "content": item.content}
-    good = isinstance(item, Mapping) and set(item) == {"role", "content"}
-    if not good or item["role"] not in _ROLES or not isinstance(item["content"], str):
-        raise ValueError
-    return Message(item["role"], item["content"])
-
-
-def _turn_problems(roles: list[str]) -> list[str]:
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
-    if turns != expected or len(turns) % 2 == 0:
-        return [f" must take turns and end with the user, got {', '.join(roles)}"]
-    return []
+    unused = Unused("case")
+    try:
+        messages = read_conversation(value, ends_with="user", unused=unused)
+    except ReadingError as error:
+        return tuple(value), [f": {text}" for text in error.problems]
+    if lines := unused.lines():
+        warn_of_pairs("A case has keys that hold something and are not used.", lines, stacklevel=5)
+    return messages, []
 
 
 def _checks(value: Any) -> tuple[tuple[Check, ...], list[str]]:

@@ -46,12 +46,12 @@ class PairChecks:
     def add(self, pair: Pair) -> None:
         """Look at one more pair."""
         messages = pair.messages
-        # Every answer is learned, so each is one case: what comes before it, and the answer.
+        # Every answer that is trained is one case: the messages before it, and the answer.
         seen = 0
         last = len(messages) - 1
         for place, message in enumerate(messages):
             content = message.content
-            if message.role == "assistant":
+            if message.role == "assistant" and message.trained:
                 self._prompts.append(seen)
                 self._answers.append((hash(content) & 0xFFFFFFFE) | (place == last))
                 self._rows.append(pair.row)

@@ -199,7 +199,7 @@ def _is_wrapped(value: Any) -> bool:
         return False
     if is_conversation(value.get("messages")):
         return True
-    roles = next((value[key] for key in _ROLE_KEYS if key in value), None)
+    roles: Any = next((value[key] for key in _ROLE_KEYS if key in value), None)
     return is_list(roles) and len(roles) > 0 and _role_name(roles[0]) in _KNOWN_ROLES
 
 

@@ -96,12 +96,16 @@ def meaning_of(key: Any) -> Meaning | None:
 class Unused:
     """Counts what holds something and is not used, in constant memory.
 
+    Args:
+        noun: The name of what is read one after the other.
+
     Attributes:
-        row: The row that is being read.
+        row: Number of the row that is being read.
         counts: Number of places by key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noun: str = "row") -> None:
+        self._noun = noun
         self.row = 0
         self.counts: dict[str, int] = {}
         self._examples: dict[str, str] = {}
@@ -112,7 +116,7 @@ class Unused:
         if count is None:
             if len(self.counts) >= MAX_KEYS:
                 name = "other keys"
-            self._examples.setdefault(name, f"row {self.row}: {shorten(value)}")
+            self._examples.setdefault(name, f"{self._noun} {self.row}: {shorten(value)}")
             count = self.counts.get(name, 0)
         self.counts[name] = count + 1
 
