@@ -225,7 +225,11 @@ def read_messages(value: Any, label: str, notes: Notes) -> list[Message]:
 
 def _turns(value: Any, label: str, notes: Notes) -> Sequence[Any]:
     if isinstance(value, (str, bytes)) and value.strip()[:1] in _BRACKETS:
-        value = parse_structure(value, label)
+        try:
+            value = parse_structure(value, label)
+        except ReadingError as error:
+            marks = describe_turn_marks(value, label)
+            raise (ReadingError([marks]) if marks else error) from None
     value = as_list(value)
     if isinstance(value, Mapping) and value:
         value = _turns_of_mapping(value, label, notes)
