@@ -124,9 +124,8 @@ def check_conversation(
         roles = ", ".join(message.role for message in messages)
         where = f"turns of {label}" if label else "turns"
         problems.append(f"{where} in an impossible order: {disorder} (roles: {roles})")
-    if not problems and ends_with == "assistant" and not any(
-        message.trained for message in messages if message.role == "assistant"
-    ):  # fmt: skip
+    trained = any(m.trained for m in reversed(messages) if m.role == "assistant")
+    if not problems and ends_with == "assistant" and not trained:
         problems.append(f"{label or 'the conversation'} has no answer that is to be trained")
     if problems:
         raise ReadingError(problems)
@@ -185,7 +184,7 @@ def find_messages(value: Any, label: str) -> Any:
         ReadingError: Such text cannot be read.
     """
     if isinstance(value, (str, bytes)):
-        if value[:1] not in _BRACKETS or not _has_roles(value):
+        if not may_hold_messages(value):
             return None
         value = parse_structure(value, label)
     if is_message(value):
@@ -207,9 +206,12 @@ _BRACKETS = ("[", "{", b"[", b"{")
 _ROLES_IN_TEXT = re.compile(r"""^\W*\{.{0,2000}?["'](role|from)["']\s*:""", re.DOTALL)
 
 
-def _has_roles(text: str | bytes) -> bool:
-    start = text[:4000]
-    return bool(_ROLES_IN_TEXT.search(_decoded(start)))
+def may_hold_messages(text: str | bytes) -> bool:
+    """Tell whether text begins like a list or dictionary of messages."""
+    if text[:1] not in _BRACKETS:
+        return False
+    start = _decoded(text[:4000])
+    return ("role" in start or "from" in start) and bool(_ROLES_IN_TEXT.search(start))
 
 
 def read_messages(value: Any, label: str, notes: Notes) -> list[Message]:
@@ -280,11 +282,12 @@ def _turns_of_mapping(value: Mapping[Any, Any], label: str, notes: Notes) -> Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Keys:
-    """The keys of a message or part by their use; `others` with what they mean."""
+    """The keys of a message or part by their use; `plain` if they are one role and one content."""
 
     roles: tuple[Any, ...]
     contents: tuple[Any, ...]
     others: tuple[tuple[Any, Meaning | None], ...]
+    plain: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -293,16 +296,28 @@ def _message_keys(keys: tuple[Any, ...]) -> _Keys:
     roles = tuple(key for name in _ROLE_KEYS for key in keys if names[key] == name)
     contents = tuple(key for name in _CONTENT_KEYS for key in keys if names[key] == name)
     others = [key for key in keys if key not in roles and key not in contents]
-    return _Keys(roles, contents, tuple((key, meaning_of(key)) for key in others))
+    plain = not others and len(roles) == len(contents) == 1
+    return _Keys(roles, contents, tuple((key, meaning_of(key)) for key in others), plain)
 
 
 def _message(turn: Any, label: str, notes: Notes) -> Message | None:
+    keys = _message_keys(tuple(turn)) if type(turn) is dict else None
+    if keys is not None and keys.plain:
+        role, content = turn[keys.roles[0]], turn[keys.contents[0]]
+        known = ROLES.get(role) if type(role) is str else None
+        if known and type(content) is str and content.isascii() and not is_empty(content):
+            return Message(known, content)
     if isinstance(turn, Message):
         return _written_message(turn, label, notes)
     if not isinstance(turn, Mapping):
         notes.problems.append(f"{label} must be a dictionary, got {kind(turn)}: {shorten(turn)}")
         return None
-    keys = _message_keys(tuple(turn))
+    return _any_message(turn, keys or _message_keys(tuple(turn)), label, notes)
+
+
+def _any_message(
+    turn: Mapping[Any, Any], keys: "_Keys", label: str, notes: Notes
+) -> Message | None:
     before = len(notes.problems)
     role = _pick(turn, keys.roles, label, notes)
     trained, thought = _look_at_others(turn, keys.others, role, label, notes)

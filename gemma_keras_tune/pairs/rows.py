@@ -14,6 +14,7 @@ from gemma_keras_tune.pairs.conversations import (
     find_messages,
     is_conversation,
     is_message,
+    may_hold_messages,
     read_content,
     read_flag,
     read_messages,
@@ -159,7 +160,7 @@ class RowReader:
         if len(record) == 2:
             labels = ("the prompt", "the response")
             if type(first) is str and type(record[1]) is str:
-                plain = _plain_pair(first, record[1], labels)
+                plain = _plain_pair(first, record[1], labels, [])
                 if plain is not None:
                     return plain
             return _pair_messages(first, record[1], labels, None, [], self._notes(unused))
@@ -281,16 +282,23 @@ class RowReader:
         answer_key = layout.names[schema.response]
         below = [layout.names[key] for key in schema.below if key in layout.names]
         labels = (f"`{prompt_key}`", f"`{answer_key}`")
-        simple = not (below or layout.system or layout.others)
+        optional = (*below, *layout.system)
 
         def read(record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
             prompt, answer = record[prompt_key], record[answer_key]
-            if simple and type(prompt) is str and type(answer) is str:
-                plain = _plain_pair(prompt, answer, labels)
-                if plain is not None:
-                    return plain
+            plain = type(prompt) is str and type(answer) is str
+            for key in optional:
+                plain = plain and is_empty(record[key])
+            if plain and not layout.others:
+                found = _plain_pair(prompt, answer, labels, [])
+                if found is not None:
+                    return found
             notes = self._notes(unused)
             thoughts = _look_at_others(record, layout.others, notes)
+            if plain and not thoughts:
+                found = _plain_pair(prompt, answer, labels, notes.problems)
+                if found is not None:
+                    return found
             prompt = _join_below(record, prompt_key, below, notes)
             system = _system(record, layout.system, notes)
             return _pair_messages(prompt, answer, labels, system, thoughts, notes)
@@ -321,11 +329,13 @@ def _written_out(record: Mapping[Any, Any]) -> str | None:
     return next((text for text in texts if text), None)
 
 
-def _plain_pair(prompt: str, answer: str, labels: tuple[str, str]) -> tuple[Message, ...] | None:
+def _plain_pair(
+    prompt: str, answer: str, labels: tuple[str, str], problems: list[str]
+) -> tuple[Message, ...] | None:
     """Read two texts; `None` where one of them may hold a conversation."""
-    if prompt[:1] in _OPENING or answer[:1] in _OPENING:
-        return None
-    problems: list[str] = []
+    for text in (prompt, answer):
+        if text[:1] in _OPENING and may_hold_messages(text):
+            return None
     user = Message("user", read_text(prompt, labels[0], problems))
     assistant = Message("assistant", read_text(answer, labels[1], problems))
     if problems:
@@ -333,7 +343,7 @@ def _plain_pair(prompt: str, answer: str, labels: tuple[str, str]) -> tuple[Mess
     return (user, assistant)
 
 
-_OPENING = ("[", "{")
+_OPENING = frozenset("[{")
 
 
 def _join_below(

@@ -125,7 +125,7 @@ def is_empty(value: Any) -> bool:
     """Tell whether an optional text is not there: missing, or white space alone."""
     if isinstance(value, (str, bytes)):
         return not value or value.isspace()
-    return is_missing(value)
+    return value is None or is_missing(value)
 
 
 def is_blank(value: Any, depth: int = 0) -> bool:
@@ -133,6 +133,8 @@ def is_blank(value: Any, depth: int = 0) -> bool:
 
     Arrow fills missing parts of a structure with `None`, and text files write them as `[]`.
     """
+    if value is None or isinstance(value, (bool, int)):
+        return value is None
     if isinstance(value, (str, bytes)):
         return not value or value.isspace() or (len(value) < 5 and value in _BLANK_TEXTS)
     if depth < _DEEP and isinstance(value, Mapping):

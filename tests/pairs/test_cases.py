@@ -22,7 +22,7 @@ from gemma_keras_tune.pairs.schemas import PREFERRED_KEYS, SCHEMAS
 
 def read(rows, **options):
     """Turns of every pair as (role, content), and what was not used."""
-    source = read_pairs(rows if isinstance(rows, (list, str)) else rows, **options)
+    source = read_pairs(rows, **options)
     pairs = list(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PairsWarning)

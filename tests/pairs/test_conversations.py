@@ -1,4 +1,4 @@
-"""One reader of conversations: what can be trained can be asked, and can be a case of a test plan."""
+"""One reader of conversations: what trains can be asked, and can be a case of a test plan."""
 
 import json
 
