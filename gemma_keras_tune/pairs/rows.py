@@ -35,8 +35,10 @@ from gemma_keras_tune.pairs.sources import Broken
 from gemma_keras_tune.pairs.unused import Meaning, Unused, meaning_of
 from gemma_keras_tune.pairs.values import (
     ReadingError,
+    as_list,
     is_blank,
     is_empty,
+    is_list,
     kind,
     read_text,
     shorten,
@@ -131,6 +133,8 @@ class RowReader:
             return self._conversation(record.messages, "the row", unused)
         if isinstance(record, Broken):
             raise ReadingError([record.text])
+        if is_list(record):
+            return self._read_list(as_list(record), unused)
         raise ReadingError(
             [f"{kind(record)}, expected (prompt, response) or a dictionary: {shorten(record)}"]
         )

@@ -105,8 +105,10 @@ def test_dialects_are_answered_alike(model):
     asked = [DIALECTS[name][:-1] for name in ("messages", "from and value", "Google")]
     answers = generate(model, asked, max_new_tokens=4, template="gemma3")
     assert len(set(answers)) == 1
-    streamed = stream(model, asked[1], max_new_tokens=4, template="gemma3")
-    assert "".join(streamed) == answers[0]
+    streamed = [
+        list(stream(model, prompt, max_new_tokens=4, template="gemma3")) for prompt in asked
+    ]
+    assert streamed[0] == streamed[1] == streamed[2]
 
 
 def test_a_plan_is_read_in_any_dialect_and_written_in_one(tmp_path):
