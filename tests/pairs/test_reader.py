@@ -30,10 +30,10 @@ from gemma_keras_tune.pairs import (
     PairChecks,
     PairSource,
     read_pairs,
-    sources,
     split_pairs,
 )
 from gemma_keras_tune.pairs.schemas import SCHEMAS, known_schemas
+from gemma_keras_tune.pairs.sources import text as text_files
 
 DATA = ROOT.parent / "shared" / "data"
 PAIRS = [
@@ -545,7 +545,7 @@ def test_json_array_problems_name_row_and_line(tmp_path):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", data.draw(st.integers(1, 40), label="chunk"))
+    monkeypatch.setattr(text_files, "_CHUNK_CHARACTERS", data.draw(st.integers(1, 40), label="chunk"))
     rows = data.draw(st.lists(st.tuples(field, field), min_size=1, max_size=6))
     indent = data.draw(st.sampled_from([None, 0, 2]))
     path = write_json(tmp_path / "rows.json", dicts(rows), indent=indent, ensure_ascii=False)
@@ -560,7 +560,7 @@ def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunk", range(1, 12))
 def test_a_number_is_not_cut_at_the_end_of_a_chunk(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(text_files, "_CHUNK_CHARACTERS", chunk)
     (tmp_path / "rows.json").write_text("[1234567]")
     assert problems(tmp_path / "rows.json") == [
         "row 1 (line 1): an int, expected (prompt, response) or a dictionary: 1234567"
@@ -862,7 +862,7 @@ def test_importing_pairs_imports_no_heavy_package():
     code = (
         "import sys, types, pathlib\n"
         "package = types.ModuleType('gemma_keras_tune')\n"
-        f"package.__path__ = [{str(pathlib.Path(sources.__file__).parents[1])!r}]\n"
+        f"package.__path__ = [{str(pathlib.Path(text_files.__file__).parents[2])!r}]\n"
         "sys.modules['gemma_keras_tune'] = package\n"
         "from gemma_keras_tune.pairs.reader import read_pairs\n"
         "assert len(list(read_pairs([('a', 'b')]))) == 1\n"
