@@ -1,4 +1,4 @@
-"""Any source of pairs to checked `Pair` records, one at a time.
+"""Reading of pairs: any source becomes checked `Pair` records, one at a time.
 
 A row that cannot be trained on is never dropped in silence and never stops the reading: it is
 noted with its row and line number, and all such rows are reported together.
@@ -152,7 +152,7 @@ def _schema_help() -> str:
 
 
 class _Reading(Findings):
-    """What one reading found."""
+    """Findings of one reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class PairSource:
         return source
 
     def __len__(self) -> int:
-        """Number of rows, those with a problem included; a TypeError where nobody knows it yet."""
+        """Count the rows, also those with a problem; raise TypeError if the number is not known yet."""
         if self._keep is not None:
             return self._keep.count(1)
         if self._found is not None and self._found.finished:
@@ -246,7 +246,7 @@ class PairSource:
         return min(self._rows.length, self._limit or self._rows.length)
 
     def __bool__(self) -> bool:
-        """Always true: whether there are rows shows when they are read."""
+        """Return true: if there are rows is known only when they are read."""
         return True
 
     def __repr__(self) -> str:
@@ -257,17 +257,17 @@ class PairSource:
 
     @property
     def repeatable(self) -> bool:
-        """Whether it can be read more than once."""
+        """True if it can be read more than once."""
         return self._rows.repeatable
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """What the latest reading found wrong, in the order of rows."""
+        """Problems that the latest reading found, in the order of rows."""
         return self._found.problems() if self._found is not None else ()
 
     @property
     def skipped(self) -> tuple[Problem, ...]:
-        """The problems of the rows that were left out because of `on_error="skip"`."""
+        """Problems of the rows that were left out because of `on_error="skip"`."""
         return self.problems if self.on_error == "skip" else ()
 
     @property

@@ -545,7 +545,8 @@ def test_json_array_problems_name_row_and_line(tmp_path):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "_CHUNK_CHARACTERS", data.draw(st.integers(1, 40), label="chunk"))
+    chunk = data.draw(st.integers(1, 40), label="chunk")
+    monkeypatch.setattr(text_files, "_CHUNK_CHARACTERS", chunk)
     rows = data.draw(st.lists(st.tuples(field, field), min_size=1, max_size=6))
     indent = data.draw(st.sampled_from([None, 0, 2]))
     path = write_json(tmp_path / "rows.json", dicts(rows), indent=indent, ensure_ascii=False)

@@ -75,7 +75,7 @@ def _missing(path: pathlib.Path, what: str) -> NoReturn:
 
 
 def _suffix(path: pathlib.Path) -> str:
-    """The suffix that says the format, or `""` where it is none of ours."""
+    """Return the suffix of a known format, or `""`."""
     name = path.name.lower().removesuffix(".gz")
     return next((known for known in SUFFIXES if name.endswith(known)), "")
 
@@ -130,7 +130,7 @@ def _open_folder(folder: pathlib.Path, split: str | None) -> Rows:
 def _choose_folder_split(
     splits: Mapping[pathlib.Path, str | None], wanted: str | None, folder: str
 ) -> str:
-    """The split to read of a folder, in which every file must then be of one."""
+    """Choose the split to read of a folder, in which every file must then be of one."""
     named = [f"{path.name!r}: of the split {split!r}" for path, split in splits.items() if split]
     other = [f"{path.name!r}: of no split" for path, split in splits.items() if not split]
     found = list(dict.fromkeys(split for split in splits.values() if split))
@@ -150,7 +150,7 @@ def _choose_folder_split(
 
 
 def _folder_file(path: pathlib.Path) -> Iterator[tuple[int | None, Any]]:
-    """Line and record of one file's rows; a file that cannot be opened is one broken row."""
+    """Read line and record of a file's rows; a file that cannot be opened is one broken row."""
     try:
         rows = _open_file(path)
     except PairsError as error:
@@ -162,7 +162,7 @@ def _folder_file(path: pathlib.Path) -> Iterator[tuple[int | None, Any]]:
 
 
 def _natural(path: pathlib.Path) -> list[Any]:
-    """Sorts record_2 before record_10."""
+    """Make a sorting key that puts record_2 before record_10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 

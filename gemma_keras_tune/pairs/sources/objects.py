@@ -59,7 +59,7 @@ def _name_of(function: Any) -> str:
 
 
 def is_instance_of(source: Any, package: str, *classes: str) -> bool:
-    """Whether it is an instance of a class of a package, which is not imported for the question."""
+    """Tell if it is an instance of a class of a package, without importing the package."""
     module = sys.modules.get(package)
     if module is None:
         return False
@@ -82,7 +82,7 @@ def _not_a_source(source: Any) -> NoReturn:
 
 
 def open_mapping(source: Mapping[Any, Any], split: str | None, name: str) -> Rows:
-    """A dictionary of columns, of splits, of one list of records; or one record."""
+    """Open a dictionary of columns, of splits or of one list of records; or one record."""
     lists = all(_is_column(value) for value in source.values())
     if source and lists and all(str(key).lower() in SPLITS for key in source):
         chosen = choose_split(list(source), split, name)
@@ -98,12 +98,12 @@ def open_mapping(source: Mapping[Any, Any], split: str | None, name: str) -> Row
 
 
 def _is_column(value: Any) -> bool:
-    """Whether a value is a list of values, and not text, a record or one conversation."""
+    """Tell if a value is a list of values, and not text, a record or one conversation."""
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         return False
     return hasattr(value, "__len__") and not is_message(_first(value))
 
 
 def _first(values: Any) -> Any:
-    """The first of some values, or `None`; pandas would look for one labelled 0."""
+    """Return the first of some values, or `None`; pandas would look for one labelled 0."""
     return next(iter(values), None)

@@ -55,7 +55,7 @@ class Rows:
 
 
 def at_start(name: str) -> str:
-    """The name of a source at the start of a sentence; file names keep their spelling."""
+    """Write the name of a source for the start of a sentence; file names keep their spelling."""
     return f"The {name[4:]}" if name.startswith("the ") else name
 
 
@@ -90,7 +90,7 @@ def no_splits(what: str, split: str) -> NoReturn:
 
 
 def whole(records: Iterator[Record]) -> Iterator[Record]:
-    """The records of a file; damage below the level of its format becomes the last one."""
+    """Pass on the records of a file; a file that cannot be read on gives a last, broken one."""
     line = None
     try:
         for file, line, record in records:

@@ -68,7 +68,7 @@ def open_tf(dataset: Any, name: str) -> Rows:
 
 
 def _ranks(spec: Any) -> set[int | None]:
-    """The ranks of the tensors of one row; `None` for what is nested or no plain tensor."""
+    """List the ranks of the tensors of one row; `None` for anything but a plain tensor."""
     parts = spec.values() if isinstance(spec, dict) else spec
     if not isinstance(spec, (dict, tuple)):
         parts = (spec,)

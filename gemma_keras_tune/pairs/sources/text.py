@@ -33,7 +33,7 @@ def read_bytes(path: pathlib.Path) -> BinaryIO:
 
 
 def _text(file: BinaryIO) -> io.TextIOWrapper:
-    """The file as text, in which bytes that are not UTF-8 are marked; it closes the file too."""
+    """Read the file as text, with marks for bytes that are not UTF-8; closing it closes the file."""
     return io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
 
 
@@ -95,7 +95,7 @@ def skip_space(file: BinaryIO) -> bytes:
 
 
 def json_array(file: BinaryIO) -> Iterator[Record]:
-    """The elements of one long JSON array, parsed one at a time."""
+    """Parse the elements of one long JSON array, one at a time."""
     with _text(file) as text:
         yield from _array_elements(text)
 
@@ -135,7 +135,7 @@ def _array_elements(text: io.TextIOWrapper) -> Iterator[Record]:
 
 
 def _cut(failure: Exception, buffer: str) -> bool:
-    """Whether parsing may have failed only because the buffer ends."""
+    """Tell if parsing may have failed only because the buffer ends."""
     if not isinstance(failure, json.JSONDecodeError):
         return False
     return failure.pos > len(buffer) - 64 or failure.msg.startswith("Unterminated string")
@@ -197,7 +197,7 @@ def _field_count(count: int, columns: Sequence[str]) -> str:
 
 
 def _delimited(file: BinaryIO, delimiter: str) -> Iterator[Record]:
-    """The rows of a CSV file, the first one too, each with the line it begins on."""
+    """Read the rows of a CSV file, also the first one, each with the line it begins on."""
     undecodable: list[tuple[int, UnicodeDecodeError]] = []
     # Strict, or a quote that is never closed would swallow every row after it.
     reader = csv.reader(_text_lines(file, undecodable), delimiter=delimiter, strict=True)
