@@ -47,7 +47,7 @@ _TOOL_ROLES = (
 )  # fmt: skip
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
-_TEXT_TYPES = ("text", "input_text", "output_text")
+TEXT_TYPES = ("text", "input_text", "output_text")
 _THOUGHT_TYPES = ("thinking", "reasoning", "reasoning_text", "thought")
 
 
@@ -452,7 +452,8 @@ def read_reasoning(value: Any, label: str, name: str, notes: Notes) -> list[str]
     elif notes.reasoning == "drop":
         notes.unused.add(name, value)
     else:
-        text, _ = read_content(value, label, notes)
+        # Reasoning within reasoning is refused, however deep.
+        text, _ = read_content(value, label, dataclasses.replace(notes, reasoning="refuse"))
         return [text]
     return []
 
@@ -523,7 +524,7 @@ def _read_part(
         thoughts += read_reasoning(_thought(part, keys), f"a part of {label}",
                                    "reasoning in parts of messages", notes)  # fmt: skip
         return
-    if form not in _TEXT_TYPES:
+    if form not in TEXT_TYPES:
         other.add(form)
         return
     for key, meaning in keys.others:
@@ -544,7 +545,7 @@ def _thought(part: Mapping[Any, Any], keys: _Keys) -> Any:
     for key in (*keys.contents, *_THOUGHT_TYPES):
         if not is_blank(part.get(key)) and not isinstance(part[key], bool):
             return part[key]
-    return dict(part)
+    return None
 
 
 def _piece(value: Any, label: str, notes: Notes) -> str:

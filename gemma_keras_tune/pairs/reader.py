@@ -236,7 +236,7 @@ class PairSource:
         return source
 
     def __len__(self) -> int:
-        """Count the rows, also those with a problem; raise TypeError if the number is not known yet."""
+        """Count the rows, also those with a problem; a TypeError if the number is not known yet."""
         if self._keep is not None:
             return self._keep.count(1)
         if self._found is not None and self._found.finished:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from gemma_keras_tune.pairs.conversations import (
+    TEXT_TYPES,
     Message,
     Notes,
     Reasoning,
@@ -399,10 +400,12 @@ def _pair_messages(
     notes: Notes,
 ) -> tuple[Message, ...]:
     asked = find_messages(prompt, labels[0])
-    if asked is None:
-        prompts = [Message("user", read_text(prompt, labels[0], notes.problems))]
-    else:
+    if asked is not None:
         prompts = read_messages(asked, labels[0], notes)
+    elif _is_in_parts(prompt):
+        prompts = [Message("user", read_content(prompt, labels[0], notes)[0])]
+    else:
+        prompts = [Message("user", read_text(prompt, labels[0], notes.problems))]
     said = find_messages(answer, labels[1])
     if said is not None:
         answers = read_messages(said, labels[1], notes)
@@ -415,12 +418,18 @@ def _pair_messages(
 
 def _answer_text(answer: Any, label: str, notes: Notes) -> str:
     """Return the answer as text; typed parts are joined, other structures written as JSON."""
-    parts = answer if isinstance(answer, (list, tuple)) else [answer]
-    if parts and all(isinstance(part, Mapping) and "type" in part for part in parts):
-        forms = {part["type"] for part in parts if isinstance(part["type"], str)}
-        if forms and forms <= {"text", "output_text"} and all("text" in part for part in parts):
-            return read_content(answer, label, notes)[0]
+    if _is_in_parts(answer):
+        text, thoughts = read_content(answer, label, notes)
+        return "\n\n".join([*thoughts, text])
     return write_answer(answer, label, notes.problems)
+
+
+def _is_in_parts(value: Any) -> bool:
+    """Tell whether a value consists of typed parts, as chat services write them, one a text."""
+    parts = as_list(value) if is_list(value) else [value]
+    if not all(isinstance(part, Mapping) and "type" in part for part in parts):
+        return False
+    return any(part["type"] in TEXT_TYPES and "text" in part for part in parts)
 
 
 def _join_turns(prompts: list[Message], answers: list[Message]) -> list[Message]:

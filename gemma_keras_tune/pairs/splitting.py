@@ -74,7 +74,7 @@ def _opening(pair: Pair) -> int:
 def _choose_rows(
     places: "array.array[int]", openings: "array.array[int]", fraction: float, seed: int
 ) -> np.ndarray:
-    """Choose places for validation: whole groups of one opening, in seeded order, up to the share."""
+    """Choose places for validation: whole groups of one opening, in seeded order."""
     _, first, group, sizes = np.unique(
         np.frombuffer(openings, np.int64), return_index=True, return_inverse=True,
         return_counts=True,

@@ -144,7 +144,7 @@ def is_blank(value: Any, depth: int = 0) -> bool:
     return is_missing(value)
 
 
-_BLANK_TEXTS = ("[]", "{}", b"[]", b"{}")
+_BLANK_TEXTS = ("[]", "{}", "null", "None", b"[]", b"{}")
 
 
 def kind(value: Any) -> str:

@@ -66,6 +66,7 @@ SUM = [("user", "2+2?"), ("assistant", "4")]
         {"prompt": "2+2?", "completion": [{"type": "text", "text": "4"}]},
         {"prompt": "2+2?", "completion": {"type": "text", "text": "4"}},
         {"input": {"messages": [user("2+2?")]}, "output": [assistant("4")]},
+        {"prompt": [{"type": "text", "text": "2+2?"}], "completion": "4"},
         ("2+2?", [assistant("4")]),
     ],
 )
@@ -164,6 +165,13 @@ def test_tool_calls_are_refused_by_name(messages, key):
     assert "tool calls" in problem or "no text" in problem
 
 
+def test_an_answer_in_parts_that_are_no_text_is_refused():
+    parts = [{"type": "text", "text": "4"}, {"type": "image_url", "image_url": "x"}]
+    assert refusal({"prompt": "2+2?", "completion": parts}) == (
+        "`completion` has parts that are no text: image_url"
+    )
+
+
 def test_tools_of_a_row_are_refused_by_name():
     row = {"messages": [user("Hi"), assistant("x")], "tools": [{"name": "f"}]}
     assert refusal(row).startswith("`tools` holds tool calls or tools, which are not trained yet")
@@ -216,6 +224,13 @@ REASONED = [
         ]
     },
     {"question": "2+2?", "answer": "4", "reasoning": "Two and two."},
+    {
+        "prompt": "2+2?",
+        "completion": [
+            {"type": "thinking", "thinking": "Two and two."},
+            {"type": "text", "text": "4"},
+        ],
+    },
     {"prompt": "2+2?", "response": "4", "thinking": ["Two and two."]},
 ]
 
@@ -228,6 +243,16 @@ def test_reasoning_is_refused_kept_or_dropped(row):
     assert turns == SUM and list(unused.values()) == [1]
     with pytest.raises(PairsError, match="`reasoning` must be 'refuse', 'keep' or 'drop'"):
         read_pairs([row], reasoning=True)
+
+
+def test_reasoning_without_text_and_within_reasoning():
+    chat = [user("2+2?"), assistant([{"thought": True}, {"text": "4"}])]
+    assert "is missing" in refusal(chat, reasoning="keep")
+    assert read([chat], reasoning="drop") == ([SUM], {"reasoning in parts of messages": 1})
+    deep = "Two."
+    for _ in range(400):
+        deep = [{"type": "thinking", "thinking": deep}]
+    assert "holds reasoning" in refusal([user("2+2?"), assistant(deep)], reasoning="keep")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def read_bytes(path: pathlib.Path) -> BinaryIO:
 
 
 def _text(file: BinaryIO) -> io.TextIOWrapper:
-    """Read the file as text, with marks for bytes that are not UTF-8; closing it closes the file."""
+    """Read the file as text, with marks for bytes that are not UTF-8; closing closes both."""
     return io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
 
 
