@@ -243,11 +243,11 @@ def _id(value: Any) -> tuple[Any, list[str]]:
 def _prompt(value: Any) -> tuple[Any, list[str]]:
     if isinstance(value, str):
         return value, [] if value.strip() else [" is empty"]
-    if not is_list(value) or not len(value):
+    if not (isinstance(value, Sequence) or is_list(value)) or not len(value):
         return value, [f" must be text or a list of messages, got {shown(value)}"]
     unused = Unused("case")
     try:
-        messages = read_conversation(value, ends_with="user", unused=unused)
+        messages = read_conversation(list(value), ends_with="user", unused=unused)
     except ReadingError as error:
         return tuple(value), [f": {text}" for text in error.problems]
     if lines := unused.lines():

@@ -433,10 +433,10 @@ def _messages(prompt: Any, unused: Unused) -> tuple[Message, ...]:
         return (Message("user", prompt),)
     if isinstance(prompt, Message):
         return (prompt,)
-    if not is_list(prompt):
+    if not isinstance(prompt, Sequence) and not is_list(prompt):
         raise TemplateError(f"a {type(prompt).__name__} is neither text nor a list of messages")
     try:
-        return read_conversation(prompt, ends_with="user", unused=unused)
+        return read_conversation(list(prompt), ends_with="user", unused=unused)
     except ReadingError as error:
         raise TemplateError("These messages are no conversation.", error.problems) from None
 

@@ -356,11 +356,18 @@ def _pick(turn: Mapping[Any, Any], keys: tuple[Any, ...], label: str, notes: Not
     if len(keys) == 1:
         return turn[keys[0]]
     filled = [key for key in keys if not is_blank(turn[key])]
-    if len(filled) > 1 and any(turn[key] != turn[filled[0]] for key in filled[1:]):
+    if any(_differ(turn[key], turn[filled[0]]) for key in filled[1:]):
         names = " and ".join(f"`{key}`" for key in filled)
         notes.problems.append(f"{label} has {names}, and they say different things")
     chosen = filled or list(keys)
     return turn[chosen[0]] if chosen else None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return bool(one != other)
+    except ValueError:  # Arrays within.
+        return True
 
 
 def _decoded(role: Any) -> Any:

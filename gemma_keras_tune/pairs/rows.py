@@ -118,6 +118,7 @@ class RowReader:
     def __init__(self, options: RowOptions) -> None:
         self.options = options
         self._readers: dict[tuple[Any, ...], Reader] = {}
+        self._filled_readers: dict[tuple[Any, ...], Reader] = {}
         self._last: Schema | None = None
 
     def read(self, record: Any, unused: Unused) -> tuple[Message, ...]:
@@ -181,25 +182,26 @@ class RowReader:
     # Keys.
 
     def _reader(self, keys: tuple[Any, ...], record: Mapping[Any, Any]) -> Reader:
-        names = spell_keys(keys)
-        if len(self._fitting(names)) > 1 and any(is_blank(value) for value in record.values()):
-            return self._read_filled
-        try:
-            layout = self._resolve(keys)
-        except ReadingError as error:
-            if error.schema and (hint := _written_out(record)):
-                raise ReadingError([hint], schema=True) from None
-            raise
-        if len(self._readers) > MAX_READERS:  # Rows whose keys are data. Do not hoard them.
-            self._readers.clear()
-        self._readers[keys] = reader = self._make_reader(layout)
+        if len(self._fitting(spell_keys(keys))) > 1:
+            reader: Reader = self._read_filled
+        else:
+            try:
+                reader = self._make_reader(self._resolve(keys))
+            except ReadingError as error:
+                if error.schema and (hint := _written_out(record)):
+                    raise ReadingError([hint], schema=True) from None
+                raise
+        _keep(self._readers, keys, reader)
         return reader
 
     def _read_filled(self, record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
         """Read a row that could be of several schemas by the keys that hold something."""
         filled = {key: value for key, value in record.items() if not is_blank(value)}
         keys = tuple(filled)
-        reader = self._readers.get(keys) or self._reader(keys, filled)
+        reader = self._filled_readers.get(keys)
+        if reader is None:
+            reader = self._make_reader(self._resolve(keys))
+            _keep(self._filled_readers, keys, reader)
         return reader(filled, unused)
 
     def _fitting(self, names: Mapping[str, Any]) -> list[Schema]:
@@ -323,6 +325,13 @@ class RowReader:
         return read
 
 
+def _keep(readers: dict[tuple[Any, ...], Reader], keys: tuple[Any, ...], reader: Reader) -> None:
+    """Keep a reader for the next row with these keys, unless the keys are data."""
+    if len(readers) > MAX_READERS:
+        readers.clear()
+    readers[keys] = reader
+
+
 _CHOSEN_BY_NAME = (Meaning.VERDICT, Meaning.PREFERENCE, Meaning.WEIGHT, Meaning.CONTEXT)
 _CHOSEN_BY_PREFERENCE = (Meaning.VERDICT, Meaning.PREFERENCE)
 # Verdicts that are true of a good answer.
@@ -429,7 +438,7 @@ def _is_in_parts(value: Any) -> bool:
     parts = as_list(value) if is_list(value) else [value]
     if not all(isinstance(part, Mapping) and "type" in part for part in parts):
         return False
-    return any(part["type"] in TEXT_TYPES and "text" in part for part in parts)
+    return any(str(part["type"]) in TEXT_TYPES and "text" in part for part in parts)
 
 
 def _join_turns(prompts: list[Message], answers: list[Message]) -> list[Message]:

@@ -484,12 +484,13 @@ def test_conversations_from_parquet_through_pandas(tmp_path):
 def test_a_conversation_beside_text_columns():
     chat = [user("2+2?"), assistant("4")]
     rows = [
+        {"messages": chat, "prompt": "x", "response": "y"},
         {"messages": chat, "prompt": None, "response": None},
         {"messages": None, "prompt": "2+2?", "response": "4"},
         {"messages": [], "prompt": "2+2?", "response": "4"},
     ]
-    assert read(rows)[0] == [SUM] * 3
-    assert read(pd.DataFrame(rows[:2]))[0] == [SUM] * 2
+    assert read(rows) == ([SUM] * 4, {"`prompt`": 1, "`response`": 1})
+    assert read(pd.DataFrame(rows[:3]))[0] == [SUM] * 3
     turns, unused = read([{"messages": chat, "prompt": "2+2?", "prompt_id": "x"}])
     assert turns == [SUM] and unused == {"`prompt`": 1, "`prompt_id`": 1}
 
