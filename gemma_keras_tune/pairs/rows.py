@@ -347,9 +347,10 @@ def _plain_pair(
     prompt: str, answer: str, labels: tuple[str, str], problems: list[str]
 ) -> tuple[Message, ...] | None:
     """Read two texts; `None` where one of them may hold a conversation."""
-    for text in (prompt, answer):
-        if text[:1] in _OPENING and may_hold_messages(text):
-            return None
+    if prompt.startswith(_OPENING) and may_hold_messages(prompt):
+        return None
+    if answer.startswith(_OPENING) and may_hold_messages(answer):
+        return None
     user = Message("user", read_text(prompt, labels[0], problems))
     assistant = Message("assistant", read_text(answer, labels[1], problems))
     if problems:
@@ -357,7 +358,7 @@ def _plain_pair(
     return (user, assistant)
 
 
-_OPENING = frozenset("[{")
+_OPENING = ("[", "{")
 
 
 def _join_below(

@@ -22,6 +22,8 @@ class ReadingError(Exception):
 
 def read_text(value: Any, label: str, problems: list[str]) -> str:
     """Return the value as text, unchanged; add what is wrong with it to `problems`."""
+    if type(value) is str and value.isascii() and value and not value.isspace():
+        return value
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -30,7 +32,7 @@ def read_text(value: Any, label: str, problems: list[str]) -> str:
             problems.append(f"{label} is not UTF-8: byte 0x{byte:02x} at byte {error.start + 1}")
             return ""
     if isinstance(value, str):
-        if value and not value.isspace() and (value.isascii() or not _unreadable(value)):
+        if value and not value.isspace() and not _unreadable(value):
             return str(value)
         problems.append(f"{label} {_unreadable(value) or 'is empty'}")
     elif is_missing(value):
