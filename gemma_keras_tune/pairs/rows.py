@@ -13,7 +13,6 @@ from gemma_keras_tune.pairs.conversations import (
     check_conversation,
     describe_turn_marks,
     find_messages,
-    is_conversation,
     is_message,
     may_hold_messages,
     read_content,
@@ -368,6 +367,9 @@ def _join_below(
     if not more:
         return record[prompt_key]
     keys = (prompt_key, *more)
+    for key in keys:
+        if isinstance(record[key], str) and may_hold_messages(record[key]):
+            notes.problems.append(f"`{key}` holds messages, and only text is joined to a prompt")
     return "\n\n".join([read_text(record[key], f"`{key}`", notes.problems) for key in keys])
 
 
@@ -478,8 +480,12 @@ def _system(record: Mapping[Any, Any], keys: tuple[Any, ...], notes: Notes) -> M
             continue
         if isinstance(value, Mapping):
             value = [{**value, "role": "system"}]
-        if is_conversation(value):
-            found = next(iter(read_messages(value, f"`{key}`", notes)), None)
+        messages = find_messages(value, f"`{key}`")
+        if messages is not None:
+            read = read_messages(messages, f"`{key}`", notes)
+            if len(read) > 1 or any(message.role != "system" for message in read):
+                notes.problems.append(f"`{key}` must hold one system message")
+            found = next(iter(read), None)
         else:
             found = Message("system", read_content(value, f"`{key}`", notes)[0])
     return found

@@ -449,6 +449,16 @@ def test_google_rows():
     assert turns[1:] == SUM and unused == {"`generationConfig`": 1}
 
 
+def test_messages_where_text_is_joined():
+    chat = json.dumps([user("2+2?"), assistant("4")])
+    problem = refusal({"instruction": "Answer.", "input": chat, "output": "4"})
+    assert problem == "`input` holds messages, and only text is joined to a prompt"
+    row = {"prompt": "2+2?", "response": "4", "system": chat}
+    assert refusal(row) == "`system` must hold one system message"
+    row["system"] = [{"role": "system", "content": "Be brief."}]
+    assert one(row) == [("system", "Be brief."), *SUM]
+
+
 def test_system_messages_in_parts():
     row = {"system": [{"text": "Be brief."}], "messages": [user("2+2?"), assistant("4")]}
     assert one(row) == [("system", "Be brief."), *SUM]
