@@ -30,7 +30,7 @@ from gemma_keras_tune.evaluation.values import AutoPositiveInt, Confidence, Coun
 from gemma_keras_tune.gemma.templates import Template, get_template
 from gemma_keras_tune.generation.answers import generate_answers
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.rows import Pair
+from gemma_keras_tune.pairs import Pair
 from gemma_keras_tune.training.callbacks import Snapshot
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.pipeline import Batcher

@@ -15,7 +15,7 @@ from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Template
 from gemma_keras_tune.generation.answers import Answer
-from gemma_keras_tune.pairs.rows import Message, Pair
+from gemma_keras_tune.pairs import Message, Pair
 
 MAX_EXAMPLES = 5
 MAX_TOKENS = 512

@@ -16,7 +16,7 @@ import regex  # type: ignore[import-untyped]
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.plans import Case
 from gemma_keras_tune.evaluation.results import Leak
-from gemma_keras_tune.pairs.rows import Message, Pair
+from gemma_keras_tune.pairs import Message, Pair
 
 GRAM = 5
 BLOCK = 2048

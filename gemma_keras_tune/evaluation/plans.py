@@ -11,16 +11,18 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from gemma_keras_tune.errors import EvaluationError
+from gemma_keras_tune.errors import EvaluationError, warn_of_pairs
 from gemma_keras_tune.evaluation.checks import Check, Function, check_from_config
 from gemma_keras_tune.evaluation.plan_files import read_records, write_configs
 from gemma_keras_tune.evaluation.values import Positive, PositiveInt, Text, problem, shown
-from gemma_keras_tune.pairs.rows import Message
+from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.pairs.conversations import read_conversation
 from gemma_keras_tune.pairs.sources import Broken
+from gemma_keras_tune.pairs.unused import Unused
+from gemma_keras_tune.pairs.values import ReadingError, is_list
 
 Kind = Literal["success", "failure", "boundary"]
 KINDS: tuple[Kind, ...] = ("success", "failure", "boundary")
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Case:
         """Convert the case to JSON data, as in a plan's file. Default values are left out."""
         prompt: Any = self.prompt
         if not isinstance(prompt, str):
-            prompt = [dataclasses.asdict(message) for message in prompt]
+            prompt = [{"role": message.role, "content": message.content} for message in prompt]
         config = {
             "id": self.id,
             "kind": self.kind,
@@ -237,35 +239,16 @@ def _read_tags(value: Any) -> tuple[Any, list[str]]:
 def _read_prompt(value: Any) -> tuple[Any, list[str]]:
     if isinstance(value, str):
         return value, [] if value.strip() else [" is empty"]
-    if not isinstance(value, Sequence) or not value:
+    if not (isinstance(value, Sequence) or is_list(value)) or not len(value):
         return value, [f" must be text or a list of messages, got {shown(value)}"]
-    messages, problems = [], []
-    for number, item in enumerate(value, 1):
-        try:
-            messages.append(_message(item))
-        except ValueError:
-            problems.append(
-                f": message {number} needs `role` ({', '.join(_ROLES)}) and `content` as text, "
-                f"got {shown(item)}"
-            )
-    return tuple(messages), problems or _turn_problems([message.role for message in messages])
-
-
-def _message(item: Any) -> Message:
-    if isinstance(item, Message):
-        item = {"role": item.role, "content": item.content}
-    good = isinstance(item, Mapping) and set(item) == {"role", "content"}
-    if not good or item["role"] not in _ROLES or not isinstance(item["content"], str):
-        raise ValueError
-    return Message(item["role"], item["content"])
-
-
-def _turn_problems(roles: list[str]) -> list[str]:
-    turns = roles[1:] if roles[0] == "system" else roles
-    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
-    if turns != expected or len(turns) % 2 == 0:
-        return [f" must take turns and end with the user, got {', '.join(roles)}"]
-    return []
+    unused = Unused("case")
+    try:
+        messages = read_conversation(list(value), ends_with="user", unused=unused)
+    except ReadingError as error:
+        return tuple(value), [f": {text}" for text in error.problems]
+    if lines := unused.lines():
+        warn_of_pairs("A case has keys that hold something and are not used.", lines, stacklevel=5)
+    return messages, []
 
 
 def _read_checks(value: Any) -> tuple[tuple[Check, ...], list[str]]:

@@ -29,7 +29,7 @@ from gemma_keras_tune.evaluation.values import shown
 from gemma_keras_tune.gemma.templates import Segment, Template, TemplateSpec, get_template
 from gemma_keras_tune.generation.answers import Answer
 from gemma_keras_tune.generation.scoring import Scorer
-from gemma_keras_tune.pairs.rows import Message
+from gemma_keras_tune.pairs import Message
 
 # A loss of half a bit makes a token 1.4 times less likely.
 TOLERANCE = 0.5

@@ -63,8 +63,7 @@ from gemma_keras_tune.gemma.families import family_of, fingerprint
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation.answers import Answer, SamplerState
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs.reader import PairSource, read_pairs
-from gemma_keras_tune.pairs.rows import Message, Pair
+from gemma_keras_tune.pairs import Message, Pair, PairSource, read_pairs
 from gemma_keras_tune.training.tuning import TuneResult
 
 Auto = Literal["auto"]

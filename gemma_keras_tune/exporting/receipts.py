@@ -25,7 +25,7 @@ from gemma_keras_tune.gemma.families import family_of, fingerprint, quantization
 from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 from gemma_keras_tune.generation.answers import generate_ids
 from gemma_keras_tune.generation.scoring import Scorer
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs import Message
 
 SCHEMA = "gemma_keras_tune.receipt/1"
 FILE_NAME = "receipt.json"

@@ -57,14 +57,16 @@ class RowTokenizer:
         """
         texts: list[str] = []
         flags: list[bool] = []
+        answers: list[bool] = []
         counts: list[int] = []
         for row in rows:
             counts.append(len(row))
             for part in row:
                 texts.append(part.text)
                 flags.append(part.trained)
+                answers.append(part.trained or part.masked)
         # SentencePiece never reads a control piece out of text: `<eos>` would be spelled out.
-        ended = [i for i, text in enumerate(texts) if flags[i] and text.endswith(END_OF_TEXT)]
+        ended = [i for i, text in enumerate(texts) if answers[i] and text.endswith(END_OF_TEXT)]
         for i in ended:
             texts[i] = texts[i][: -len(END_OF_TEXT)]
         pieces = self._processor.encode(texts)

@@ -31,6 +31,7 @@ from gemma_keras_tune.errors import TemplateError
 from gemma_keras_tune.gemma.families import FAMILIES, family_of
 from gemma_keras_tune.gemma.state import is_instruct, locked, state_of
 from gemma_keras_tune.gemma.tables import Turn
+from gemma_keras_tune.pairs.conversations import find_disorder
 
 SIDECAR = "gemma_keras_tune.json"
 START_OF_TEXT = "<bos>"
@@ -72,10 +73,12 @@ class Segment:
     Attributes:
         text: The text, special tokens written out.
         trained: True if the model is taught to write it.
+        masked: An answer of which nothing is taught; it ends with a token like one that is.
     """
 
     text: str
     trained: bool
+    masked: bool = False
 
 
 class Template(abc.ABC):
@@ -160,13 +163,18 @@ class Template(abc.ABC):
                 the response begins. Otherwise it ends with the response and its stop token.
 
         Returns:
-            Segments, trained and untrained in turn.
+            Segments, trained and untrained in turn. Turns after the last answer that is trained are
+            left out, as they teach nothing.
 
         Raises:
             TemplateError: The messages are in an order that makes no conversation.
         """
         _check_order(messages, generation_prompt)
-        return _joined(self._segments(messages))
+        if generation_prompt or all(map(_is_trained, messages)):
+            return _joined(self._segments(messages))
+        places = [i for i, m in enumerate(messages) if m.role == "assistant" and _is_trained(m)]
+        messages = messages[: places[-1] + 1] if places else messages
+        return _mask(_joined(self._segments(messages)), messages)
 
     def stop_token_ids(self, tokenizer: keras.layers.Layer) -> tuple[int, ...]:
         """Look up the ids of `stop_tokens`.
@@ -629,28 +637,32 @@ def _by_name(spec: str) -> Template:
 
 
 def _check_order(messages: Messages, generation_prompt: bool) -> None:
-    problems = []
-    turns = list(messages)
-    if turns and turns[0].role == "system":
-        turns = turns[1:]
-    if not turns:
-        problems.append("there is no user message")
-    for index, message in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
-        if message.role != expected:
-            place = index + 1 + len(messages) - len(turns)
-            problems.append(f"message {place}: expected role {expected!r}, got {message.role!r}")
-            break
-    last = "user" if generation_prompt else "assistant"
-    if not problems and turns[-1].role != last:
-        purpose = "to be answered" if generation_prompt else "to train on"
-        problems.append(f"a conversation {purpose} must end with a message of role {last!r}")
-    if problems:
+    disorder = find_disorder(messages, "user" if generation_prompt else "assistant")
+    if disorder:
         raise TemplateError(
             "These messages are no conversation.",
-            problems,
+            [disorder],
             "Give at most one system message, first, then user and assistant in turn.",
         )
+
+
+def _is_trained(message: MessageLike) -> bool:
+    return getattr(message, "trained", True)
+
+
+def _mask(parts: Sequence[Segment], messages: Messages) -> tuple[Segment, ...]:
+    """Take the training away from answers that are not to be trained.
+
+    Each answer is a segment apart, so that it has the same token ids as where it is trained.
+    """
+    answers = [message for message in messages if message.role == "assistant"]
+    masked = list(parts)
+    places = [place for place, part in enumerate(parts) if part.trained]
+    # From the end: a template that is a function makes a segment of the last answer alone.
+    for place, answer in zip(reversed(places), reversed(answers), strict=False):
+        if not _is_trained(answer):
+            masked[place] = Segment(parts[place].text, trained=False, masked=True)
+    return tuple(masked)
 
 
 def _joined(parts: Sequence[Segment]) -> tuple[Segment, ...]:

@@ -30,7 +30,7 @@ from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_switched
-from gemma_keras_tune.errors import GenerationError, TemplateError
+from gemma_keras_tune.errors import GenerationError, TemplateError, warn_of_pairs
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
@@ -38,6 +38,9 @@ from gemma_keras_tune.gemma.state import locked, state_of
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation import decoding
 from gemma_keras_tune.pairs import Message
+from gemma_keras_tune.pairs.conversations import read_conversation
+from gemma_keras_tune.pairs.unused import Unused
+from gemma_keras_tune.pairs.values import ReadingError, is_list
 
 SHORT_CHUNK = 32
 LONG_CHUNK = 256
@@ -47,7 +50,7 @@ MAX_BUFFERS = 3
 MAX_ROOM = 4
 STOPS_AT_ONCE = 64
 
-Prompt = str | Sequence[Message | Mapping[str, str]]
+Prompt = str | Sequence[Message | Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -387,9 +390,11 @@ def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.
     prompts = _listed(prompts)
     encoder = RowTokenizer(tokenizer)
     rows, problems = [], []
+    unused = Unused("prompt")
     for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
+        unused.row = number
         try:
-            segments = template.segments(_messages(prompt), generation_prompt=True)
+            segments = template.segments(_messages(prompt, unused), generation_prompt=True)
         except TemplateError as error:
             problems += [f"prompt {number}: {text}" for text in error.problems or [error.headline]]
             continue
@@ -401,33 +406,22 @@ def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.
             "A prompt is a string, or a list of messages with `role` and `content` that ends with "
             "a user message.",
         )
+    if lines := unused.lines():
+        warn_of_pairs("The prompts have keys that hold something and are not used.", lines)
     return rows
 
 
-_ROLES = {"model": "assistant", "developer": "system"}
-
-
-def _messages(prompt: Any) -> tuple[Message, ...]:
+def _messages(prompt: Any, unused: Unused) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     if isinstance(prompt, Message):
         return (prompt,)
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) and not is_list(prompt):
         raise TemplateError(f"a {type(prompt).__name__} is neither text nor a list of messages")
-    messages, problems = [], []
-    for number, item in enumerate(prompt, 1):
-        if isinstance(item, Message):
-            messages.append(item)
-        elif isinstance(item, Mapping) and all(
-            isinstance(item.get(key), str) for key in ("role", "content")
-        ):
-            role: Any = _ROLES.get(item["role"], item["role"])
-            messages.append(Message(role, item["content"]))
-        else:
-            problems.append(f"message {number} needs `role` and `content` as text, got {item!r}")
-    if problems:
-        raise TemplateError("These are no messages.", problems)
-    return tuple(messages)
+    try:
+        return read_conversation(list(prompt), ends_with="user", unused=unused)
+    except ReadingError as error:
+        raise TemplateError("These messages are no conversation.", error.problems) from None
 
 
 def check_numbers(rows: Sequence[Any], **numbers: Any) -> None:

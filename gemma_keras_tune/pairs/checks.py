@@ -9,9 +9,7 @@ import numpy as np
 
 from gemma_keras_tune.errors import warn_of_pairs
 from gemma_keras_tune.pairs.problems import ranges
-from gemma_keras_tune.pairs.rows import (
-    Pair,
-)
+from gemma_keras_tune.pairs.rows import Pair
 
 
 class PairChecks:
@@ -46,12 +44,12 @@ class PairChecks:
     def add(self, pair: Pair) -> None:
         """Look at one more pair."""
         messages = pair.messages
-        # Every answer is learned, so each is one case: what comes before it, and the answer.
+        # Every answer that is trained is one case: the messages before it, and the answer.
         seen = 0
         last = len(messages) - 1
         for place, message in enumerate(messages):
             content = message.content
-            if message.role == "assistant":
+            if message.role == "assistant" and message.trained:
                 self._prompts.append(seen)
                 self._answers.append((hash(content) & 0xFFFFFFFE) | (place == last))
                 self._rows.append(pair.row)
@@ -68,17 +66,17 @@ class PairChecks:
 
     @property
     def duplicates(self) -> tuple[tuple[int, ...], ...]:
-        """Groups of row numbers whose whole conversation is the same."""
+        """Row numbers in groups whose whole conversation is the same."""
         return tuple(self._groups(same_answer=True))
 
     @property
     def contradictions(self) -> tuple[tuple[int, ...], ...]:
-        """Groups of row numbers that answer the same prompt differently, at any of their turns."""
+        """Row numbers in groups that answer the same prompt differently, at any of their turns."""
         return tuple(self._groups(same_answer=False))
 
     @property
     def special_tokens(self) -> dict[str, tuple[int, ...]]:
-        """What was found of special tokens in text, to the row numbers."""
+        """Special tokens that were found in text, with their row numbers."""
         return {text: tuple(rows) for text, rows in self._special.items()}
 
     def _groups(self, *, same_answer: bool) -> Iterator[tuple[int, ...]]:
@@ -104,7 +102,7 @@ class PairChecks:
         yield from sorted(groups)
 
     def findings(self) -> tuple[str, ...]:
-        """Everything found, one line each, with row numbers."""
+        """List everything that was found, one line each, with row numbers."""
         lines = [f"rows {ranges(rows)} are exact duplicates" for rows in self.duplicates]
         lines += [
             f"rows {ranges(rows)} answer the same prompt differently"

@@ -11,7 +11,7 @@ from gemma_keras_tune.errors import PairsError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a row cannot be trained on.
+    """Reason for which a row cannot be trained on.
 
     Attributes:
         row: The row's number in its source, from 1.
@@ -32,7 +32,7 @@ class Problem:
 
 
 class Findings:
-    """What was found in rows. Row and line numbers are kept by text, a few bytes for each."""
+    """Findings in rows. Row and line numbers are kept by text, a few bytes for each."""
 
     def __init__(self) -> None:
         self.places: dict[tuple[str | None, str], array.array[int]] = collections.defaultdict(
@@ -45,11 +45,11 @@ class Findings:
             self.places[file, text].extend((row, line or 0))
 
     def row_numbers(self) -> tuple[int, ...]:
-        """The rows in which anything was found."""
+        """List the rows in which anything was found."""
         return tuple(sorted({row for places in self.places.values() for row in places[::2]}))
 
     def problems(self) -> tuple[Problem, ...]:
-        """All that was found, in the order of rows."""
+        """List everything that was found, in the order of rows."""
         found = [
             Problem(row, line or None, text, file)
             for (file, text), places in self.places.items()
@@ -58,7 +58,7 @@ class Findings:
         return tuple(sorted(found, key=lambda problem: problem.row))
 
     def lines(self) -> list[str]:
-        """One line for each problem; for one that many rows share, one line for all of them."""
+        """Write one line for each problem, and one for all rows that share a problem."""
         found: list[tuple[int, str]] = []
         for (file, text), places in self.places.items():
             rows, lines = places[::2], places[1::2]
@@ -77,7 +77,7 @@ _LISTED_ONE_BY_ONE = 20
 
 
 def ranges(numbers: Iterable[int], most: int = 20) -> str:
-    """Ascending numbers, short: `1-3, 7`."""
+    """Write ascending numbers in short: `1-3, 7`."""
     ranges: list[list[int]] = []
     hidden = 0
     for number in numbers:

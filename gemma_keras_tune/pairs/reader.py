@@ -1,26 +1,23 @@
-"""Any source of pairs to checked `Pair` records, one at a time.
+"""Reading of pairs: any source becomes checked `Pair` records, one at a time.
 
 A row that cannot be trained on is never dropped in silence and never stops the reading: it is
 noted with its row and line number, and all such rows are reported together.
 """
 
 import collections
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any, Literal, NoReturn
 
 from gemma_keras_tune.errors import PairsError, warn_of_pairs
+from gemma_keras_tune.pairs.conversations import Message, Reasoning
 from gemma_keras_tune.pairs.problems import Findings, PairsErrors, Problem
-from gemma_keras_tune.pairs.rows import (
-    SCHEMAS,
-    Message,
-    Pair,
-    RowError,
-    RowReader,
-    Schema,
-    known_schemas,
-)
+from gemma_keras_tune.pairs.rows import Pair, RowOptions, RowReader
+from gemma_keras_tune.pairs.schemas import SCHEMAS, Schema, known_schemas
 from gemma_keras_tune.pairs.sources import Broken, Keys, Rows, at_start, open_source
+from gemma_keras_tune.pairs.unused import Unused
+from gemma_keras_tune.pairs.values import ReadingError
 
 __all__ = [
     "SCHEMAS",
@@ -36,6 +33,7 @@ __all__ = [
 ]
 
 OnError = Literal["raise", "skip"]
+COLUMN_OPTIONS = ("prompt_column", "response_column", "system_column")
 
 
 # Sources.
@@ -47,6 +45,8 @@ def read_pairs(
     prompt_column: str | None = None,
     response_column: str | None = None,
     system_column: str | None = None,
+    preference: Literal["chosen"] | None = None,
+    reasoning: Reasoning = "refuse",
     split: str | None = None,
     limit: int | None = None,
     on_error: OnError = "raise",
@@ -69,6 +69,12 @@ def read_pairs(
             list of messages.
         response_column: Your own name of the answer's key.
         system_column: The key of a system message for each row.
+        preference: `"chosen"` trains the preferred answer of rows that have a `chosen` and a
+            `rejected` one, and counts those it leaves out.
+        reasoning: What to do with reasoning that is kept apart from the answer
+            (`reasoning_content`, parts of type `thinking`): `"refuse"` makes it a problem, `"keep"`
+            puts it in front of the answer with an empty line between, `"drop"` leaves it out and
+            counts it.
         split: Which part to read of a source with several, such as `"test"`. By default
             `"train"`, or the only one.
         limit: Read only this many rows, from the first.
@@ -81,30 +87,38 @@ def read_pairs(
     Raises:
         PairsError: The source cannot be opened, its columns make no pair, or an argument is wrong.
     """
-    columns = dict(
-        prompt_column=prompt_column, response_column=response_column, system_column=system_column
-    )
-    _check_arguments(columns, limit, on_error)
-    reader = RowReader(**columns)
+    options = RowOptions(prompt_column, response_column, system_column, preference, reasoning)
+    _check_arguments(options, limit, on_error)
     if isinstance(source, PairSource):
-        if (prompt_column, system_column, split, limit, on_error) != (None,) * 4 + ("raise",):
+        given = dataclasses.replace(options, response_column=None)
+        if (given, split, limit, on_error) != (RowOptions(), None, None, "raise"):
             raise PairsError(
                 "These pairs have been opened already, and options no longer apply.",
                 next_step="Pass the options to the first `read_pairs`.",
             )
         return source
+    reader = RowReader(options)
     rows = open_source(source, split)
     return PairSource(rows, reader, _used_columns(rows, reader), limit, on_error)
 
 
-def _check_arguments(columns: dict[str, Any], limit: int | None, on_error: str) -> None:
+def _check_arguments(options: RowOptions, limit: int | None, on_error: str) -> None:
+    columns = {name: getattr(options, name) for name in COLUMN_OPTIONS}
     problems = [
         f"`{name}` must be a name, a string. Received: {column!r}"
         for name, column in columns.items()
         if not (column is None or isinstance(column, str))
     ]
-    if columns["response_column"] is not None and columns["prompt_column"] is None:
+    if options.response_column is not None and options.prompt_column is None:
         problems.append("`response_column` needs `prompt_column` beside it")
+    if options.preference not in (None, "chosen"):
+        problems.append(f"`preference` must be None or 'chosen'. Received: {options.preference!r}")
+    if options.preference is not None and options.response_column is not None:
+        problems.append("`preference` and `response_column` both name the answer; pass one of them")
+    if options.reasoning not in ("refuse", "keep", "drop"):
+        problems.append(
+            f"`reasoning` must be 'refuse', 'keep' or 'drop'. Received: {options.reasoning!r}"
+        )
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         problems.append(f"`limit` must be an integer of at least 1. Received: {limit!r}")
     if on_error not in ("raise", "skip"):
@@ -118,7 +132,7 @@ def _used_columns(rows: Rows, reader: RowReader) -> Keys:
         return None
     try:
         used = reader.used_columns(rows.columns)
-    except RowError as error:
+    except ReadingError as error:
         raise PairsError(
             f"The columns of {rows.name} make no pair.", error.problems, _schema_help()
         ) from None
@@ -138,7 +152,7 @@ def _schema_help() -> str:
 
 
 class _Reading(Findings):
-    """What one reading found."""
+    """Findings of one reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,6 +160,7 @@ class _Reading(Findings):
         self.finished = False
         self.fatal = False
         self.schema = False
+        self.unused = Unused()
 
 
 class PairSource:
@@ -177,6 +192,7 @@ class PairSource:
         self._limit = limit
         self._keep = keep
         self._found: _Reading | None = None
+        self._told_unused = False
 
     def __iter__(self) -> Iterator[Pair]:
         if self._found is not None and not self._rows.repeatable:
@@ -191,6 +207,7 @@ class PairSource:
     def _read(self, found: _Reading) -> Iterator[Pair]:
         keep = self._keep
         read = self._reader.read
+        unused = found.unused
         row = 0
         try:
             for file, line, record in itertools.islice(self._rows.records(self._keys), self._limit):
@@ -198,8 +215,9 @@ class PairSource:
                 if keep is not None and not (row < len(keep) and keep[row]):
                     continue
                 try:
-                    messages = read(record)
-                except RowError as error:
+                    unused.row = row
+                    messages = read(record, unused)
+                except ReadingError as error:
                     found.add(row, line, file, error.problems)
                     found.schema |= error.schema
                     found.fatal |= isinstance(record, Broken) and record.fatal
@@ -214,10 +232,11 @@ class PairSource:
             self._rows, self._reader, self._keys, self._limit, self.on_error, keep=keep
         )
         source.name = name
+        source._told_unused = True  # by the source that was split
         return source
 
     def __len__(self) -> int:
-        """Number of rows, those with a problem included; a TypeError where nobody knows it yet."""
+        """Count the rows, also those with a problem; a TypeError if the number is not known yet."""
         if self._keep is not None:
             return self._keep.count(1)
         if self._found is not None and self._found.finished:
@@ -227,7 +246,7 @@ class PairSource:
         return min(self._rows.length, self._limit or self._rows.length)
 
     def __bool__(self) -> bool:
-        """Always true: whether there are rows shows when they are read."""
+        """Return true: if there are rows is known only when they are read."""
         return True
 
     def __repr__(self) -> str:
@@ -238,18 +257,34 @@ class PairSource:
 
     @property
     def repeatable(self) -> bool:
-        """Whether it can be read more than once."""
+        """True if it can be read more than once."""
         return self._rows.repeatable
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """What the latest reading found wrong, in the order of rows."""
+        """Problems that the latest reading found, in the order of rows."""
         return self._found.problems() if self._found is not None else ()
 
     @property
     def skipped(self) -> tuple[Problem, ...]:
-        """The problems of the rows that were left out because of `on_error="skip"`."""
+        """Problems of the rows that were left out because of `on_error="skip"`."""
         return self.problems if self.on_error == "skip" else ()
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Keys that hold something and are not used, with the number of times, so far as read."""
+        return dict(self._count_unused().counts) if self._found is not None else {}
+
+    def _count_unused(self) -> Unused:
+        """Count also the columns of a table that were not read."""
+        assert self._found is not None
+        unused = self._found.unused
+        if self._rows.filled is not None and self._keys is not None:
+            for column in self._rows.columns or ():
+                if column not in self._keys and f"`{column}`" not in unused.counts:
+                    count = min(self._rows.filled(column), self._found.rows)
+                    unused.add_column(f"`{column}`", count)
+        return unused
 
     def raise_for_problems(self) -> None:
         """Report everything the latest reading found wrong, all at once.
@@ -261,7 +296,8 @@ class PairSource:
                 end and gave no pair; or a file could not be read to its end.
 
         Warns:
-            PairsWarning: Rows were left out, as `on_error="skip"` asks.
+            PairsWarning: Rows were left out, as `on_error="skip"` asks; or keys of rows or messages
+                hold something and are not used, which is told once.
         """
         if self._found is None and self._rows.repeatable:
             collections.deque(self, maxlen=0)
@@ -270,13 +306,20 @@ class PairSource:
             return
         if found.finished and found.rows == 0:
             self._raise_empty()
-        if not found.places:
-            return
+        if found.places:
+            self._report(found)
+        lines = [] if self._told_unused else self._count_unused().lines()
+        self._told_unused = True
+        if lines:
+            headline = f"{at_start(self.name)} has keys that hold something and are not used."
+            warn_of_pairs(headline, lines, "PairSource.unused")
+
+    def _report(self, found: _Reading) -> None:
         bad = len(found.row_numbers())
         none_left = found.finished and bad >= len(self)
         if self.on_error == "skip" and not found.fatal and not none_left:
             headline = f"{at_start(self.name)}: {bad:,} of {found.rows:,} rows are left out."
-            warn_of_pairs(headline, found.lines(), "PairSource.skipped")
+            warn_of_pairs(headline, found.lines(), "PairSource.skipped", stacklevel=4)
             return
         step = "Correct these rows, or leave them out with `read_pairs(…, on_error='skip')`."
         if found.schema:

@@ -1,31 +1,51 @@
-"""What one row means: from a raw record to the messages of a conversation.
-
-The keys a row may have are one table, `SCHEMAS`, used for reading and for the error message alike.
-"""
+"""The reader of rows: from a raw record to the messages of a conversation."""
 
 import dataclasses
-import difflib
-import json
-import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from gemma_keras_tune.pairs.sources import Broken, is_message
+from gemma_keras_tune.pairs.conversations import (
+    TEXT_TYPES,
+    Message,
+    Notes,
+    Reasoning,
+    check_conversation,
+    describe_turn_marks,
+    find_messages,
+    is_message,
+    may_hold_messages,
+    read_content,
+    read_flag,
+    read_messages,
+    read_reasoning,
+)
+from gemma_keras_tune.pairs.schemas import (
+    PREFERRED_KEYS,
+    SCHEMAS,
+    SYSTEM_KEYS,
+    Schema,
+    describe_missing,
+    describe_unknown,
+    list_keys,
+    preference_schema,
+    spell_keys,
+)
+from gemma_keras_tune.pairs.sources import Broken
+from gemma_keras_tune.pairs.unused import Meaning, Unused, meaning_of
+from gemma_keras_tune.pairs.values import (
+    ReadingError,
+    as_list,
+    is_blank,
+    is_empty,
+    is_list,
+    kind,
+    read_text,
+    shorten,
+    write_answer,
+)
 
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: `"system"`, `"user"` or `"assistant"`.
-        content: The text, exactly as it came.
-    """
-
-    role: Role
-    content: str
+MAX_READERS = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,168 +80,186 @@ class Pair:
         return self.messages[-1].content
 
 
-# What the keys of a row mean.
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """The options of `read_pairs` that say how a row is read, as its arguments."""
+
+    prompt_column: str | None = None
+    response_column: str | None = None
+    system_column: str | None = None
+    preference: Literal["chosen"] | None = None
+    reasoning: Reasoning = "refuse"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Schema:
-    """Keys that make a row a pair.
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The keys of a row by their use.
 
     Attributes:
-        prompt: The key of the prompt, or of the whole conversation where `response` is `None`.
-        response: The key of the response.
-        below: Keys of more text, joined below the prompt with an empty line between. May be
-            missing or empty.
+        schema: The schema they fit.
+        names: The row's own spelling of plain keys.
+        system: The keys of system messages.
+        others: The keys that are left, with what they mean.
     """
 
-    prompt: str
-    response: str | None = None
-    below: tuple[str, ...] = ()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys a row must have."""
-        return (self.prompt,) if self.response is None else (self.prompt, self.response)
-
-    def __str__(self) -> str:
-        if self.response is None:
-            return f"{self.prompt}: a list of {{role, content}} or {{from, value}} messages"
-        if self.below:
-            return f"{self.prompt} [+ {' or '.join(self.below)}], {self.response}"
-        return f"{self.prompt}, {self.response}"
+    schema: Schema
+    names: Mapping[str, Any]
+    system: tuple[Any, ...]
+    others: tuple[tuple[Any, Meaning | None], ...]
 
 
-SCHEMAS = (
-    Schema("messages"),
-    Schema("conversations"),
-    Schema("instruction", "output", below=("input", "context")),
-    Schema("instruction", "response", below=("input", "context")),
-    Schema("input_text", "output_text"),
-    Schema("prompt", "response"),
-    Schema("prompts", "responses"),
-    Schema("prompt", "completion"),
-    Schema("question", "answer"),
-    Schema("input", "output"),
-)
-# Read where a row has one of them and its conversation does not begin with a system message.
-SYSTEM_KEYS = ("system", "system_prompt")
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-}
-
-
-def known_schemas() -> str:
-    """The keys a row may have.
-
-    Returns:
-        One schema a line, as error messages show them.
-    """
-    lines = [f"    {schema}" for schema in SCHEMAS]
-    lines.append(f"    each with {' or '.join(SYSTEM_KEYS)} for a system message, if you like")
-    return "\n".join(lines)
-
-
-class RowError(Exception):
-    """A row that cannot be trained on, for one or more reasons."""
-
-    def __init__(self, problems: Sequence[str], *, schema: bool = False) -> None:
-        super().__init__(*problems)
-        self.problems = problems
-        self.schema = schema
-
-
-Reader = Callable[[Mapping[Any, Any]], tuple[Message, ...]]
+Reader = Callable[[Mapping[Any, Any], Unused], tuple[Message, ...]]
 
 
 class RowReader:
     """Turns raw rows into messages. The keys of a row are looked up once for each set of keys."""
 
-    def __init__(
-        self, prompt_column: str | None, response_column: str | None, system_column: str | None
-    ) -> None:
-        self.prompt_column = prompt_column
-        self.response_column = response_column
-        self.system_column = system_column
+    def __init__(self, options: RowOptions) -> None:
+        self.options = options
         self._readers: dict[tuple[Any, ...], Reader] = {}
+        self._filled_readers: dict[tuple[Any, ...], Reader] = {}
         self._last: Schema | None = None
 
-    def read(self, record: Any) -> tuple[Message, ...]:
-        """The messages of a row, or `RowError`."""
+    def read(self, record: Any, unused: Unused) -> tuple[Message, ...]:
+        """Return the messages of a row, or raise `ReadingError`."""
         if isinstance(record, (tuple, list)):
-            first = record[0] if record else None
-            if isinstance(first, Message) or (not isinstance(first, str) and is_message(first)):
-                return _conversation(record, "the row", None)
-            if len(record) == 2:
-                return _pair_messages(first, record[1], ("the prompt", "the response"), None)
-            raise RowError([f"{_kind(record)} of {len(record)}, expected (prompt, response)"])
+            return self._read_list(record, unused)
         if isinstance(record, Mapping):
             keys = tuple(record)
             reader = self._readers.get(keys)
             if reader is None:
-                reader = self._reader(keys)
-            return reader(record)
+                reader = self._reader(keys, record)
+            return reader(record, unused)
         if isinstance(record, Pair):
-            return _conversation(record.messages, "the row", None)
+            return self._conversation(record.messages, "the row", unused)
         if isinstance(record, Broken):
-            raise RowError([record.text])
-        raise RowError(
-            [f"{_kind(record)}, expected (prompt, response) or a dictionary: {record!r:.60}"]
+            raise ReadingError([record.text])
+        if is_list(record):
+            return self._read_list(as_list(record), unused)
+        raise ReadingError(
+            [f"{kind(record)}, expected (prompt, response) or a dictionary: {shorten(record)}"]
         )
 
     def used_columns(self, columns: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The columns to read of a table, or `RowError` where they make no pair."""
-        schema, names, system = self._resolve(columns)
-        used = [names[key] for key in (*schema.keys, *schema.below) if key in names]
-        return tuple(dict.fromkeys((*used, *system)))
+        """Return the columns to read of a table, or raise `ReadingError` where they make no pair.
 
-    def _reader(self, keys: tuple[Any, ...]) -> Reader:
-        schema, names, system = self._resolve(keys)
-        if len(self._readers) > 1000:  # Rows whose keys are data. Do not hoard them.
-            self._readers.clear()
-        self._readers[keys] = reader = _make_reader(schema, names, system)
+        Columns that change what a row means are among them.
+        """
+        fitting = self._fitting(spell_keys(columns))
+        if len(fitting) > 1 and self.options.prompt_column is None:
+            used = {key for schema in fitting for key in (*schema.keys, *schema.below)}
+            used |= set(SYSTEM_KEYS)
+            names = spell_keys(columns)
+            keep = {names[key] for key in used if key in names}
+            return tuple(c for c in columns if c in keep or self._meaning(c) is not None)
+        layout = self._resolve(columns)
+        wanted = (*layout.schema.keys, *layout.schema.below)
+        used_names = [layout.names[key] for key in wanted if key in layout.names]
+        meant = [key for key, meaning in layout.others if meaning is not None]
+        return tuple(dict.fromkeys((*used_names, *layout.system, *meant)))
+
+    def _read_list(self, record: Sequence[Any], unused: Unused) -> tuple[Message, ...]:
+        first = record[0] if record else None
+        if isinstance(first, Message) or (not isinstance(first, str) and is_message(first)):
+            return self._conversation(record, "the row", unused)
+        if len(record) == 2:
+            labels = ("the prompt", "the response")
+            if type(first) is str and type(record[1]) is str:
+                plain = _plain_pair(first, record[1], labels, [])
+                if plain is not None:
+                    return plain
+            return _pair_messages(first, record[1], labels, None, [], self._notes(unused))
+        raise ReadingError([f"{kind(record)} of {len(record)}, expected (prompt, response)"])
+
+    def _notes(self, unused: Unused) -> Notes:
+        return Notes(unused, self.options.reasoning)
+
+    def _conversation(self, value: Any, label: str, unused: Unused) -> tuple[Message, ...]:
+        notes = self._notes(unused)
+        return check_conversation(read_messages(value, label, notes), label, notes.problems)
+
+    # Keys.
+
+    def _reader(self, keys: tuple[Any, ...], record: Mapping[Any, Any]) -> Reader:
+        if len(self._fitting(spell_keys(keys))) > 1:
+            reader: Reader = self._read_filled
+        else:
+            try:
+                reader = self._make_reader(self._resolve(keys))
+            except ReadingError as error:
+                if error.schema and (hint := _written_out(record)):
+                    raise ReadingError([hint], schema=True) from None
+                raise
+        _keep(self._readers, keys, reader)
         return reader
 
-    def _resolve(self, keys: tuple[Any, ...]) -> tuple[Schema, dict[str, Any], tuple[Any, ...]]:
-        """The schema, the row's own spelling of its keys, and the keys of system messages."""
-        if self.prompt_column is not None:
-            schema = Schema(self.prompt_column, self.response_column)
-            names = {key: key for key in schema.keys if key in keys}
+    def _read_filled(self, record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
+        """Read a row that could be of several schemas by the keys that hold something."""
+        filled = {key: value for key, value in record.items() if not is_blank(value)}
+        keys = tuple(filled)
+        reader = self._filled_readers.get(keys)
+        if reader is None:
+            reader = self._make_reader(self._resolve(keys))
+            _keep(self._filled_readers, keys, reader)
+        return reader(filled, unused)
+
+    def _fitting(self, names: Mapping[str, Any]) -> list[Schema]:
+        """Find the schemas among which the values of a row decide: the best that fit its keys."""
+        if self.options.prompt_column is not None or self.options.preference is not None:
+            return []
+        fitting = [schema for schema in SCHEMAS if all(key in names for key in schema.keys)]
+        # A conversation is the fullest form; an instruction's `input` is not a prompt.
+        conversations = [schema for schema in fitting if schema.response is None]
+        below = [schema for schema in fitting if schema.below]
+        return conversations + (below or [s for s in fitting if s.response is not None])
+
+    def _resolve(self, keys: tuple[Any, ...]) -> _Layout:
+        options = self.options
+        names = spell_keys(keys)
+        if options.preference is not None:
+            schema = self._preferred(keys, names)
+        elif options.prompt_column is not None:
+            schema = Schema(options.prompt_column, options.response_column)
         else:
-            names = _spelling(keys)
             schema = self._choose(keys, names)
         system: tuple[Any, ...] = ()
         missing = [key for key in schema.keys if key not in names]
-        if self.system_column is not None:
-            system = (self.system_column,)
+        if options.system_column is not None:
+            system = (options.system_column,)
             missing += [key for key in system if key not in keys]
-        elif self.prompt_column is None:
+        elif options.prompt_column is None:
             system = tuple(names[key] for key in SYSTEM_KEYS if key in names)
         if missing:
-            raise RowError([_missing_key(key, keys) for key in missing])
-        return schema, names, system
+            raise ReadingError([describe_missing(key, keys) for key in missing])
+        used = {*system, *(names[key] for key in (*schema.keys, *schema.below) if key in names)}
+        others = tuple((key, self._meaning(key)) for key in keys if key not in used)
+        return _Layout(schema, names, system, others)
 
-    def _choose(self, keys: tuple[Any, ...], names: dict[str, Any]) -> Schema:
-        fitting = [schema for schema in SCHEMAS if all(key in names for key in schema.keys)]
-        # A conversation is the fullest form; an instruction's `input` is not a prompt.
-        best = (
-            [schema for schema in fitting if schema.response is None]
-            or [schema for schema in fitting if schema.below]
-            or fitting
-        )
+    def _preferred(self, keys: tuple[Any, ...], names: Mapping[str, Any]) -> Schema:
+        found = preference_schema(names)
+        if found is None:
+            known = ", ".join(PREFERRED_KEYS)
+            raise ReadingError(
+                [f"no key of a preferred answer ({known}) is among {list_keys(keys) or 'none'}"],
+                schema=True,
+            )
+        own = self.options.prompt_column
+        return found if own is None else Schema(own, found.keys[-1])
+
+    def _choose(self, keys: tuple[Any, ...], names: Mapping[str, Any]) -> Schema:
+        fitting = self._fitting(names)
+        best = [schema for schema in fitting if schema.response is None] or fitting
+        preferred = None if best else preference_schema(names)
+        if preferred is not None:
+            key = names[preferred.keys[-1]]
+            raise ReadingError([f"`{key}` {Meaning.PREFERENCE.value}"])
         if len(best) == 1:
             self._last = best[0]
             return best[0]
         if best:
-            raise RowError(
+            raise ReadingError(
                 [
-                    f"the keys {_listed(keys)} fit more than one schema: "
+                    f"the keys {list_keys(keys)} fit more than one schema: "
                     f"{' / '.join(map(str, best))}; name them with `prompt_column` and "
                     "`response_column`"
                 ],
@@ -229,293 +267,236 @@ class RowReader:
             )
         if self._last is not None and any(key in names for key in self._last.keys):
             return self._last
-        raise RowError([_unknown_keys(keys, names)], schema=True)
+        raise ReadingError([describe_unknown(keys, names)], schema=True)
 
+    def _meaning(self, key: Any) -> Meaning | None:
+        """Look up what a key means that no schema uses; a verdict where the user chose: nothing."""
+        meaning = meaning_of(key)
+        if self.options.prompt_column is not None and meaning in _CHOSEN_BY_NAME:
+            return None
+        if self.options.preference is not None and meaning in _CHOSEN_BY_PREFERENCE:
+            return None
+        return meaning
 
-def _unknown_keys(keys: tuple[Any, ...], names: Mapping[str, Any]) -> str:
-    if not keys:
-        return "the row is empty"
-    halves = [
-        (found, missing)
-        for schema in SCHEMAS
-        if schema.response is not None
-        for found, missing in (schema.keys, schema.keys[::-1])
-        if found in names
-    ]
-    hint = ""
-    if halves:
-        partners = [missing for found, missing in halves if found == halves[0][0]]
-        hint = f"; beside {halves[0][0]!r} it would need {' or '.join(map(repr, partners))}"
-    return f"no known schema has the keys {_listed(keys)}{hint}"
+    # Readers.
 
+    def _make_reader(self, layout: _Layout) -> Reader:
+        schema = layout.schema
+        prompt_key = layout.names[schema.prompt]
+        if schema.response is None:
+            return self._conversation_reader(prompt_key, layout)
+        answer_key = layout.names[schema.response]
+        below = [layout.names[key] for key in schema.below if key in layout.names]
+        labels = (f"`{prompt_key}`", f"`{answer_key}`")
+        optional = (*below, *layout.system)
 
-def _spelling(keys: tuple[Any, ...]) -> dict[str, Any]:
-    """Plain lower-case keys to the row's own; a spreadsheet's `Prompt ` is a `prompt` too."""
-    names = {key.strip().lower(): key for key in reversed(keys) if isinstance(key, str)}
-    return names | {key: key for key in keys if isinstance(key, str)}
-
-
-def _missing_key(key: str, keys: Sequence[Any]) -> str:
-    near = difflib.get_close_matches(key, [k for k in keys if isinstance(k, str)], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"`{key}` is missing (keys: {_listed(keys) or 'none'}){hint}"
-
-
-def _listed(keys: Sequence[Any]) -> str:
-    shown = ", ".join(repr(key) for key in keys[:20])
-    return shown if len(keys) <= 20 else f"{shown}, … ({len(keys)} in all)"
-
-
-def _make_reader(schema: Schema, names: dict[str, Any], system: tuple[Any, ...]) -> Reader:
-    prompt_key = names[schema.prompt]
-    if schema.response is None:
-
-        def read_conversation(record: Mapping[Any, Any]) -> tuple[Message, ...]:
-            return _conversation(record[prompt_key], f"`{prompt_key}`", _system(record, system))
-
-        return read_conversation
-    answer_key = names[schema.response]
-    below = [names[key] for key in schema.below if key in names]
-    labels = (f"`{prompt_key}`", f"`{answer_key}`")
-    if not below and not system:
-
-        def read(record: Mapping[Any, Any]) -> tuple[Message, ...]:
-            return _pair_messages(record[prompt_key], record[answer_key], labels, None)
+        def read(record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
+            prompt, answer = record[prompt_key], record[answer_key]
+            plain = type(prompt) is str and type(answer) is str
+            for key in optional:
+                plain = plain and is_empty(record[key])
+            if plain and not layout.others:
+                found = _plain_pair(prompt, answer, labels, [])
+                if found is not None:
+                    return found
+            notes = self._notes(unused)
+            thoughts = _look_at_others(record, layout.others, notes)
+            if plain and not thoughts:
+                found = _plain_pair(prompt, answer, labels, notes.problems)
+                if found is not None:
+                    return found
+            prompt = _join_below(record, prompt_key, below, notes)
+            system = _system(record, layout.system, notes)
+            return _pair_messages(prompt, answer, labels, system, thoughts, notes)
 
         return read
 
-    def read_all(record: Mapping[Any, Any]) -> tuple[Message, ...]:
-        prompt = record[prompt_key]
-        more = [key for key in below if not _is_blank(record[key])]
-        if more:
-            problems: list[str] = []
-            parts = [_text(record[key], f"`{key}`", problems) for key in (prompt_key, *more)]
-            if problems:
-                raise RowError(problems)
-            prompt = "\n\n".join(parts)
-        return _pair_messages(prompt, record[answer_key], labels, _system(record, system))
+    def _conversation_reader(self, key: Any, layout: _Layout) -> Reader:
+        label = f"`{key}`"
 
-    return read_all
+        def read(record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
+            notes = self._notes(unused)
+            thoughts = _look_at_others(record, layout.others, notes)
+            messages = read_messages(record[key], label, notes)
+            messages = _put_system(messages, _system(record, layout.system, notes), notes)
+            return check_conversation(_with_thoughts(messages, thoughts), label, notes.problems)
+
+        return read
 
 
-def _pair_messages(
-    prompt: Any, answer: Any, labels: tuple[str, str], system: tuple[str, Any] | None
-) -> tuple[Message, ...]:
-    if type(prompt) is not str and _is_conversation(prompt):
-        answers = answer if _is_conversation(answer) else [{"role": "assistant", "content": answer}]
-        return _conversation([*prompt, *answers], labels[0], system)
-    problems: list[str] = []
-    user = Message("user", _text(prompt, labels[0], problems))
-    assistant = Message("assistant", _answer(answer, labels[1], problems))
-    if system is not None:
-        label, value = system
-        instruction = Message("system", _text(value, label, problems))
-        if problems:
-            raise RowError(problems)
-        return (instruction, user, assistant)
+def _keep(readers: dict[tuple[Any, ...], Reader], keys: tuple[Any, ...], reader: Reader) -> None:
+    """Keep a reader for the next row with these keys, unless the keys are data."""
+    if len(readers) > MAX_READERS:
+        readers.clear()
+    readers[keys] = reader
+
+
+_CHOSEN_BY_NAME = (Meaning.VERDICT, Meaning.PREFERENCE, Meaning.WEIGHT, Meaning.CONTEXT)
+_CHOSEN_BY_PREFERENCE = (Meaning.VERDICT, Meaning.PREFERENCE)
+# Verdicts that are true of a good answer.
+_APPROVALS = {"label", "ktotag", "correct", "iscorrect", "accepted", "isaccepted", "isgood", "good"}
+
+
+def _written_out(record: Mapping[Any, Any]) -> str | None:
+    texts = (describe_turn_marks(value, f"`{key}`") for key, value in record.items())
+    return next((text for text in texts if text), None)
+
+
+def _plain_pair(
+    prompt: str, answer: str, labels: tuple[str, str], problems: list[str]
+) -> tuple[Message, ...] | None:
+    """Read two texts; `None` where one of them may hold a conversation."""
+    if prompt.startswith(_OPENING) and may_hold_messages(prompt):
+        return None
+    if answer.startswith(_OPENING) and may_hold_messages(answer):
+        return None
+    user = Message("user", read_text(prompt, labels[0], problems))
+    assistant = Message("assistant", read_text(answer, labels[1], problems))
     if problems:
-        raise RowError(problems)
+        raise ReadingError(problems)
     return (user, assistant)
 
 
-def _system(record: Mapping[Any, Any], keys: tuple[Any, ...]) -> tuple[str, Any] | None:
-    """The first system message the row has, with its label; an empty one is none."""
+_OPENING = ("[", "{")
+
+
+def _join_below(
+    record: Mapping[Any, Any], prompt_key: Any, below: Sequence[Any], notes: Notes
+) -> Any:
+    more = [key for key in below if not is_empty(record[key])]
+    if not more:
+        return record[prompt_key]
+    keys = (prompt_key, *more)
     for key in keys:
-        if not _is_blank(record[key]):
-            return f"`{key}`", record[key]
-    return None
+        if isinstance(record[key], str) and may_hold_messages(record[key]):
+            notes.problems.append(f"`{key}` holds messages, and only text is joined to a prompt")
+    return "\n\n".join([read_text(record[key], f"`{key}`", notes.problems) for key in keys])
 
 
-# The values of a row.
+def _look_at_others(
+    record: Mapping[Any, Any], others: tuple[tuple[Any, Meaning | None], ...], notes: Notes
+) -> list[str]:
+    """Judge the keys of a row that its schema does not use; return its reasoning."""
+    thoughts: list[str] = []
+    for key, meaning in others:
+        value = record[key]
+        if is_blank(value):
+            continue
+        if meaning is None or (meaning is Meaning.REASONING and isinstance(value, bool)):
+            notes.unused.add(f"`{key}`", value)
+        elif meaning is Meaning.REASONING:
+            thoughts += read_reasoning(value, f"`{key}`", f"`{key}`", notes)
+        elif problem := _problem_of(key, meaning, value):
+            notes.problems.append(problem)
+    return thoughts
 
 
-def _text(value: Any, label: str, problems: list[str]) -> str:
-    """The value as text, unchanged; what is wrong with it is added to `problems`."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            byte = value[error.start]
-            problems.append(f"{label} is not UTF-8: byte 0x{byte:02x} at byte {error.start + 1}")
-            return ""
-    if isinstance(value, str):
-        if value and not value.isspace() and (value.isascii() or not _unreadable(value)):
-            return str(value)
-        problems.append(f"{label} {_unreadable(value) or 'is empty'}")
-    elif _is_missing(value):
-        problems.append(f"{label} is missing (its value is {value!r})")
+def _problem_of(key: Any, meaning: Meaning, value: Any) -> str | None:
+    """Say why a key of a row keeps it from being trained on; a flag may also allow it."""
+    flag = read_flag(value)
+    if meaning is Meaning.WEIGHT and flag is not None and "mask" not in str(key).lower():
+        return None if flag else f"`{key}` says that this row is not to be trained on"
+    approves = re.sub(r"[\W_]", "", str(key).lower()) in _APPROVALS
+    # A number may be that of a class.
+    if approves and flag is not None and str(value).strip().lower() in ("true", "false"):
+        return None if flag else f"`{key}` is false: its owner calls this answer a bad one"
+    return f"`{key}` {meaning.value}"
+
+
+def _pair_messages(
+    prompt: Any,
+    answer: Any,
+    labels: tuple[str, str],
+    system: Message | None,
+    thoughts: Sequence[str],
+    notes: Notes,
+) -> tuple[Message, ...]:
+    asked = find_messages(prompt, labels[0])
+    if asked is not None:
+        prompts = read_messages(asked, labels[0], notes)
+    elif _is_in_parts(prompt):
+        prompts = [Message("user", read_content(prompt, labels[0], notes)[0])]
     else:
-        problems.append(f"{label} must be text, got {_kind(value)}: {value!r:.60}")
-    return ""
+        prompts = [Message("user", read_text(prompt, labels[0], notes.problems))]
+    said = find_messages(answer, labels[1])
+    if said is not None:
+        answers = read_messages(said, labels[1], notes)
+    else:
+        answers = [Message("assistant", _answer_text(answer, labels[1], notes))]
+    messages = _put_system(_join_turns(prompts, answers), system, notes)
+    messages = _with_thoughts(messages, thoughts)
+    return check_conversation(messages, labels[asked is None], notes.problems)
 
 
-def _answer(value: Any, label: str, problems: list[str]) -> str:
-    """The value as text; a dictionary or list as JSON."""
-    if isinstance(value, str) or not (
-        isinstance(value, (Mapping, list, tuple)) or _is_array(value)
-    ):
-        return _text(value, label, problems)
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
-    except (TypeError, ValueError, RecursionError) as error:
-        problems.append(f"{label} cannot be written as JSON: {error}")
-        return ""
-    return _text(text, label, problems)
+def _answer_text(answer: Any, label: str, notes: Notes) -> str:
+    """Return the answer as text; typed parts are joined, other structures written as JSON."""
+    if _is_in_parts(answer):
+        text, thoughts = read_content(answer, label, notes)
+        return "\n\n".join([*thoughts, text])
+    return write_answer(answer, label, notes.problems)
 
 
-def _json_default(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, Mapping):
-        return dict(value)
-    if hasattr(value, "tolist"):  # NumPy's arrays and numbers.
-        return value.tolist()
-    raise TypeError(f"it holds {_kind(value)}")
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether it is None, a NaN of any kind, or one of pandas' missing values."""
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    try:
-        return math.isnan(value)
-    except (TypeError, ValueError, OverflowError):
+def _is_in_parts(value: Any) -> bool:
+    """Tell whether a value consists of typed parts, as chat services write them, one a text."""
+    parts = as_list(value) if is_list(value) else [value]
+    if not all(isinstance(part, Mapping) and "type" in part for part in parts):
         return False
+    return any(str(part["type"]) in TEXT_TYPES and "text" in part for part in parts)
 
 
-def _is_blank(value: Any) -> bool:
-    """Whether an optional field is not there."""
-    if isinstance(value, (str, bytes)):
-        return not value or value.isspace()
-    return _is_missing(value)
+def _join_turns(prompts: list[Message], answers: list[Message]) -> list[Message]:
+    """Join the turns of a prompt and of an answer that may begin with the prompt again."""
+    systems = [message for message in prompts if message.role == "system"]
+    asked = [message for message in prompts if message.role != "system"]
+    said = [message for message in answers if message.role != "system"]
+    repeated = len(said) >= len(asked) and all(
+        (a.role, a.content.strip()) == (b.role, b.content.strip())
+        for a, b in zip(asked, said, strict=False)
+    )
+    if not repeated:
+        return [*prompts, *answers]
+    others = [m for m in answers if m.role == "system" and m not in systems]
+    return [*systems, *others, *asked, *said[len(asked) :]]
 
 
-def _unreadable(text: str) -> str | None:
-    """Why text from a file or a JSON escape is no Unicode text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # How Python marks a byte that could not be decoded.
-            return f"is not UTF-8: byte 0x{code - 0xDC00:02x} at character {error.start + 1}"
-        return f"holds half a surrogate pair at character {error.start + 1}"
-    return None
+def _with_thoughts(messages: list[Message], thoughts: Sequence[str]) -> list[Message]:
+    """Put the reasoning of a row in front of its last answer."""
+    if not thoughts or not messages:
+        return messages
+    last = messages[-1]
+    content = "\n\n".join([*thoughts, last.content])
+    return [*messages[:-1], dataclasses.replace(last, content=content)]
 
 
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+def _system(record: Mapping[Any, Any], keys: tuple[Any, ...], notes: Notes) -> Message | None:
+    """Return the first system message the row has beside its turns; an empty one is none."""
+    found = None
+    for key in keys:
+        value = record[key]
+        if is_blank(value):
+            continue
+        if found is not None:
+            notes.unused.add(f"`{key}` beside another system message", value)
+            continue
+        if isinstance(value, Mapping):
+            value = [{**value, "role": "system"}]
+        messages = find_messages(value, f"`{key}`")
+        if messages is not None:
+            read = read_messages(messages, f"`{key}`", notes)
+            if len(read) > 1 or any(message.role != "system" for message in read):
+                notes.problems.append(f"`{key}` must hold one system message")
+            found = next(iter(read), None)
+        else:
+            found = Message("system", read_content(value, f"`{key}`", notes)[0])
+    return found
 
 
-# Conversations.
-
-
-def _is_conversation(value: Any) -> bool:
-    """Whether it is a list of messages."""
-    return isinstance(value, (list, tuple)) and bool(value) and is_message(value[0])
-
-
-def _conversation(value: Any, label: str, system: tuple[str, Any] | None) -> tuple[Message, ...]:
-    problems: list[str] = []
-    turns = _turns(value, label)
-    messages = []
-    for place, turn in enumerate(turns, 1):
-        message = _message(turn, f"message {place} of {label}", problems)
-        if message is not None:
-            messages.append(message)
-    if system is not None and not (messages and messages[0].role == "system"):
-        messages.insert(0, Message("system", _text(system[1], system[0], problems)))
-    if not problems and (disorder := _disorder(messages)):
-        roles = ", ".join(message.role for message in messages)
-        problems.append(f"turns of {label} in an impossible order: {disorder} (roles: {roles})")
-    if problems:
-        raise RowError(problems)
-    return tuple(messages)
-
-
-def _turns(value: Any, label: str) -> Sequence[Any]:
-    if isinstance(value, (str, bytes)) and value.strip()[:1] in ("[", b"["):
-        try:  # How a CSV file holds one.
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError([f"{label} is broken JSON: {error}"]) from None
-    if _is_array(value):
-        value = value.tolist()
-    if isinstance(value, Mapping) and value and all(map(_is_list, value.values())):
-        # A list of dictionaries comes out of Arrow and TFDS as a dictionary of lists.
-        value = [
-            dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)
-        ]
-    if isinstance(value, (list, tuple)):
-        if value:
-            return value
-        raise RowError([f"{label} is empty"])
-    if _is_blank(value):
-        raise RowError([f"{label} is missing (its value is {value!r})"])
-    raise RowError([f"{label} must be a list of messages, got {_kind(value)}: {value!r:.60}"])
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or _is_array(value)
-
-
-def _message(turn: Any, label: str, problems: list[str]) -> Message | None:
-    if isinstance(turn, Message):
-        role: Any = turn.role
-        content: Any = turn.content
-    elif not isinstance(turn, Mapping):
-        problems.append(f"{label} must be a dictionary, got {_kind(turn)}: {turn!r:.60}")
-        return None
-    elif "role" in turn and "content" in turn:
-        role, content = turn["role"], turn["content"]
-    elif "from" in turn and "value" in turn:
-        role, content = turn["from"], turn["value"]
-    else:
-        problems.append(f"{label} has neither role and content nor from and value")
-        return None
-    if isinstance(role, bytes):
-        role = role.decode(errors="replace")
-    known = ROLES.get(role) if isinstance(role, str) else None
-    if known is None:
-        problems.append(f"{label} has the unknown role {role!r} (known: {', '.join(ROLES)})")
-        return None
-    if known == "system" and _is_blank(content):
-        return None
-    content = _parts(content, label, problems)
-    write = _answer if known == "assistant" else _text
-    return Message(known, write(content, f"{label} ({role})", problems))
-
-
-def _parts(content: Any, label: str, problems: list[str]) -> Any:
-    """The text of content that is a list of typed parts, as chat services write it."""
-    if not (isinstance(content, (list, tuple)) and content):
-        return content
-    if not all(isinstance(part, Mapping) and "type" in part for part in content):
-        return content
-    other = {str(part["type"]) for part in content} - {"text"}
-    if other:
-        problems.append(f"{label} has parts that are no text: {', '.join(sorted(other))}")
-        return "…"  # Reported already.
-    return "".join(str(part.get("text", "")) for part in content)
-
-
-def _disorder(messages: Sequence[Message]) -> str | None:
-    """Why the order of turns makes no conversation to train on."""
-    start = 1 if messages and messages[0].role == "system" else 0
-    if len(messages) == start:
-        return "there is no user message"
-    for place, message in enumerate(messages[start:], start + 1):
-        expected = "assistant" if (place - start) % 2 == 0 else "user"
-        if message.role == "system":
-            return f"message {place} is a system message, which may only come first, once"
-        if message.role != expected:
-            if place == start + 1:
-                return "the assistant speaks first"
-            return f"message {place} is a second {message.role} turn in a row"
-    if messages[-1].role != "assistant":
-        return "the last turn is the user's, with no answer to learn"
-    return None
+def _put_system(messages: list[Message], system: Message | None, notes: Notes) -> list[Message]:
+    """Put a system message in front of turns that do not begin with one."""
+    if system is None:
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content != system.content:
+            notes.unused.add("a system message beside that of the conversation", system.content)
+        return messages
+    return [system, *messages]

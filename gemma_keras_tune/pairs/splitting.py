@@ -62,7 +62,7 @@ def split_pairs(
 
 
 def _opening(pair: Pair) -> int:
-    """A hash of what stands before the first answer."""
+    """Hash the messages before the first answer."""
     parts: list[str] = []
     for message in pair.messages:
         if message.role == "assistant":
@@ -74,7 +74,7 @@ def _opening(pair: Pair) -> int:
 def _choose_rows(
     places: "array.array[int]", openings: "array.array[int]", fraction: float, seed: int
 ) -> np.ndarray:
-    """Places for validation: whole groups of one opening, in seeded order, up to the share."""
+    """Choose places for validation: whole groups of one opening, in seeded order."""
     _, first, group, sizes = np.unique(
         np.frombuffer(openings, np.int64), return_index=True, return_inverse=True,
         return_counts=True,
@@ -101,7 +101,7 @@ def _choose_rows(
 
 
 def _masks(source: PairSource, chosen: np.ndarray) -> tuple[bytearray, bytearray]:
-    """For each side, one byte for each row number: whether the row is on it."""
+    """Make a mask of the rows of each side, one byte for each row number."""
     assert source._found is not None
     count = source._found.rows + 1
     training = bytearray(b"\0" + b"\1" * (count - 1))

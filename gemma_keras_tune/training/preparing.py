@@ -10,6 +10,7 @@ from gemma_keras_tune.adapters.active import adapter_config
 from gemma_keras_tune.adapters.lora import TARGET_GROUPS, LoraConfig, is_lora_on
 from gemma_keras_tune.errors import LoraError, PairsError, PlanError
 from gemma_keras_tune.gemma.families import context_length, family_of
+from gemma_keras_tune.gemma.state import locked
 from gemma_keras_tune.gemma.templates import Template, get_template, special_tokens
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.pairs import PairChecks, PairSource, read_pairs, split_pairs
@@ -144,6 +145,7 @@ def fill_plan(plan: Plan, batcher: Batcher, held_out: Batcher | None = None) -> 
     )
 
 
+@locked
 def _continue_adapter(model: keras.Model, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Take over the settings of the adapter that is on the model, which is tuned further."""
     there = adapter_config(model)

@@ -15,7 +15,7 @@ from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune.errors import PairsError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Template, get_template
-from gemma_keras_tune.pairs.reader import read_pairs
+from gemma_keras_tune.pairs import read_pairs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

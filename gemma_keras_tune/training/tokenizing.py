@@ -19,7 +19,8 @@ import numpy as np
 from gemma_keras_tune.errors import PairsError, warn_of_pairs
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Segment, Template, get_template
-from gemma_keras_tune.pairs.reader import Findings, Pair, PairsErrors, read_pairs
+from gemma_keras_tune.pairs import Pair, read_pairs
+from gemma_keras_tune.pairs.problems import Findings, PairsErrors
 from gemma_keras_tune.pairs.sources import at_start
 from gemma_keras_tune.training.settings import Overlong
 

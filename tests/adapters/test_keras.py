@@ -6,6 +6,7 @@ import pytest
 
 from gemma_keras_tune import testing
 from gemma_keras_tune.adapters import _keras
+from gemma_keras_tune.gemma.families import stored_kernel
 
 
 class _Einsum(keras.layers.EinsumDense):
@@ -37,7 +38,7 @@ def test_a_built_layer_takes_factors_and_is_again_as_it_was(stock):
     assert {id(v) for v in factors} == {id(layer.lora_kernel_a), id(layer.lora_kernel_b)}
     with pytest.raises(ValueError, match="cannot add"):
         layer.more = layer.add_weight(name="more", shape=(1,))
-    np.testing.assert_array_equal(np.asarray(_keras.stored_kernel(layer)), kernel)
+    np.testing.assert_array_equal(np.asarray(stored_kernel(layer)), kernel)
     _keras.remove_factor_weights(layer, stock)
     assert type(layer) is stock and [v.path for v in layer.variables] == before
     assert layer.lora_kernel_a is None and layer.lora_kernel_b is None
@@ -51,7 +52,7 @@ def test_keras_keeps_its_own_lora_under_these_names(stock):
     layer.enable_lora(1, lora_alpha=2)
     assert layer.lora_enabled and (layer.lora_rank, layer.lora_alpha) == (1, 2)
     layer.lora_kernel_b.assign(np.ones(layer.lora_kernel_b.shape))
-    merged, kernel = np.asarray(layer.kernel), np.asarray(_keras.stored_kernel(layer))
+    merged, kernel = np.asarray(layer.kernel), np.asarray(stored_kernel(layer))
     assert np.abs(merged - kernel).max() > 0
 
 

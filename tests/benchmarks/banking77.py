@@ -30,7 +30,7 @@ import gemma_keras_tune as gkt
 from gemma_keras_tune.evaluation.statistics import wilson_interval
 from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.scoring import Scorer
-from gemma_keras_tune.pairs.rows import Message
+from gemma_keras_tune.pairs import Message
 
 TEMPLATE = "{prompt}\nTopic:{response}"
 SETTINGS = dict(rank=16, alpha=16, learning_rate=1e-3, batch_size=16)

@@ -7,7 +7,7 @@ from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.checks import Exact
 from gemma_keras_tune.evaluation.leakage import find_leaks
 from gemma_keras_tune.evaluation.plans import Case
-from gemma_keras_tune.pairs.reader import read_pairs
+from gemma_keras_tune.pairs import read_pairs
 
 
 def case(name, prompt):

@@ -24,7 +24,7 @@ from gemma_keras_tune.evaluation.checks import (
     Stops,
 )
 from gemma_keras_tune.evaluation.plans import Case, TestPlan
-from gemma_keras_tune.pairs.rows import Message
+from gemma_keras_tune.pairs import Message
 
 TALK = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
 CHECKS = (
@@ -197,11 +197,15 @@ WRONG = [
     ({"prompt": []}, ["`prompt` must be text or a list of messages, got []"]),
     (
         {"prompt": [{"role": "assistant", "content": "x"}]},
-        ["`prompt` must take turns and end with the user, got assistant"],
+        ["`prompt`: turns in an impossible order: the assistant speaks first (roles: assistant)"],
     ),
     (
-        {"prompt": [{"role": "human", "content": "x"}, {"role": "user"}, "hi"]},
-        ["`prompt`: message 1 needs", "`prompt`: message 2 needs", "`prompt`: message 3 needs"],
+        {"prompt": [{"role": "critic", "content": "x"}, {"role": "user"}, "hi"]},
+        [
+            "`prompt`: message 1 has the unknown role 'critic'",
+            "`prompt`: message 2 has neither role and content nor from and value",
+            "`prompt`: message 3 must be a dictionary, got a str: 'hi'",
+        ],
     ),
     ({"kind": "sucess"}, ["`kind` must be one of success, failure, boundary, got 'sucess'"]),
     ({"kind": ["success"]}, ["`kind` must be one of"]),
@@ -288,7 +292,7 @@ def test_problems_in_python_are_all_named():
     with pytest.raises(EvaluationError, match="A case cannot be run") as caught:
         Case()
     assert [p.split("`")[1] for p in caught.value.problems] == ["prompt", "checks", "kind"]
-    with pytest.raises(EvaluationError, match="`prompt`: message 1 needs `role`"):
+    with pytest.raises(EvaluationError, match="`prompt`: message 1 has neither role"):
         Case("x", [{"role": "user"}], "success", Stops())
     with pytest.raises(EvaluationError, match="there is no check 'exakt'"):
         Case("x", "p", "success", [Stops(), {"exakt": 1}])

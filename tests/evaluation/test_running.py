@@ -26,8 +26,7 @@ from gemma_keras_tune.evaluation.running import evaluate, tuning_of
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import get_template
 from gemma_keras_tune.generation.answers import Answer, compiled_programs
-from gemma_keras_tune.pairs.reader import read_pairs
-from gemma_keras_tune.pairs.rows import Message
+from gemma_keras_tune.pairs import Message, read_pairs
 from gemma_keras_tune.testing import tiny_model, tiny_pairs
 
 QUICK: dict[str, Any] = dict(max_new_tokens=6, batch_size=4, verbose=0, retention=False)

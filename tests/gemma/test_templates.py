@@ -28,7 +28,7 @@ from gemma_keras_tune.gemma.templates import (
     write_sidecar,
 )
 from gemma_keras_tune.loading.loader import _handle_instruct
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.testing import FAMILIES, tiny_model, tiny_tokenizer
 from gemma_keras_tune.training.tuning import tune
 
@@ -194,11 +194,11 @@ def test_wrong_placeholders_are_all_named(template, problems):
     [
         ("", False, "no user message"),
         ("s", True, "no user message"),
-        ("a", False, "message 1: expected role 'user', got 'assistant'"),
-        ("uu", False, "message 2: expected role 'assistant'"),
-        ("sua" + "s", False, "message 4: expected role 'user', got 'system'"),
-        ("u", False, "must end with a message of role 'assistant'"),
-        ("ua", True, "must end with a message of role 'user'"),
+        ("a", False, "the assistant speaks first"),
+        ("uu", False, "message 2 is a second user turn in a row"),
+        ("sua" + "s", False, "message 4 is a system message, which may only come first, once"),
+        ("u", False, "the last turn is the user's, with no answer to learn"),
+        ("ua", True, "the last turn is the assistant's, with nothing to answer"),
     ],
 )
 def test_messages_out_of_order_are_refused(roles, generation_prompt, words):

@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -30,10 +31,10 @@ from gemma_keras_tune.pairs import (
     PairChecks,
     PairSource,
     read_pairs,
-    sources,
     split_pairs,
 )
-from gemma_keras_tune.pairs.rows import SCHEMAS, known_schemas
+from gemma_keras_tune.pairs.schemas import SCHEMAS, known_schemas
+from gemma_keras_tune.pairs.sources import text as text_files
 
 PAIRS = [
     ("What is 2 + 2?", "4"),
@@ -77,6 +78,12 @@ def columns(rows):
 def write_csv(path, rows, delimiter=",", header=("prompt", "response")):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return path
+
+
+def write_tsv(path, rows, header=("prompt", "response")):
+    lines = ["\t".join(row) + "\n" for row in [header, *rows]]
+    path.write_text("".join(lines), encoding="utf-8", newline="")
     return path
 
 
@@ -135,7 +142,8 @@ def every_source(rows, folder):
     yield "json as jsonl", write_json(folder / "array.jsonl", records, indent=2)
     yield "csv", write_csv(folder / "rows.csv", rows)
     yield "csv with semicolons", write_csv(folder / "semicolons.csv", rows, ";")
-    yield "tsv", str(write_csv(folder / "rows.tsv", rows, "\t"))
+    if not re.search(r"[\t\r\n]", "".join(itertools.chain(*rows))):
+        yield "tsv", str(write_tsv(folder / "rows.tsv", rows))
     yield "parquet", write_parquet(folder / "rows.parquet", records)
     yield "folder", write_folder(folder / "records", records)
 
@@ -329,7 +337,7 @@ def test_content_in_typed_parts_is_joined():
     ]
     image = [{"type": "image", "url": "x"}]
     assert problems([[{"role": "user", "content": image}, {"role": "model", "content": "c"}]]) == [
-        "row 1: message 1 of the row has parts that are no text: image"
+        "row 1: message 1 of the row (user) has parts that are no text: image"
     ]
 
 
@@ -456,7 +464,7 @@ def test_broken_messages():
         {"messages": "[{"},
         {"messages": ["hi"]},
         {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "critic", "content": "x"}]},
         {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": None}]},
     ]
     found = problems(rows)
@@ -469,8 +477,8 @@ def test_broken_messages():
     assert found[4:] == [
         "row 5: message 1 of `messages` must be a dictionary, got a str: 'hi'",
         "row 6: message 1 of `messages` has neither role and content nor from and value",
-        "row 7: message 1 of `messages` has the unknown role 'tool' (known: system, developer, "
-        "user, human, assistant, model, gpt, bot)",
+        "row 7: message 1 of `messages` has the unknown role 'critic' (known: system, developer, "
+        "user, human, prompter, assistant, model, gpt, bot, ai)",
         "row 8: message 1 of `messages` (user) is empty",
         "row 8: message 2 of `messages` (assistant) is missing (its value is None)",
     ]
@@ -532,7 +540,8 @@ def test_json_array_problems_name_row_and_line(tmp_path):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", data.draw(st.integers(1, 40), label="chunk"))
+    chunk = data.draw(st.integers(1, 40), label="chunk")
+    monkeypatch.setattr(text_files, "_CHUNK_CHARACTERS", chunk)
     rows = data.draw(st.lists(st.tuples(field, field), min_size=1, max_size=6))
     indent = data.draw(st.sampled_from([None, 0, 2]))
     path = write_json(tmp_path / "rows.json", dicts(rows), indent=indent, ensure_ascii=False)
@@ -547,7 +556,7 @@ def test_json_arrays_are_read_across_chunks(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunk", range(1, 12))
 def test_a_number_is_not_cut_at_the_end_of_a_chunk(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(text_files, "_CHUNK_CHARACTERS", chunk)
     (tmp_path / "rows.json").write_text("[1234567]")
     assert problems(tmp_path / "rows.json") == [
         "row 1 (line 1): an int, expected (prompt, response) or a dictionary: 1234567"
@@ -849,7 +858,7 @@ def test_importing_pairs_imports_no_heavy_package():
     code = (
         "import sys, types, pathlib\n"
         "package = types.ModuleType('gemma_keras_tune')\n"
-        f"package.__path__ = [{str(pathlib.Path(sources.__file__).parents[1])!r}]\n"
+        f"package.__path__ = [{str(pathlib.Path(text_files.__file__).parents[2])!r}]\n"
         "sys.modules['gemma_keras_tune'] = package\n"
         "from gemma_keras_tune.pairs.reader import read_pairs\n"
         "assert len(list(read_pairs([('a', 'b')]))) == 1\n"

@@ -27,7 +27,7 @@ from gemma_keras_tune.gemma.templates import TEMPLATES, attach_template, get_tem
 from gemma_keras_tune.generation.answers import generate
 from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.loading.package import package_file
-from gemma_keras_tune.pairs.reader import Message
+from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.testing import tiny_model
 
 TEXTS = ("part number for 12", "a  b   c", "<start_of_turn>user\nGrüße 😀<end_of_turn>\n", " x\n\n")
