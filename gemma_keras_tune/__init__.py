@@ -14,7 +14,7 @@ if "keras" not in _sys.modules:
 with _quiet_tensorflow():
     import keras_hub as _keras_hub  # noqa: F401
 
-from gemma_keras_tune import adapters
+from gemma_keras_tune import adapters, errors, pairs
 from gemma_keras_tune.adapters.lora import (
     LoraConfig,
     enable_lora,
@@ -24,65 +24,29 @@ from gemma_keras_tune.adapters.lora import (
     remove_lora,
 )
 from gemma_keras_tune.adapters.reading import load_adapter
-from gemma_keras_tune.errors import (
-    AdapterError,
-    BackendError,
-    EvaluationError,
-    ExportError,
-    GemmaTuneError,
-    GenerationError,
-    LoadError,
-    LoraError,
-    PairsError,
-    PairsWarning,
-    PlanError,
-    TemplateError,
-    TrainingError,
-)
+from gemma_keras_tune.errors import GemmaTuneError
 from gemma_keras_tune.evaluation import (
     Case,
-    Check,
-    Contains,
     CrossValidation,
-    Exact,
-    Function,
-    JsonFields,
-    JsonSchema,
-    Length,
-    NotContains,
-    Number,
-    OneOf,
-    Outcome,
-    Policy,
-    Refuses,
-    Regex,
     Report,
     Retention,
-    Safe,
-    ShieldGemma,
-    Stops,
     TestPlan,
+    checks,
     cross_validate,
     evaluate,
     measure_retention,
+    safety,
 )
+from gemma_keras_tune.exporting import callbacks
 from gemma_keras_tune.exporting.exporter import export
-from gemma_keras_tune.exporting.saving import AdapterCheckpoint, save_adapter, save_preset
+from gemma_keras_tune.exporting.saving import save_adapter, save_preset
 from gemma_keras_tune.exporting.verifying import Verdict, verify
 from gemma_keras_tune.gemma.templates import Template, attach_template, get_template, template_of
 from gemma_keras_tune.generation.answers import Answer, generate, generate_answers
 from gemma_keras_tune.generation.streaming import stream
 from gemma_keras_tune.loading.loader import load
-from gemma_keras_tune.pairs import (
-    Message,
-    Pair,
-    PairChecks,
-    PairSource,
-    Problem,
-    read_pairs,
-    split_pairs,
-)
-from gemma_keras_tune.training.losses import token_cross_entropy
+from gemma_keras_tune.pairs import Message, Pair, read_pairs, split_pairs
+from gemma_keras_tune.training import losses
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.optimizer import make_optimizer
 from gemma_keras_tune.training.pipeline import make_dataset
@@ -92,59 +56,29 @@ from gemma_keras_tune.training.previewing import Preview, preview
 from gemma_keras_tune.training.tuning import TuneResult, tune
 
 __all__ = [
-    "AdapterCheckpoint",
-    "AdapterError",
     "Answer",
-    "BackendError",
     "Case",
-    "Check",
-    "Contains",
     "CrossValidation",
-    "EvaluationError",
-    "Exact",
-    "ExportError",
-    "Function",
     "GemmaTuneError",
-    "GenerationError",
-    "JsonFields",
-    "JsonSchema",
-    "Length",
-    "LoadError",
     "LoraConfig",
-    "LoraError",
     "Message",
-    "NotContains",
-    "Number",
-    "OneOf",
-    "Outcome",
     "Pair",
-    "PairChecks",
-    "PairSource",
-    "PairsError",
-    "PairsWarning",
     "Plan",
-    "PlanError",
-    "Policy",
     "Preview",
-    "Problem",
-    "Refuses",
-    "Regex",
     "Report",
     "Retention",
-    "Safe",
-    "ShieldGemma",
-    "Stops",
     "Template",
-    "TemplateError",
     "TestPlan",
-    "TrainingError",
     "TuneResult",
     "TuningModel",
     "Verdict",
     "adapters",
     "attach_template",
+    "callbacks",
+    "checks",
     "cross_validate",
     "enable_lora",
+    "errors",
     "evaluate",
     "export",
     "generate",
@@ -154,20 +88,22 @@ __all__ = [
     "load_adapter",
     "lora_config",
     "lora_disabled",
+    "losses",
     "make_dataset",
     "make_optimizer",
     "make_plan",
     "measure_retention",
     "merge_lora",
+    "pairs",
     "preview",
     "read_pairs",
     "remove_lora",
+    "safety",
     "save_adapter",
     "save_preset",
     "split_pairs",
     "stream",
     "template_of",
-    "token_cross_entropy",
     "tune",
     "verify",
 ]

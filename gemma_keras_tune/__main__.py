@@ -343,7 +343,7 @@ def _test(options: argparse.Namespace) -> None:
     names = (
         "pairs", "target", "confidence", "max_new_tokens", "batch_size", "resume", "seed"
     )  # fmt: skip
-    policy = gkt.ShieldGemma(options.shieldgemma) if options.shieldgemma else None
+    policy = gkt.safety.ShieldGemma(options.shieldgemma) if options.shieldgemma else None
     report = gkt.evaluate(
         model,
         plan,

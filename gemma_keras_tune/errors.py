@@ -23,6 +23,22 @@ GemmaTuneError
 import warnings
 from collections.abc import Iterable, Sequence
 
+__all__ = [
+    "AdapterError",
+    "BackendError",
+    "EvaluationError",
+    "ExportError",
+    "GemmaTuneError",
+    "GenerationError",
+    "LoadError",
+    "LoraError",
+    "PairsError",
+    "PairsWarning",
+    "PlanError",
+    "TemplateError",
+    "TrainingError",
+]
+
 
 class GemmaTuneError(Exception):
     """Base of every error this library raises on purpose.

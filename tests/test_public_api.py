@@ -13,8 +13,14 @@ import gemma_keras_tune as gkt
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPORTED = tuple(gkt.__all__)
-OBJECTS = {name: getattr(gkt, name) for name in EXPORTED}
-OBJECTS |= {f"adapters.{name}": getattr(gkt.adapters, name) for name in gkt.adapters.__all__}
+NAMESPACES = {name: getattr(gkt, name) for name in EXPORTED if inspect.ismodule(getattr(gkt, name))}
+OBJECTS = {name: getattr(gkt, name) for name in EXPORTED if name not in NAMESPACES}
+OBJECTS |= {
+    f"{place}.{name}": getattr(module, name)
+    for place, module in NAMESPACES.items()
+    for name in module.__all__
+    if name not in EXPORTED
+}
 FUNCTIONS = {n: o for n, o in OBJECTS.items() if inspect.isfunction(o)}
 CLASSES = {n: o for n, o in OBJECTS.items() if inspect.isclass(o)}
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Example|Examples|Attributes|Source):$", re.M)
@@ -102,7 +108,7 @@ def test_class_and_its_methods_have_docstrings(name: str) -> None:
 
 def test_reference_page_lists_every_name() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^::: gemma_keras_tune\.((?:adapters\.)?\w+)$", page, re.MULTILINE)
+    listed = re.findall(r"^::: gemma_keras_tune\.((?!testing)(?:\w+\.)?\w+)$", page, re.MULTILINE)
     assert sorted(listed) == sorted(set(listed)), "a name is listed twice"
     missing = {name for name in {**FUNCTIONS, **CLASSES} if name not in listed}
     assert missing == set(), "missing from docs/api.md"

@@ -5,54 +5,22 @@ judge; `leakage`, `few_shot` and `retention` measure what else may explain the r
 contains them as data, and `report` and `reporting` write them.
 """
 
-from gemma_keras_tune.evaluation.checks import (
-    Check,
-    Contains,
-    Exact,
-    Function,
-    JsonFields,
-    JsonSchema,
-    Length,
-    NotContains,
-    Number,
-    OneOf,
-    Outcome,
-    Refuses,
-    Regex,
-    Safe,
-    Stops,
-)
+from gemma_keras_tune.evaluation import checks, safety
 from gemma_keras_tune.evaluation.cross_validation import CrossValidation, cross_validate
 from gemma_keras_tune.evaluation.plans import Case, TestPlan
 from gemma_keras_tune.evaluation.report import Report
 from gemma_keras_tune.evaluation.retention import Retention, measure_retention
 from gemma_keras_tune.evaluation.running import evaluate
-from gemma_keras_tune.evaluation.safety import Policy, ShieldGemma
 
 __all__ = [
     "Case",
-    "Check",
-    "Contains",
     "CrossValidation",
-    "Exact",
-    "Function",
-    "JsonFields",
-    "JsonSchema",
-    "Length",
-    "NotContains",
-    "Number",
-    "OneOf",
-    "Outcome",
-    "Policy",
-    "Refuses",
-    "Regex",
     "Report",
     "Retention",
-    "Safe",
-    "ShieldGemma",
-    "Stops",
     "TestPlan",
+    "checks",
     "cross_validate",
     "evaluate",
     "measure_retention",
+    "safety",
 ]

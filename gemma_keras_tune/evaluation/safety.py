@@ -21,6 +21,8 @@ from gemma_keras_tune.gemma.templates import Segment
 from gemma_keras_tune.generation.scoring import Scorer
 from gemma_keras_tune.loading.loader import load
 
+__all__ = ["Policy", "ShieldGemma"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:

@@ -12,8 +12,7 @@ from typing import Any
 import keras
 
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune._support.files import check_free, new_folder
-from gemma_keras_tune._support.numbers import integer
+from gemma_keras_tune._support.files import new_folder
 from gemma_keras_tune.adapters.active import (
     ACTIVE,
     Active,
@@ -24,13 +23,11 @@ from gemma_keras_tune.adapters.active import (
 from gemma_keras_tune.adapters.bases import base_name, write_metadata
 from gemma_keras_tune.adapters.layouts import CONFIG, PEFT_WEIGHTS, check_finite
 from gemma_keras_tune.adapters.lora import LoraConfig
-from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.exporting.receipts import Checking, refuse_wrong_check
 from gemma_keras_tune.exporting.verifying import write_checked_receipt
 from gemma_keras_tune.formats.keras_preset import write_preset
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.state import locked
-from gemma_keras_tune.training.optimizer import batches_per_step
 
 _PREFIX = "base_model.model."
 
@@ -149,59 +146,3 @@ def _peft_config(model: keras.Model, config: LoraConfig) -> dict[str, Any]:
         "inference_mode": True,
         "fan_in_fan_out": False,
     }
-
-
-class AdapterCheckpoint(keras.callbacks.Callback):
-    """Save the adapter during training, in place of the one saved before.
-
-    Each time the new folder is written aside and renamed, so a run that is cut off leaves a whole
-    adapter. `load_adapter` puts it on the base again, and `tune` goes on with it.
-
-    Args:
-        path: The folder, as `save_adapter` writes it.
-        steps: Save after this many steps (updates of the weights); `None` saves after every epoch.
-        overwrite: Whether a folder that is there before the run may be replaced.
-
-    Raises:
-        PlanError: `steps` is not a positive integer.
-        ExportError: The folder exists.
-        AdapterError: When training begins: LoRA is not on the model.
-
-    Example:
-    ```python
-    gkt.tune(model, pairs, callbacks=[gkt.AdapterCheckpoint("part_numbers_adapter")])
-    ```
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], *, steps: int | None = None, overwrite: bool = False
-    ) -> None:
-        super().__init__()
-        if problem := integer(1).problem("steps", steps, None):
-            raise PlanError(problem)
-        check_free(path, overwrite=overwrite)
-        self.path = pathlib.Path(path)
-        self.steps = steps
-        self._overwrite = overwrite
-        self._batches = 0
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refuse a model without an adapter, before anything is trained."""
-        trainer = self.model
-        chosen_adapter(trainer.gemma)
-        self._every = (self.steps or 0) * batches_per_step(trainer.optimizer)
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save after every `updates` updates."""
-        self._batches += 1
-        if self._every and self._batches % self._every == 0:
-            self._save()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Save, unless `steps` is set."""
-        if not self._every:
-            self._save()
-
-    def _save(self) -> None:
-        save_adapter(self.model.gemma, self.path, overwrite=self._overwrite)
-        self._overwrite = True  # what this run has written

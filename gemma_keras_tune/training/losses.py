@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from gemma_keras_tune.gemma.head import soft_capped_and_slope
 
+__all__ = ["token_cross_entropy"]
+
 Array = jax.Array
 
 # Blocks of about this many vocabulary rows keep the matmuls large and the logits small.

@@ -25,10 +25,12 @@ def test_a_sentencepiece_for_a_newer_protobuf_is_named(monkeypatch):
 
 def test_a_tfds_that_is_an_empty_module_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.ModuleType("empty"))
-    with pytest.raises(gkt.PairsError, match=r"is not a file, and .*\n.*tensorflow-metadata<1.18"):
+    with pytest.raises(
+        gkt.errors.PairsError, match=r"is not a file, and .*\n.*tensorflow-metadata<1.18"
+    ):
         gkt.read_pairs("no_such_data_anywhere")
     (tmp_path / "features.json").write_text("{}")
-    with pytest.raises(gkt.PairsError, match=r"tensorflow-metadata<1.18"):
+    with pytest.raises(gkt.errors.PairsError, match=r"tensorflow-metadata<1.18"):
         gkt.read_pairs(tmp_path)
 
 

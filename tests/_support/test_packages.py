@@ -18,10 +18,12 @@ def test_versions_of_what_is_installed():
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
-    assert import_extra("json.decoder", "x", "These", gkt.LoadError).__name__ == "json.decoder"
+    assert (
+        import_extra("json.decoder", "x", "These", gkt.errors.LoadError).__name__ == "json.decoder"
+    )
     monkeypatch.setitem(sys.modules, "colorsys", None)
-    with pytest.raises(gkt.LoadError, match="These need the package colorsys") as caught:
-        import_extra("colorsys", "x", "These", gkt.LoadError)
+    with pytest.raises(gkt.errors.LoadError, match="These need the package colorsys") as caught:
+        import_extra("colorsys", "x", "These", gkt.errors.LoadError)
     assert caught.value.next_step == 'pip install "gemma-keras-tune[x]"'
 
 
@@ -31,7 +33,9 @@ def test_an_orbax_that_is_missing_leaves_nothing(tmp_path, monkeypatch):
     for name in ("orbax", "orbax.checkpoint"):
         monkeypatch.setitem(sys.modules, name, None)
     model = testing.tiny_model("gemma3", num_layers=1)
-    with pytest.raises(gkt.ExportError, match=r'pip install "gemma-keras-tune\[gemma-jax\]"'):
+    with pytest.raises(
+        gkt.errors.ExportError, match=r'pip install "gemma-keras-tune\[gemma-jax\]"'
+    ):
         gkt.export(model, tmp_path / "x", format="gemma_jax", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -115,7 +115,7 @@ def test_scale_is_the_strength(model: Any) -> None:
     np.testing.assert_allclose(kernels[0.5], middle, atol=1e-6)
     assert np.abs(kernels[1.0] - kernels[0.0]).max() > 0.01
     for scale in (float("nan"), "0.5", None, True):
-        with pytest.raises(gkt.AdapterError, match="finite"):
+        with pytest.raises(gkt.errors.AdapterError, match="finite"):
             gkt.adapters.set(model, "one", scale=scale)  # type: ignore[arg-type]
 
 
@@ -195,11 +195,11 @@ def test_removed_is_gone(model: Any, alone: dict[str | None, np.ndarray]) -> Non
 def test_unknown_names_are_refused(model: Any) -> None:
     for call in (gkt.adapters.set, gkt.adapters.remove):
         for name in ("three", ["one"]):
-            with pytest.raises(gkt.AdapterError, match="one, two, wide"):
+            with pytest.raises(gkt.errors.AdapterError, match="one, two, wide"):
                 call(model, name)
-    with pytest.raises(gkt.AdapterError, match="'three'"):
+    with pytest.raises(gkt.errors.AdapterError, match="'three'"):
         gkt.generate(model, PROMPT, adapter="three")
-    with pytest.raises(gkt.AdapterError, match="none"):
+    with pytest.raises(gkt.errors.AdapterError, match="none"):
         gkt.generate(fresh(), PROMPT, adapter="one")
     assert gkt.adapters.active(model) == "wide"
     assert gkt.generate(fresh(), PROMPT, adapter=None, max_new_tokens=2) is not None
@@ -208,7 +208,7 @@ def test_unknown_names_are_refused(model: Any) -> None:
 def test_lora_tuned_in_memory_is_not_lost(folders: dict[str, pathlib.Path]) -> None:
     model = fresh()
     gkt.enable_lora(model, 4, verbose=0)
-    with pytest.raises(gkt.AdapterError, match="under another `name`"):
+    with pytest.raises(gkt.errors.AdapterError, match="under another `name`"):
         gkt.load_adapter(model, folders["one"])
     gkt.load_adapter(model, folders["one"], name="one")
     assert gkt.adapters.list(model) == ("default", "one")
@@ -237,7 +237,7 @@ def test_what_was_trained_on_is_kept(
     gkt.load_adapter(again, tmp_path / "trained")
     np.testing.assert_array_equal(ask(again), trained)
     gkt.adapters.set(model, None)
-    with pytest.raises(gkt.LoraError, match=r"adapters\.set"):
+    with pytest.raises(gkt.errors.LoraError, match=r"adapters\.set"):
         gkt.tune(model, tiny_pairs(8), verbose=0)
 
 
@@ -341,7 +341,7 @@ def test_a_gguf_adapter_has_its_own_rank(
         assert entry["target_modules"] == (
             ["q_proj", "v_proj"] if name == "wide" else entry["target_modules"]
         )
-    with pytest.raises(gkt.ExportError, match="no adapter to write"):
+    with pytest.raises(gkt.errors.ExportError, match="no adapter to write"):
         gkt.export(model, tmp_path / "base.gguf", format="gguf_adapter", adapter=None, verbose=0)
 
 
@@ -352,7 +352,9 @@ def test_an_adapter_that_cannot_stand_beside_the_other_leaves_it(tmp_path):
     gkt.remove_lora(model)
     gkt.enable_lora(model, 12, target_modules=["gate_proj"], verbose=0)
     before = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
-    with pytest.raises(gkt.AdapterError, match=f"need rank 12 .*can carry {narrow.rank} at most"):
+    with pytest.raises(
+        gkt.errors.AdapterError, match=f"need rank 12 .*can carry {narrow.rank} at most"
+    ):
         gkt.load_adapter(model, folder, name="other")
     assert gkt.lora_config(model).rank == 12
     after = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
@@ -371,7 +373,7 @@ def test_an_adapter_on_layers_that_cannot_carry_it_leaves_the_other(tmp_path):
         quantize(layer, "int4")
     gkt.load_adapter(model, tmp_path / "q_proj", name="one", check_base=False)
     before = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]
-    with pytest.raises(gkt.AdapterError, match=r"gate_proj.*int4"):
+    with pytest.raises(gkt.errors.AdapterError, match=r"gate_proj.*int4"):
         gkt.load_adapter(model, tmp_path / "gate_proj", name="two", check_base=False)
     assert gkt.adapters.list(model) == ("one",) and gkt.adapters.active(model) == "one"
     after = [np.array(f) for n in lora_linears(model) for f in get_factors(n)[:2]]

@@ -160,9 +160,9 @@ def test_a_path_that_is_no_adapter_says_what_to_pass(model, tmp_path, monkeypatc
     folder, updates = peft(model, tmp_path / "adapter")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_adds(read_adapter("~/adapter", model), updates)
-    with pytest.raises(gkt.AdapterError, match=f"Pass its folder: {folder}"):
+    with pytest.raises(gkt.errors.AdapterError, match=f"Pass its folder: {folder}"):
         read_adapter(folder / "adapter_model.safetensors", model)
-    with pytest.raises(gkt.AdapterError, match=r"There is no adapter at .*nowhere"):
+    with pytest.raises(gkt.errors.AdapterError, match=r"There is no adapter at .*nowhere"):
         read_adapter(tmp_path / "nowhere", model)
 
 
@@ -187,13 +187,13 @@ def test_layers_that_lora_cannot_stand_on_are_told_from_unknown_ones(family, mod
 def test_a_pickle_is_not_opened(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(gkt.AdapterError, match="pickle"):
+    with pytest.raises(gkt.errors.AdapterError, match="pickle"):
         read_adapter(tmp_path, model)
 
 
 def test_a_pattern_that_would_never_end_is_given_up(model, tmp_path):
     folder, _ = peft(model, tmp_path, target_modules=r"(.|\w)*[!?]")
-    with pytest.raises(gkt.AdapterError, match="pattern"):
+    with pytest.raises(gkt.errors.AdapterError, match="pattern"):
         read_adapter(folder, model)
 
 
@@ -246,7 +246,7 @@ def test_an_adapter_of_mlx(model, tmp_path):
     mlx(model, tmp_path, fine_tune_type="dora")
     assert "dora" in read_adapter(tmp_path, model).problems[0]
     mlx(model, tmp_path, lora_parameters={"rank": 2})
-    with pytest.raises(gkt.AdapterError, match="lora_parameters"):
+    with pytest.raises(gkt.errors.AdapterError, match="lora_parameters"):
         read_adapter(tmp_path, model)
 
 
@@ -298,7 +298,7 @@ def test_a_broken_file_of_keras_hub(model, tmp_path):
 
     path = tmp_path / "tuned.lora.h5"
     path.write_bytes(b"nothing")
-    with pytest.raises(gkt.AdapterError, match="cannot be read"):
+    with pytest.raises(gkt.errors.AdapterError, match="cannot be read"):
         read_adapter(path, model)
     with h5py.File(path, "w") as file:
         file["lora/vars/rank"] = 2
@@ -318,7 +318,7 @@ def test_a_broken_file_of_keras_hub(model, tmp_path):
     for rank in liars:
         with h5py.File(path, "w") as file:
             file.create_dataset("lora/vars/rank", **rank)
-        with pytest.raises(gkt.AdapterError, match="rank is"):
+        with pytest.raises(gkt.errors.AdapterError, match="rank is"):
             read_adapter(path, model)
 
 
@@ -377,12 +377,14 @@ def test_an_orbax_folder(model, tmp_path):
     tree["layer_0"]["attn"]["q_einsum"]["_LoRAEinsum_0"]["lora"]["a"] = drawn(600, 600)
     with orbax.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "large", tree)
-    with pytest.raises(gkt.AdapterError, match=r"q_einsum.*\(600, 600\) is larger than any weight"):
+    with pytest.raises(
+        gkt.errors.AdapterError, match=r"q_einsum.*\(600, 600\) is larger than any weight"
+    ):
         read_adapter(tmp_path / "large", model)
     for file in (tmp_path / "lora").rglob("*"):
         if file.is_file() and file.name not in ("_METADATA", "_CHECKPOINT_METADATA"):
             file.write_bytes(b"broken")
-    with pytest.raises(gkt.AdapterError, match="Orbax"):
+    with pytest.raises(gkt.errors.AdapterError, match="Orbax"):
         read_adapter(tmp_path / "lora", model)
 
 
@@ -425,7 +427,7 @@ def tries(source, model):
     """Reads it or refuses it: nothing else may come out, and never factors that do not fit."""
     try:
         adapter = read_adapter(source, model)
-    except gkt.AdapterError:
+    except gkt.errors.AdapterError:
         return
     linears = linears_of(model)
     assert adapter.problems or adapter.config.rank >= 1
@@ -478,10 +480,10 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(tmp_path):
     linears = linears_of(model)
     before = {name: np.asarray(linear.layer.kernel) for name, linear in linears.items()}
     folder, _ = peft(model, tmp_path, rank_pattern={"down_proj": 3})
-    with pytest.raises(gkt.AdapterError, match="rank_pattern"):
+    with pytest.raises(gkt.errors.AdapterError, match="rank_pattern"):
         gkt.load_adapter(model, folder)
     folder, _ = peft(model, tmp_path, rank_of=lambda _: 9, r=9)
-    with pytest.raises(gkt.AdapterError, match="at most 8"):
+    with pytest.raises(gkt.errors.AdapterError, match="at most 8"):
         gkt.load_adapter(model, folder)
     assert gkt.lora_config(model) is None
     for name, linear in linears.items():

@@ -147,7 +147,7 @@ def test_the_start_is_seeded():
 )
 def test_settings_that_fit_nothing_are_refused(options, message):
     model = testing.tiny_model()
-    with pytest.raises(gkt.LoraError, match=message):
+    with pytest.raises(gkt.errors.LoraError, match=message):
         gkt.enable_lora(model, verbose=0, **options)
     assert gkt.lora_config(model) is None
     assert all(v.trainable for v in family_of(model).linears(model)[0].layer.trainable_variables)
@@ -172,17 +172,19 @@ def test_the_lora_of_keras_is_not_replaced():
     factors = [v for v in model.trainable_variables if "lora" in v.name]
     for variable in factors:
         variable.assign(np.ones(variable.shape))
-    with pytest.raises(gkt.LoraError, match=r"(?s)Keras's own.*block_0/.*query.*block_1/.*anew"):
+    with pytest.raises(
+        gkt.errors.LoraError, match=r"(?s)Keras's own.*block_0/.*query.*block_1/.*anew"
+    ):
         gkt.enable_lora(model, 2, target_modules=["o_proj"], verbose=0)
     assert factors and all((np.asarray(variable) == 1).all() for variable in factors)
 
 
 def test_twice_is_refused_and_off_without_on_too():
     model = testing.tiny_model()
-    with pytest.raises(gkt.LoraError, match="not on this model"):
+    with pytest.raises(gkt.errors.LoraError, match="not on this model"):
         gkt.merge_lora(model)
     gkt.enable_lora(model, 2, verbose=0)
-    with pytest.raises(gkt.LoraError, match="already on"):
+    with pytest.raises(gkt.errors.LoraError, match="already on"):
         gkt.enable_lora(model, 2, verbose=0)
 
 

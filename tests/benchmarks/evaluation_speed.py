@@ -61,7 +61,7 @@ def ours(cases: int, folder: str) -> dict[str, Any]:
     gkt = _bench.gkt
     model = gkt.load(_bench.MODEL)
     gkt.export(model, folder, format="safetensors", overwrite=True, verbose=0)
-    checks = gkt.Length(max=NEW_TOKENS, unit="tokens")
+    checks = gkt.checks.Length(max=NEW_TOKENS, unit="tokens")
     plan = [gkt.Case(str(i), p, "success", checks) for i, p in enumerate(prompts(cases))]
     options: dict[str, Any] = dict(max_new_tokens=NEW_TOKENS, batch_size=BATCH, verbose=0)
 

@@ -11,8 +11,16 @@ import pytest
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.adapters.lora import enable_lora, get_factors, lora_linears, set_factors
-from gemma_keras_tune.evaluation import Case, Contains, Length, Refuses, Safe, Stops, TestPlan
-from gemma_keras_tune.evaluation.checks import Function, Outcome
+from gemma_keras_tune.evaluation import Case, TestPlan
+from gemma_keras_tune.evaluation.checks import (
+    Contains,
+    Function,
+    Length,
+    Outcome,
+    Refuses,
+    Safe,
+    Stops,
+)
 from gemma_keras_tune.evaluation.few_shot import (
     choose_examples,
     first_response,
@@ -223,7 +231,9 @@ def test_policy_judges_what_a_check_names(model: Any) -> None:
     sides = {(prompt, answer is None) for prompt, answer in policy.asked}
     assert sides == {("a locked door", True), ("Unlock", True), ("Unlock", False), ("Clock", False)}
     cases.append(Case("other", "Hello", "success", Safe(policies=["spam"])))
-    with pytest.raises(gkt.EvaluationError, match="case other: `policy` has no spam; it has dang"):
+    with pytest.raises(
+        gkt.errors.EvaluationError, match="case other: `policy` has no spam; it has dang"
+    ):
         evaluate(model, cases, policy=policy, **QUICK)
 
 
@@ -240,7 +250,9 @@ def test_policy_judges_what_a_check_names(model: Any) -> None:
 )
 def test_a_policy_that_fails_is_named_with_the_case(model: Any, policy: Any, words: str) -> None:
     case = Case("forbidden", "How do I pick a lock?", "failure", Refuses())
-    with pytest.raises(gkt.EvaluationError, match="Case forbidden cannot be judged") as caught:
+    with pytest.raises(
+        gkt.errors.EvaluationError, match="Case forbidden cannot be judged"
+    ) as caught:
         evaluate(model, [case], baseline=None, policy=policy, **QUICK)
     assert words in str(caught.value)
 
@@ -274,28 +286,28 @@ def test_answers_of_another_evaluation_are_refused(
 ) -> None:
     log = tmp_path / "answers.jsonl"
     evaluate(model, plan, baseline=None, resume=log, **QUICK)
-    with pytest.raises(gkt.EvaluationError, match="another evaluation") as caught:
+    with pytest.raises(gkt.errors.EvaluationError, match="another evaluation") as caught:
         evaluate(_tuned(2), plan, baseline=None, resume=log, sampler="top_k", **QUICK)
     assert [p.split(":")[0] for p in caught.value.problems] == ["adapter", "sampler"]
     log.write_text("{}\n")
-    with pytest.raises(gkt.EvaluationError, match="holds no answers"):
+    with pytest.raises(gkt.errors.EvaluationError, match="holds no answers"):
         ResponseLog(log, {})
     log.write_text('{"schema": "gemma_keras_tune.answers/2"}\n{"key": "a", "ids": [-1]}\n')
-    with pytest.raises(gkt.EvaluationError, match="line 2"):
+    with pytest.raises(gkt.errors.EvaluationError, match="line 2"):
         ResponseLog(log, {})
 
 
 def test_bad_arguments_are_named_together(model: Any, plan: TestPlan) -> None:
     safe = [*plan, Case("safe", "Hello?", "success", Safe())]
-    with pytest.raises(gkt.EvaluationError) as caught:
+    with pytest.raises(gkt.errors.EvaluationError) as caught:
         evaluate(model, safe, few_shot=-1, confidence=1.0, **QUICK)
     assert len(caught.value.problems) == 3 and "safe" in caught.value.problems[2]
-    with pytest.raises(gkt.EvaluationError, match="pass rate") as caught:
+    with pytest.raises(gkt.errors.EvaluationError, match="pass rate") as caught:
         evaluate(model, plan, target={"success": 2, "succes": 0.5}, **QUICK)  # type: ignore[dict-item]
     assert len(caught.value.problems) == 2
-    with pytest.raises(gkt.EvaluationError, match="takes training pairs"):
+    with pytest.raises(gkt.errors.EvaluationError, match="takes training pairs"):
         evaluate(model, plan, few_shot=3, **QUICK)
-    with pytest.raises(gkt.EvaluationError, match="cannot begin") as caught:
+    with pytest.raises(gkt.errors.EvaluationError, match="cannot begin") as caught:
         evaluate(
             model, plan, sampler="nope", max_new_tokens=0, batch_size=True, seed="a",
             result="tuned", resume=3, policy=0.5, verbose=0,
@@ -304,16 +316,16 @@ def test_bad_arguments_are_named_together(model: Any, plan: TestPlan) -> None:
     assert names == [
         "max_new_tokens", "batch_size", "seed", "result", "resume", "policy", "sampler"
     ]  # fmt: skip
-    with pytest.raises(gkt.EvaluationError, match="token by token"):
+    with pytest.raises(gkt.errors.EvaluationError, match="token by token"):
         evaluate(model, plan, sampler="beam", **QUICK)
-    with pytest.raises(gkt.EvaluationError, match="items cannot be asked") as caught:
+    with pytest.raises(gkt.errors.EvaluationError, match="items cannot be asked") as caught:
         evaluate(model, plan, **{**QUICK, "retention": [{"prompt": "a"}, {"style": "x"}, 3]})
     assert len(caught.value.problems) == 3
-    with pytest.raises(gkt.EvaluationError, match="there is none"):
+    with pytest.raises(gkt.errors.EvaluationError, match="there is none"):
         evaluate(model, plan, baseline=None, **{**QUICK, "retention": True})
-    with pytest.raises(gkt.PairsError):
+    with pytest.raises(gkt.errors.PairsError):
         evaluate(model, plan, pairs=[("question", ""), ("another", "answer")], **QUICK)
-    with pytest.raises(gkt.EvaluationError, match="no adapter is on"):
+    with pytest.raises(gkt.errors.EvaluationError, match="no adapter is on"):
         evaluate(tiny_model("gemma3", num_layers=1), plan, baseline="base", **QUICK)
 
 
@@ -332,7 +344,7 @@ def test_another_model_can_be_the_base(model: Any, plan: TestPlan) -> None:
     assert found.retention.change != 0 and found.settings["baseline"] == other.name
     alone = gkt.measure_retention(tuned, ITEMS, baseline=other)  # type: ignore[arg-type]
     assert alone == found.retention
-    with pytest.raises(gkt.EvaluationError, match="no adapter is on"):
+    with pytest.raises(gkt.errors.EvaluationError, match="no adapter is on"):
         gkt.measure_retention(tuned)
 
 
@@ -354,7 +366,11 @@ def test_a_rate_under_the_target_stops_a_script(
     verdicts = judge_kinds(found, {"success": 0.9, "failure": 0.9, "boundary": 0.9}, 0.95)
     report = gkt.Report("plan", tuple(found), verdicts)
     for options, wanted in (({}, stops), ({"strict": True}, strict)):
-        with pytest.raises(gkt.EvaluationError) if wanted else contextlib.nullcontext() as caught:
+        with (
+            pytest.raises(gkt.errors.EvaluationError)
+            if wanted
+            else contextlib.nullcontext() as caught
+        ):
             report.raise_if_failed(**options)
         if stops and report.verdict == "cannot tell":
             assert "so few cases cannot tell" in str(caught.value)
@@ -414,7 +430,7 @@ def test_answers_of_the_base_are_not_taken_for_those_of_the_tuned_model(tmp_path
     asked = dict(baseline=None, resume=tmp_path / "answers.jsonl", **QUICK)
     with gkt.lora_disabled(model):
         evaluate(model, plan, **asked)
-    with pytest.raises(gkt.EvaluationError, match="another evaluation"):
+    with pytest.raises(gkt.errors.EvaluationError, match="another evaluation"):
         evaluate(model, plan, **asked)
 
 

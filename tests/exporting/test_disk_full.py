@@ -55,7 +55,7 @@ for name, write in writers.items():
     resource.setrlimit(resource.RLIMIT_FSIZE, (fits, most))
     try:
         write(root / name)
-    except gkt.ExportError as error:
+    except gkt.errors.ExportError as error:
         assert "the disk is full" in str(error), error
         assert str(root / name) in str(error), error
     else:

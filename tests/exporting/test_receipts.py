@@ -74,12 +74,12 @@ def test_a_receipt_without_a_result_says_that_it_was_not_checked(folder, tmp_pat
     data.pop("format_version")
     assert read_receipt(write(tmp_path, data)).verification == NOT_CHECKED
     data["verification"] = {"status": "fine", "runtime": 3, "checked": [], "reasons": None}
-    with pytest.raises(gkt.ExportError) as caught:
+    with pytest.raises(gkt.errors.ExportError) as caught:
         read_receipt(write(tmp_path, data))
     assert len(caught.value.problems) == 3
     data["schema"] = "gemma_keras_tune.receipt/0"
     with pytest.raises(
-        gkt.ExportError, match=r"receipt/1'. Received: 'gemma_keras_tune.receipt/0'"
+        gkt.errors.ExportError, match=r"receipt/1'. Received: 'gemma_keras_tune.receipt/0'"
     ):
         read_receipt(write(tmp_path, data))
 
@@ -96,7 +96,7 @@ def test_no_answers_are_recorded_unless_asked(model, tmp_path):
 
 
 def test_prompts_must_be_texts(model):
-    with pytest.raises(gkt.ExportError, match="`prompts` must be texts"):
+    with pytest.raises(gkt.errors.ExportError, match="`prompts` must be texts"):
         record_answers(model, [1])
 
 
@@ -120,7 +120,7 @@ def write(folder, data):
 def test_paths_stay_inside(path, folder, tmp_path):
     data = as_data(folder)
     data["files"][0]["path"] = path
-    with pytest.raises(gkt.ExportError, match=r"files\[0\]\.path must be"):
+    with pytest.raises(gkt.errors.ExportError, match=r"files\[0\]\.path must be"):
         read_receipt(write(tmp_path, data))
 
 
@@ -129,12 +129,12 @@ def test_paths_stay_inside(path, folder, tmp_path):
     ["", "[]", "null", "{}", "{", "NaN", "[" * 100_000, '{"schema": "other/1"}', "\x00"],
 )
 def test_what_is_no_receipt_is_refused(text, tmp_path):
-    with pytest.raises(gkt.ExportError, match=r"receipt\.json"):
+    with pytest.raises(gkt.errors.ExportError, match=r"receipt\.json"):
         read_receipt(write(tmp_path, text))
 
 
 def test_a_missing_receipt_is_named(tmp_path):
-    with pytest.raises(gkt.ExportError, match="There is no receipt"):
+    with pytest.raises(gkt.errors.ExportError, match="There is no receipt"):
         read_receipt(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_every_fault_is_listed(folder, tmp_path):
     data["files"][1]["bytes"] = -1
     data["recordings"][0]["margins"] = [1.0]
     data["dtype"], data["added"] = 3, 1
-    with pytest.raises(gkt.ExportError) as caught:
+    with pytest.raises(gkt.errors.ExportError) as caught:
         read_receipt(write(tmp_path, data))
     assert len(caught.value.problems) == 5
 
@@ -183,7 +183,7 @@ def test_a_receipt_with_anything_in_it_is_read_or_refused(data, folder, tmp_path
     target = write(tmp_path_factory.getbasetemp() / "fuzz", known)
     try:
         receipt = read_receipt(target)
-    except gkt.ExportError:
+    except gkt.errors.ExportError:
         return
     assert isinstance(receipt, Receipt)
     for file in receipt.files:
@@ -196,5 +196,5 @@ def test_bytes_that_are_no_receipt_are_refused(content, tmp_path_factory):
     target = tmp_path_factory.getbasetemp() / "bytes"
     target.mkdir(exist_ok=True)
     (target / FILE_NAME).write_bytes(content)
-    with pytest.raises(gkt.ExportError):
+    with pytest.raises(gkt.errors.ExportError):
         read_receipt(target)

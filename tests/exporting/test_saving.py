@@ -104,7 +104,7 @@ def refused(folder, model):
         return {weight.path: np.array(weight) for weight in model.weights}
 
     before = state()
-    with pytest.raises(gkt.AdapterError) as caught:
+    with pytest.raises(gkt.errors.AdapterError) as caught:
         gkt.load_adapter(model, folder)
     np.testing.assert_equal(state(), before)
     return str(caught.value)
@@ -261,7 +261,7 @@ def test_a_template_that_cannot_be_used_is_left_out(saved, tmp_path, template):
 
 
 def test_without_lora_there_is_nothing_to_save(tmp_path):
-    with pytest.raises(gkt.AdapterError, match="LoRA is not on"):
+    with pytest.raises(gkt.errors.AdapterError, match="LoRA is not on"):
         gkt.save_adapter(testing.tiny_model(), tmp_path / "adapter")
 
 
@@ -269,12 +269,12 @@ def test_an_existing_folder_is_kept_unless_asked_and_whole_after_a_failure(tmp_p
     model = tuned()
     folder = gkt.save_adapter(model, tmp_path / "adapter")
     before = (folder / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(gkt.ExportError, match="already exists"):
+    with pytest.raises(gkt.errors.ExportError, match="already exists"):
         gkt.save_adapter(model, folder)
     monkeypatch.setattr(
         pathlib.Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
     )
-    with pytest.raises(gkt.ExportError, match="the disk is full"):
+    with pytest.raises(gkt.errors.ExportError, match="the disk is full"):
         gkt.save_adapter(model, folder, overwrite=True)
     monkeypatch.undo()
     assert (folder / "adapter_model.safetensors").read_bytes() == before

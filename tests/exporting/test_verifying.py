@@ -82,7 +82,7 @@ def test_everything_that_changed_is_named_at_once(folder):
     assert "2 bytes" in found["tokenizer.json"]
     assert "was not there" in found["pytorch_model.bin"]
     assert len(found) == 4
-    with pytest.raises(gkt.ExportError, match=shards[1].name):
+    with pytest.raises(gkt.errors.ExportError, match=shards[1].name):
         verdict.raise_if_failed()
 
 
@@ -145,7 +145,7 @@ def test_a_check_at_once(save, model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         verifying, "ask", lambda path, receipt, base=None: ("x", answers_of(receipt, ids=(1,)))
     )
-    with pytest.raises(gkt.ExportError, match="token ids differ"):
+    with pytest.raises(gkt.errors.ExportError, match="token ids differ"):
         save(model, tmp_path / "wrong", **options)
 
     def nothing(path, receipt, base=None):
@@ -160,13 +160,13 @@ def test_a_check_at_once(save, model, tmp_path, monkeypatch):
 
 def test_checks_that_are_none(model, tmp_path):
     for save in (gkt.export, gkt.save_preset, gkt.save_adapter):
-        with pytest.raises(gkt.ExportError, match="`check` must be True, False or 'run'"):
+        with pytest.raises(gkt.errors.ExportError, match="`check` must be True, False or 'run'"):
             save(model, tmp_path / "out", check="yes")
 
 
 def test_prompts_that_would_not_be_answered_are_refused(model, tmp_path):
     for save in (gkt.export, gkt.save_preset, gkt.save_adapter):
-        with pytest.raises(gkt.ExportError, match="`prompts` are answered only"):
+        with pytest.raises(gkt.errors.ExportError, match="`prompts` are answered only"):
             save(model, tmp_path / "out", prompts=["Hello!"])
     assert not list(tmp_path.iterdir())
 
@@ -316,7 +316,7 @@ def test_a_base_that_cannot_be_one_is_told_apart_from_a_broken_adapter(model, tm
         (testing.tiny_model("gemma3", num_layers=1, seed=3), "has other weights"),
         (stock, "Keras's own LoRA is on it"),
     ):
-        with pytest.raises(gkt.ExportError, match=r"^`base`: ") as caught:
+        with pytest.raises(gkt.errors.ExportError, match=r"^`base`: ") as caught:
             verify(path, base=base)
         assert words in str(caught.value)
     assert read_receipt(path).verification == NOT_CHECKED
@@ -341,20 +341,22 @@ def test_a_base_of_a_gguf_adapter_is_a_gguf_file_of_its_generation(model, tmp_pa
         (other, "trained on gemma3. Received: gemma2"),
     ):
         for adapter in (path, lone):
-            with pytest.raises(gkt.ExportError, match=r"^`base`") as caught:
+            with pytest.raises(gkt.errors.ExportError, match=r"^`base`") as caught:
                 verify(adapter, base=base)
             assert words in str(caught.value)
     assert read_receipt(path).verification == read_receipt(lone).verification == NOT_CHECKED
 
 
 def test_receipts_of_what_was_not_written_are_refused(model, tmp_path):
-    with pytest.raises(gkt.ExportError, match=r"There is no file or folder .*nowhere"):
+    with pytest.raises(gkt.errors.ExportError, match=r"There is no file or folder .*nowhere"):
         verify(tmp_path / "nowhere")
     path = with_recording(gkt.save_adapter(model, tmp_path / "adapter"), format="nothing")
-    with pytest.raises(gkt.ExportError, match=r"format must be one of .* Received: 'nothing'"):
+    with pytest.raises(
+        gkt.errors.ExportError, match=r"format must be one of .* Received: 'nothing'"
+    ):
         verify(path)
     with_recording(path, format="gguf_adapter")
-    with pytest.raises(gkt.ExportError, match=r"must name one \.gguf file\. Found: 0"):
+    with pytest.raises(gkt.errors.ExportError, match=r"must name one \.gguf file\. Found: 0"):
         verify(path)
 
 

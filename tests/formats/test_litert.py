@@ -21,14 +21,14 @@ PROBE = "import litert_lm, litert_torch"
 
 def test_what_cannot_be_converted_is_refused(tmp_path, monkeypatch):
     model = testing.tiny_model("gemma3", num_layers=1)
-    with pytest.raises(gkt.ExportError, match=r"float32\. Received: dtype='bfloat16'"):
+    with pytest.raises(gkt.errors.ExportError, match=r"float32\. Received: dtype='bfloat16'"):
         gkt.export(model, tmp_path / "x", format="litert", dtype="bfloat16", verbose=0, check=False)
-    with pytest.raises(gkt.ExportError, match="Gemma 2 is not written for LiteRT"):
+    with pytest.raises(gkt.errors.ExportError, match="Gemma 2 is not written for LiteRT"):
         gkt.export(
             testing.tiny_model("gemma2"), tmp_path / "x", format="litert", verbose=0, check=False
         )
     monkeypatch.setenv(litert.PYTHON_VARIABLE, str(tmp_path / "no-python"))
-    with pytest.raises(gkt.ExportError, match="no-python cannot be run"):
+    with pytest.raises(gkt.errors.ExportError, match="no-python cannot be run"):
         gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -45,7 +45,7 @@ def test_a_converter_that_fails_leaves_nothing(code, message, tmp_path, monkeypa
     monkeypatch.setattr(litert, "_CONVERT", code)
     monkeypatch.delenv(litert.PYTHON_VARIABLE, raising=False)
     model = testing.tiny_model("gemma3", num_layers=1)
-    with pytest.raises(gkt.ExportError, match=message):
+    with pytest.raises(gkt.errors.ExportError, match=message):
         gkt.export(model, tmp_path / "x", format="litert", verbose=0, check=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -65,7 +65,7 @@ def test_what_was_converted_is_not_loaded(tmp_path, monkeypatch):
     ]  # fmt: skip
     (tmp_path / "other.tflite").write_bytes(b"TFL3")
     for path in (folder, folder / "model.litertlm", tmp_path / "other.tflite"):
-        with pytest.raises(gkt.LoadError, match="is made for LiteRT") as caught:
+        with pytest.raises(gkt.errors.LoadError, match="is made for LiteRT") as caught:
             gkt.load(path)
         assert "Load the model it was made of" in str(caught.value)
 

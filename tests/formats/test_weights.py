@@ -109,7 +109,7 @@ def test_what_is_off_stays(format, way, tmp_path):
 
 def test_an_adapter_that_is_off_is_no_file(tmp_path):
     model = tuned(num_layers=1)
-    with gkt.lora_disabled(model), pytest.raises(gkt.ExportError, match="switched off"):
+    with gkt.lora_disabled(model), pytest.raises(gkt.errors.ExportError, match="switched off"):
         gkt.export(model, tmp_path / "x.gguf", format="gguf_adapter", verbose=0)
 
 
@@ -122,7 +122,7 @@ def test_an_adapter_that_is_off_is_no_file(tmp_path):
 )  # fmt: skip
 def test_a_folder_does_not_get_the_name_of_a_file(name, format, tmp_path):
     model = testing.tiny_model("gemma3", num_layers=1)
-    with pytest.raises(gkt.ExportError, match=r"has the name of a file.*\n.*such as 'x'"):
+    with pytest.raises(gkt.errors.ExportError, match=r"has the name of a file.*\n.*such as 'x'"):
         gkt.export(model, tmp_path / name, format=format, verbose=0)
     assert not list(tmp_path.iterdir())
 
@@ -130,9 +130,11 @@ def test_a_folder_does_not_get_the_name_of_a_file(name, format, tmp_path):
 def test_arguments_that_a_format_does_not_take_are_refused(tmp_path):
     model = testing.tiny_model("gemma3", num_layers=1)
     for format in ("gguf", "ollama", "gemma_jax", "litert", "gguf_adapter"):
-        with pytest.raises(gkt.ExportError, match="`shard_size` is for 'keras' and 'safetensors'"):
+        with pytest.raises(
+            gkt.errors.ExportError, match="`shard_size` is for 'keras' and 'safetensors'"
+        ):
             gkt.export(model, tmp_path / "out", format=format, shard_size="1GB", verbose=0)
-    with pytest.raises(gkt.ExportError, match="`quantization` is for 'gguf' and 'ollama'"):
+    with pytest.raises(gkt.errors.ExportError, match="`quantization` is for 'gguf' and 'ollama'"):
         gkt.export(model, tmp_path / "out", format="keras", quantization="Q8_0", verbose=0)
 
 
@@ -150,7 +152,7 @@ def test_broken_weights_are_all_named():
     for index in (0, 1):
         scale = model.backbone.transformer_layers[index].pre_ffw_norm.scale
         scale.assign(np.full(scale.shape, np.nan))
-    with pytest.raises(gkt.ExportError) as caught:
+    with pytest.raises(gkt.errors.ExportError) as caught:
         next(merged_weights(model))
     assert len(caught.value.problems) == 2
 
@@ -166,12 +168,12 @@ def test_no_target_takes_nan(format, tmp_path):
     (linear,) = lora_linears(model)
     a, b, _ = get_factors(linear)
     set_factors(linear, a, np.full_like(b, np.nan))
-    with pytest.raises(gkt.ExportError, match="attention/query: its LoRA"):
+    with pytest.raises(gkt.errors.ExportError, match="attention/query: its LoRA"):
         gkt.export(model, tmp_path / "out", format=format, check=False, verbose=0)
     set_factors(linear, a, b)
     scale = model.backbone.layer_norm.scale
     scale.assign(np.full(scale.shape, np.inf))
-    with pytest.raises(gkt.ExportError, match="NaN or infinite values\\.\n  - layer_norm"):
+    with pytest.raises(gkt.errors.ExportError, match="NaN or infinite values\\.\n  - layer_norm"):
         gkt.export(model, tmp_path / "out", format=format, check=False, verbose=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -237,7 +239,7 @@ def test_a_quantized_preset_answers_alike(mode, int8, tmp_path):
     gkt.enable_lora(model, rank=2, verbose=0)
     try:
         for save in (gkt.save_preset, lambda m, p: gkt.export(m, p, format="keras", verbose=0)):
-            with pytest.raises(gkt.ExportError, match=f"quantized kernels.*\n.*: {mode}"):
+            with pytest.raises(gkt.errors.ExportError, match=f"quantized kernels.*\n.*: {mode}"):
                 save(model, tmp_path / "tuned")
     finally:
         gkt.remove_lora(model)
@@ -249,7 +251,7 @@ def test_other_quantizations_are_refused(mode, tmp_path):
     model = testing.tiny_model("gemma3", num_layers=1)
     quantize(model.backbone.transformer_layers[0].gating_ffw, mode)
     for format in ("safetensors", "gguf", "ollama", "gemma_jax", "litert"):
-        with pytest.raises(gkt.ExportError, match=f"decoder_block_0/gating_ffw: {mode}"):
+        with pytest.raises(gkt.errors.ExportError, match=f"decoder_block_0/gating_ffw: {mode}"):
             gkt.export(model, tmp_path / "out", format=format, verbose=0)
 
 

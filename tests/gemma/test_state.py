@@ -45,6 +45,6 @@ def test_a_model_in_training_is_refused_to_other_threads() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         with training(model), training(model):
             assert use(model) == "used"
-            with pytest.raises(gkt.TrainingError, match="Another thread trains this model"):
+            with pytest.raises(gkt.errors.TrainingError, match="Another thread trains this model"):
                 threads.submit(use, model).result(10)
         assert threads.submit(use, model).result(10) == "used"

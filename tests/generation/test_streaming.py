@@ -74,7 +74,7 @@ def test_two_programs_serve_every_prompt_and_both_adapters(model: Any) -> None:
     named = gkt.stream(model, "another and longer prompt", max_new_tokens=13, adapter=None)
     assert next(named) + "".join(named) == base
     assert gkt.adapters.active(model) == "default" and compiled_programs(model) == made
-    with pytest.raises(gkt.AdapterError, match="'other'"):
+    with pytest.raises(gkt.errors.AdapterError, match="'other'"):
         gkt.stream(model, "one", adapter="other")
 
 
@@ -94,9 +94,9 @@ def test_no_piece_ends_within_a_character() -> None:
 
 
 def test_numbers_out_of_range_are_refused_before_work(model: Any) -> None:
-    with pytest.raises(gkt.GenerationError, match="`every`"):
+    with pytest.raises(gkt.errors.GenerationError, match="`every`"):
         gkt.stream(model, "x", every=0)
-    with pytest.raises(gkt.TemplateError):
+    with pytest.raises(gkt.errors.TemplateError):
         gkt.stream(model, [{"role": "user"}])
 
 
@@ -115,5 +115,5 @@ def test_an_answer_that_is_given_up_leaves_the_sampler_whole():
 
 @pytest.mark.parametrize("count", [0, -5, 1.5, True])
 def test_numbers_out_of_range_are_refused(count):
-    with pytest.raises(gkt.GenerationError, match="`max_new_tokens` must be"):
+    with pytest.raises(gkt.errors.GenerationError, match="`max_new_tokens` must be"):
         gkt.stream(tiny_model(), "one", max_new_tokens=count)

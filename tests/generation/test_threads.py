@@ -195,5 +195,5 @@ def test_training_keeps_the_model_and_tells_other_threads(
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         gkt.tune(model, tiny_pairs(4), epochs=1, callbacks=[Asking()], verbose=0)
         assert found.pop("list") == ("one",)
-        assert [type(error) for error in found.values()] == [gkt.TrainingError] * 3
+        assert [type(error) for error in found.values()] == [gkt.errors.TrainingError] * 3
         assert threads.submit(ask, model, "one").result(60) == ask(model, "one")

@@ -530,7 +530,7 @@ for work in (
 ):
     try:
         work()
-    except gkt.BackendError as error:
+    except gkt.errors.BackendError as error:
         print("KERAS_BACKEND=jax" in str(error))
 """
 

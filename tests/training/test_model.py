@@ -27,7 +27,7 @@ PLAIN = "{prompt}\n{response}"
 
 
 def refused(**settings):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune("package://never_opened", [], verbose=0, **settings)
     return caught.value
 
@@ -131,14 +131,14 @@ def test_a_thawed_base_under_lora_is_refused():
     model = tiny("gemma3")
     gkt.enable_lora(model, 2, verbose=0)
     model.trainable = True
-    with pytest.raises(gkt.LoraError, match="base weights train too"):
+    with pytest.raises(gkt.errors.LoraError, match="base weights train too"):
         TuningModel(model)
 
 
 def test_a_model_with_nothing_to_train_is_refused():
     model = tiny("gemma3")
     model.trainable = False
-    with pytest.raises(gkt.LoraError, match="No variable of this model trains"):
+    with pytest.raises(gkt.errors.LoraError, match="No variable of this model trains"):
         TuningModel(model)
 
 
@@ -147,7 +147,9 @@ def test_a_base_whose_embedding_is_quantized_is_refused(mode):
     model = tiny("gemma3", num_layers=1)
     quantize(model.backbone, mode)
     gkt.enable_lora(model, 2, verbose=0)
-    with pytest.raises(gkt.LoraError, match=r"quantized \(int8\)\nLoad .* without its embedding"):
+    with pytest.raises(
+        gkt.errors.LoraError, match=r"quantized \(int8\)\nLoad .* without its embedding"
+    ):
         TuningModel(model)
 
 
@@ -220,7 +222,7 @@ def fitted(callbacks, *, rate=1e-3, weights=(), dtype="float32", scaled=False, *
     data = tf.data.Dataset.from_generator(weighted, output_signature=dataset.element_spec)
     try:
         trainer.fit(data, epochs=3, verbose=0, callbacks=callbacks)
-    except gkt.TrainingError as error:
+    except gkt.errors.TrainingError as error:
         return trainer, error
     return trainer, None
 
@@ -268,7 +270,7 @@ def test_an_optimizer_that_scales_the_loss_may_leave_out_updates():
 def test_tune_ends_with_the_loss_that_is_not_finite():
     model = tiny("gemma3", num_layers=1)
     plan = dict(learning_rate=1e25, warmup_steps=0, epochs=2, batch_size=4, verbose=0)
-    with pytest.raises(gkt.TrainingError, match="in step 2 of epoch 1"):
+    with pytest.raises(gkt.errors.TrainingError, match="in step 2 of epoch 1"):
         gkt.tune(model, testing.tiny_pairs(8), template=PLAIN, **plan)
 
 
@@ -276,7 +278,7 @@ def test_half_precision_floatx_is_refused():
     model = tiny("gemma3")
     keras.config.set_floatx("bfloat16")
     try:
-        with pytest.raises(gkt.BackendError, match="set_floatx"):
+        with pytest.raises(gkt.errors.BackendError, match="set_floatx"):
             TuningModel(model)
     finally:
         keras.config.set_floatx("float32")
@@ -344,7 +346,7 @@ def test_what_would_be_ignored_is_refused():
     model = testing.tiny_model("gemma3", num_layers=1)
     gkt.enable_lora(model, 2, verbose=0)
     trainer = TuningModel(model)
-    with pytest.raises(gkt.PlanError, match="would be ignored") as caught:
+    with pytest.raises(gkt.errors.PlanError, match="would be ignored") as caught:
         trainer.compile("sgd", loss="mse", metrics=["accuracy"], weighted_metrics=["mae"])
     assert [p.split("`")[1] for p in caught.value.problems] == [
         "loss", "metrics", "weighted_metrics"

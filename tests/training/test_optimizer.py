@@ -16,7 +16,7 @@ def tiny(name, **sizes):
 
 
 def refused(**settings):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune("package://never_opened", [], verbose=0, **settings)
     return caught.value
 
@@ -37,7 +37,7 @@ def test_the_schedule_of_accumulated_batches_is_saved_with_the_optimizer():
 
 @pytest.mark.parametrize(("steps", "warmup"), [(0, 0), (5, 5), (3, 9)])
 def test_an_optimizer_without_steps_is_refused(steps, warmup):
-    with pytest.raises(gkt.PlanError, match="train nothing"):
+    with pytest.raises(gkt.errors.PlanError, match="train nothing"):
         gkt.make_optimizer(1e-3, steps=steps, warmup_steps=warmup)
 
 
@@ -90,7 +90,7 @@ def test_other_optimizers_of_keras_take_the_same_schedule():
             config["learning_rate"]
             == (gkt.make_optimizer(0.5, **options).get_config()["learning_rate"])
         )
-    with pytest.raises(gkt.PlanError, match="Received: 'adamm'"):
+    with pytest.raises(gkt.errors.PlanError, match="Received: 'adamm'"):
         gkt.make_optimizer(0.5, steps=10, name="adamm")
 
 
@@ -98,5 +98,5 @@ def test_a_schedule_is_followed_as_it_is():
     schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 10, 0.5)
     optimizer = gkt.make_optimizer(schedule, steps=10, gradient_accumulation_steps=4)
     assert float(optimizer._learning_rate(40)) == float(schedule(10))
-    with pytest.raises(gkt.PlanError, match="its own warm-up"):
+    with pytest.raises(gkt.errors.PlanError, match="its own warm-up"):
         gkt.make_optimizer(schedule, steps=10, warmup_steps=1)

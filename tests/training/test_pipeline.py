@@ -23,7 +23,7 @@ lengths_and_answers = st.lists(
 
 
 def refused(**settings):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune("package://never_opened", [], verbose=0, **settings)
     return caught.value
 
@@ -120,6 +120,6 @@ def test_make_dataset_attaches_its_template():
 
 def test_sizes_that_are_no_sizes_are_refused(model):
     tokens = tokenize_pairs(model, testing.tiny_pairs(2), template=PLAIN)
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         make_batcher(model, tokens, batch_size=0, sequence_length=2.5)
     assert len(caught.value.problems) == 2

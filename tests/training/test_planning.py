@@ -31,7 +31,7 @@ def free(monkeypatch):
 
 
 def refused(**settings):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune("package://never_opened", [], verbose=0, **settings)
     return caught.value
 
@@ -43,7 +43,7 @@ def test_the_rank_that_is_chosen_fits_every_layer(family):
     gkt.enable_lora(model, rank, verbose=0)
     gkt.remove_lora(model)
     if rank < 16:
-        with pytest.raises(gkt.LoraError, match="can be at most"):
+        with pytest.raises(gkt.errors.LoraError, match="can be at most"):
             gkt.enable_lora(model, rank + 1, verbose=0)
     assert plan_settings(model, 999, 20, template=PLAIN).rank == 8
 
@@ -188,7 +188,7 @@ def by_function(messages):
 
 def test_a_template_that_is_a_function_cannot_be_saved(model, tmp_path):
     plan = plan_settings(model, 30, 20, template=by_function)
-    with pytest.raises(gkt.PlanError, match=r"cannot be saved: .*by_function"):
+    with pytest.raises(gkt.errors.PlanError, match=r"cannot be saved: .*by_function"):
         plan.save(tmp_path / "plan.json")
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +203,7 @@ def saved(model, tmp_path):
         other = json.loads(json.dumps(data))
         change(other)
         path.write_text(json.dumps(other))
-        with pytest.raises(gkt.PlanError, match=r"plan\.json") as caught:
+        with pytest.raises(gkt.errors.PlanError, match=r"plan\.json") as caught:
             gkt.tune("package://never_opened", [], plan=path)
         return caught.value
 
@@ -241,9 +241,9 @@ def test_files_that_are_no_plans_are_refused(saved, tmp_path):
     assert "of version 2, and version 1 is known" in saved(lambda d: d.update(schema=2)).headline
     assert "is not a plan" in saved(lambda d: d.pop("figures")).headline
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(gkt.PlanError, match=r"broken\.json cannot be read as a plan"):
+    with pytest.raises(gkt.errors.PlanError, match=r"broken\.json cannot be read as a plan"):
         gkt.Plan.load(tmp_path / "broken.json")
-    with pytest.raises(gkt.PlanError, match=r"none\.json cannot be read"):
+    with pytest.raises(gkt.errors.PlanError, match=r"none\.json cannot be read"):
         gkt.Plan.load(tmp_path / "none.json")
 
 
@@ -260,7 +260,7 @@ def test_a_plan_file_imports_nothing(saved):
 
 
 def test_a_length_beyond_the_context_is_refused(model):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         plan_settings(model, 8, 20, sequence_length=32_769)
     assert "at most the model's context of 32,768 tokens. Received: 32,769" in str(caught.value)
     assert plan_settings(model, 8, 20, sequence_length=32_768).sequence_length == 32_768
@@ -268,5 +268,5 @@ def test_a_length_beyond_the_context_is_refused(model):
 
 def test_a_row_beyond_the_context_is_refused_where_no_length_is_set():
     model = testing.tiny_model("gemma3n", max_position_embeddings=64)
-    with pytest.raises(gkt.PairsError, match="row 2"):
+    with pytest.raises(gkt.errors.PairsError, match="row 2"):
         gkt.tune(model, [("a", "b"), ("x" * 80, "b")], template=PLAIN, verbose=0)

@@ -21,7 +21,7 @@ def model():
 
 
 def refused(**settings):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune("package://never_opened", [], verbose=0, **settings)
     return caught.value
 
@@ -30,7 +30,7 @@ def test_other_lora_than_the_one_that_is_on_is_refused():
     model = tiny("gemma3")
     gkt.enable_lora(model, 2, alpha=4, verbose=0)
     other = dict(rank=4, alpha=8, target_modules="attention", use_rslora=True)
-    with pytest.raises(gkt.LoraError, match=r"LoRA rank 2, alpha 4 ") as caught:
+    with pytest.raises(gkt.errors.LoraError, match=r"LoRA rank 2, alpha 4 ") as caught:
         gkt.tune(model, testing.tiny_pairs(4), verbose=0, **other)
     names = ", ".join(gkt.lora_config(model).target_modules)
     assert caught.value.problems == (
@@ -45,12 +45,12 @@ def test_other_lora_than_the_one_that_is_on_is_refused():
 def test_full_tuning_refuses_lora(stock):
     model = tiny("gemma3")
     model.backbone.enable_lora(2) if stock else gkt.enable_lora(model, 2, verbose=0)
-    with pytest.raises(gkt.LoraError, match="Keras's own LoRA" if stock else "LoRA rank 2"):
+    with pytest.raises(gkt.errors.LoraError, match="Keras's own LoRA" if stock else "LoRA rank 2"):
         gkt.tune(model, testing.tiny_pairs(4), method="full", verbose=0)
 
 
 def test_a_plan_that_is_all_warm_up_is_refused():
-    with pytest.raises(gkt.PlanError, match="would train nothing"):
+    with pytest.raises(gkt.errors.PlanError, match="would train nothing"):
         gkt.tune(
             tiny("gemma3"),
             testing.tiny_pairs(4),
@@ -62,7 +62,7 @@ def test_a_plan_that_is_all_warm_up_is_refused():
 
 
 def test_problems_of_training_and_validation_pairs_are_reported_at_once(model):
-    with pytest.raises(gkt.PairsError) as caught:
+    with pytest.raises(gkt.errors.PairsError) as caught:
         gkt.tune(
             model,
             [("a", "b"), ("", "x")],
@@ -76,7 +76,7 @@ def test_problems_of_training_and_validation_pairs_are_reported_at_once(model):
         "validation, row 1: 63 tokens",
     )
     rows = [("a", "b"), ("", "x"), ("q" * 60, "y")]
-    with pytest.raises(gkt.PairsError) as split:
+    with pytest.raises(gkt.errors.PairsError) as split:
         gkt.tune(model, rows, validation_split=0.5, template=PLAIN, sequence_length=20)
     assert split.value.problems == ("row 2: the prompt is empty", "row 3: 63 tokens")
     assert caught.value.headline.startswith("Training: The list: 1 row cannot be trained on. Valid")
@@ -90,7 +90,7 @@ def test_warnings_say_whether_training_or_validation_pairs_are_meant(model):
         def on_train_begin(self, logs=None):
             raise Enough
 
-    with pytest.warns(gkt.PairsWarning) as caught, pytest.raises(Enough):
+    with pytest.warns(gkt.errors.PairsWarning) as caught, pytest.raises(Enough):
         gkt.tune(
             model,
             [("a", "b"), ("a", "b")],
@@ -115,7 +115,7 @@ def test_own_column_names_belong_to_read_pairs(model):
     dataset = gkt.make_dataset(model, pairs, template=PLAIN, shuffle=False)
     assert int(dataset.cardinality()) == 1
     assert gkt.make_plan(model, pairs, template=PLAIN, validation_data=pairs).validation_pairs == 2
-    with pytest.raises(gkt.PlanError, match="`prompt_column` is not a setting"):
+    with pytest.raises(gkt.errors.PlanError, match="`prompt_column` is not a setting"):
         gkt.tune(model, frame, prompt_column="text")
 
 
@@ -133,7 +133,7 @@ def test_a_plan_is_made_without_training():
     assert set(before) == {v.path for v in model.variables}
     for variable in model.variables:
         np.testing.assert_array_equal(variable, before[variable.path])
-    with pytest.raises(gkt.PlanError, match="would train nothing"):
+    with pytest.raises(gkt.errors.PlanError, match="would train nothing"):
         gkt.make_plan(model, pairs, template=PLAIN, epochs=1, batch_size=30, warmup_steps=1)
-    with pytest.raises(gkt.PairsError, match="row 2"):
+    with pytest.raises(gkt.errors.PairsError, match="row 2"):
         gkt.make_plan(model, [("a", "b"), ("", "c")])

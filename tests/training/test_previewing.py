@@ -14,7 +14,7 @@ def model():
 
 
 def test_preview_reads_no_rows_that_training_would_miss(model):
-    with pytest.raises(gkt.PairsError, match="gives its rows once"):
+    with pytest.raises(gkt.errors.PairsError, match="gives its rows once"):
         gkt.preview(model, iter(testing.tiny_pairs(4)), template=PLAIN)
     pairs = testing.tiny_pairs(4)
     shown = gkt.preview(model, lambda: iter(pairs), template=PLAIN, rows=1)

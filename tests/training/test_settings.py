@@ -31,7 +31,7 @@ def model():
 
 
 def refused(**settings):
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune("package://never_opened", [], verbose=0, **settings)
     return caught.value
 
@@ -55,7 +55,7 @@ def test_arguments_of_a_wrong_type_are_reported_together_before_the_model_is_ope
 @pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {"target_modules", "template"}))
 @pytest.mark.parametrize("value", [{}, {"class_name": "CosineDecay"}, object(), b"1", [1]])
 def test_values_of_no_sense_are_refused(name, value):
-    with pytest.raises(gkt.PlanError, match=f"`{name}`"):
+    with pytest.raises(gkt.errors.PlanError, match=f"`{name}`"):
         check_settings({name: value})
 
 

@@ -35,11 +35,11 @@ def test_the_last_label_is_the_stop_token_and_the_prompt_carries_none(model):
 
 def test_long_rows_are_reported_dropped_or_cut(model):
     pairs = [("a", "yes"), ("b" * 50, "no"), ("c", "d" * 50)]
-    with pytest.raises(gkt.PairsError) as caught:
+    with pytest.raises(gkt.errors.PairsError) as caught:
         gkt.make_dataset(model, pairs, template=PLAIN, sequence_length=20)
     assert [p.split(":")[0] for p in caught.value.problems] == ["row 2", "row 3"]
     limits = {"template": PLAIN, "max_length": 20}
-    with pytest.warns(gkt.PairsWarning) as told:
+    with pytest.warns(gkt.errors.PairsWarning) as told:
         dropped = tokenize_pairs(model, pairs, overlong="drop", **limits)
     assert dropped.dropped == (2, 3) and len(dropped) == 1
     assert dropped.response_lengths.tolist() == [3]
@@ -48,23 +48,27 @@ def test_long_rows_are_reported_dropped_or_cut(model):
         "  - row 2: 54 tokens",
         "  - row 3: 28 tokens",
     ]
-    with pytest.raises(gkt.PairsError, match="1 of 3 rows is cut before the answer") as caught:
+    with pytest.raises(
+        gkt.errors.PairsError, match="1 of 3 rows is cut before the answer"
+    ) as caught:
         tokenize_pairs(model, pairs, overlong="truncate", **limits)
     assert "row 2: the prompt alone fills 20 tokens" in caught.value.problems[0]
-    with pytest.warns(gkt.PairsWarning, match="1 of 2 rows is longer than 20 tokens and cut"):
+    with pytest.warns(
+        gkt.errors.PairsWarning, match="1 of 2 rows is longer than 20 tokens and cut"
+    ):
         cut = tokenize_pairs(model, [pairs[0], pairs[2]], overlong="truncate", **limits)
     assert cut.truncated == (2,) and cut.lengths.max() == 20
     assert cut.response_lengths.tolist() == [int(cut.row(i)[1].sum()) for i in range(2)]
-    with pytest.raises(gkt.PairsError, match="none is left"):
+    with pytest.raises(gkt.errors.PairsError, match="none is left"):
         tokenize_pairs(model, pairs[1:], overlong="drop", **limits)
-    with pytest.warns(gkt.PairsWarning, match="left out"):
+    with pytest.warns(gkt.errors.PairsWarning, match="left out"):
         gkt.make_dataset(model, pairs, template=PLAIN, sequence_length=20, overlong="drop")
-    with pytest.raises(gkt.PairsError, match="'error', 'drop' or 'truncate'"):
+    with pytest.raises(gkt.errors.PairsError, match="'error', 'drop' or 'truncate'"):
         tokenize_pairs(model, pairs, overlong="cut", **limits)
 
 
 def test_all_bad_rows_are_reported_before_any_work(model):
-    with pytest.raises(gkt.PairsError) as caught:
+    with pytest.raises(gkt.errors.PairsError) as caught:
         gkt.make_dataset(model, [("a", "b"), ("c", ""), ("d", None)], template=PLAIN)
     assert "row 2" in str(caught.value) and "row 3" in str(caught.value)
 
@@ -74,7 +78,7 @@ def test_problems_of_every_kind_are_reported_at_once(model, tmp_path):
     lines = [json.dumps({"prompt": p, "response": r}) for p, r in rows]
     (tmp_path / "1.jsonl").write_text("\n\n".join(lines))
     (tmp_path / "2.json").write_text('{"prompt": ')
-    with pytest.raises(gkt.PairsError) as caught:
+    with pytest.raises(gkt.errors.PairsError) as caught:
         gkt.make_dataset(model, tmp_path, template=PLAIN, sequence_length=20)
     empty, broken, long = caught.value.problems
     assert empty == "row 2 (1.jsonl, line 3): `prompt` is empty"
@@ -98,7 +102,7 @@ def test_large_sets_are_spooled_to_disk(model, monkeypatch):
     np.testing.assert_array_equal(first[1], next(make_batcher(model, held).arrays(0))[1])
 
 
-@pytest.mark.filterwarnings("ignore::gemma_keras_tune.PairsWarning")
+@pytest.mark.filterwarnings("ignore::gemma_keras_tune.errors.PairsWarning")
 @pytest.mark.parametrize(("overlong", "kept"), [("drop", 34), ("truncate", 50)])
 def test_limits_hold_while_a_large_set_streams_to_disk(model, monkeypatch, overlong, kept):
     pairs = [(f"{i} roll", "yes" * (9 if i % 3 == 2 else 1)) for i in range(50)]
@@ -125,7 +129,7 @@ def write_rows(path, count):
 
 def peak_of_an_epoch(path, model, **options):
     """Most bytes in use while a file is tokenized, checked and batched once."""
-    checks = gkt.PairChecks(["<eos>"])
+    checks = gkt.pairs.PairChecks(["<eos>"])
     gc.collect()
     tracemalloc.start()
     try:
@@ -139,7 +143,7 @@ def peak_of_an_epoch(path, model, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::gemma_keras_tune.PairsWarning")
+@pytest.mark.filterwarnings("ignore::gemma_keras_tune.errors.PairsWarning")
 def test_a_row_takes_few_bytes_of_memory(model, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "SPOOL_BYTES", 2**14)
     monkeypatch.setattr(tokenizing, "_ROWS_AT_ONCE", 64)

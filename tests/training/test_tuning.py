@@ -134,7 +134,7 @@ def watched(tmp_path_factory):
             sequence_length=40, overlong="drop", template=PLAIN, learning_rate=0.3, epochs=30,
             callbacks=[recorder],
         )  # fmt: skip
-    told = [str(w.message) for w in warned if issubclass(w.category, gkt.PairsWarning)]
+    told = [str(w.message) for w in warned if issubclass(w.category, gkt.errors.PairsWarning)]
     return Watched(result, recorder.calls, printed.getvalue(), len(caches), told)
 
 
@@ -187,7 +187,7 @@ def test_an_optimizer_of_the_users_makes_the_steps_that_the_plan_tells(tmp_path)
         model, testing.tiny_pairs(16), optimizer=optimizer, epochs=2, template=PLAIN, verbose=0,
         callbacks=[
             keras.callbacks.LearningRateScheduler(lambda epoch: (0.5, 0.25)[epoch]),
-            gkt.AdapterCheckpoint(folder, steps=3),
+            gkt.callbacks.AdapterCheckpoint(folder, steps=3),
         ],
     )  # fmt: skip
     assert result.plan.gradient_accumulation_steps == 2
@@ -200,17 +200,17 @@ def test_an_optimizer_of_the_users_makes_the_steps_that_the_plan_tells(tmp_path)
     assert max(np.abs(b).max() for b in third) > 0
     assert max(np.abs(b - c).max() for b, c in zip(last, third, strict=True)) > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-    with pytest.raises(gkt.ExportError, match="already exists"):
-        gkt.AdapterCheckpoint(folder)
+    with pytest.raises(gkt.errors.ExportError, match="already exists"):
+        gkt.callbacks.AdapterCheckpoint(folder)
 
 
 def test_a_checkpoint_of_an_adapter_asks_for_one():
-    with pytest.raises(gkt.PlanError, match="Received: 0"):
-        gkt.AdapterCheckpoint("folder", steps=0)
+    with pytest.raises(gkt.errors.PlanError, match="Received: 0"):
+        gkt.callbacks.AdapterCheckpoint("folder", steps=0)
 
 
 def test_bad_settings_are_reported_together():
-    with pytest.raises(gkt.PlanError) as caught:
+    with pytest.raises(gkt.errors.PlanError) as caught:
         gkt.tune(
             tiny("gemma3"),
             testing.tiny_pairs(4),

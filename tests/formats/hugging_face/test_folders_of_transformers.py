@@ -132,6 +132,6 @@ def test_the_same_logits_and_ids(name, folders, tokenizer_model):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_kerashub_cannot_compute_is_named(name, folders):
-    with pytest.raises(gkt.LoadError) as caught:
+    with pytest.raises(gkt.errors.LoadError) as caught:
         gkt.load(str(folders / name))
     assert any(problem.startswith(REFUSED[name][2]) for problem in caught.value.problems)

@@ -37,7 +37,7 @@ def folder(whole, tmp_path):
 
 
 def error(folder):
-    with pytest.raises(gkt.LoadError) as caught:
+    with pytest.raises(gkt.errors.LoadError) as caught:
         gkt.load(str(folder))
     return caught.value
 

@@ -211,7 +211,9 @@ def test_half_precision_and_what_it_cannot_hold(tmp_path):
         assert {file.get_slice(name).get_dtype() for name in weights} == {"BF16"}
     scale = model.backbone.layer_norm.scale
     scale.assign(np.full(scale.shape, 1e6))
-    with pytest.raises(gkt.ExportError, match=r"model\.norm\.weight holds values up to 1e\+06"):
+    with pytest.raises(
+        gkt.errors.ExportError, match=r"model\.norm\.weight holds values up to 1e\+06"
+    ):
         gkt.export(model, tmp_path / "half", dtype="float16", check=False, verbose=0)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -225,10 +227,10 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         (dict(shard_size="5 apples"), "`shard_size` must be"),
         (dict(format="keras", dtype="float16"), "keeps the dtype"),
     ):
-        with pytest.raises(gkt.ExportError, match=message):
+        with pytest.raises(gkt.errors.ExportError, match=message):
             gkt.export(model, tmp_path / "x", check=False, verbose=0, **options)
     odd = testing.tiny_model("gemma3", use_query_key_norm=False, layer_norm_epsilon=1e-3)
-    with pytest.raises(gkt.ExportError, match="use_query_key_norm is False") as caught:
+    with pytest.raises(gkt.errors.ExportError, match="use_query_key_norm is False") as caught:
         gkt.export(odd, tmp_path / "x", check=False, verbose=0)
     # Of KerasHub's norms the last alone has it.
     assert "layer_norm_epsilon is 0.001; transformers computes with 1e-06" in str(caught.value)
@@ -256,7 +258,7 @@ def test_a_preset_and_a_gguf_file_by_name(tmp_path):
     keras_hub.models.CausalLM.from_preset(str(tmp_path / "preset"))
     path = gkt.export(model, tmp_path / "tiny.gguf", dtype="float32", check=False, verbose=0)
     assert path.is_file() and gkt.load(str(path)).backbone.num_layers == model.backbone.num_layers
-    with pytest.raises(gkt.ExportError, match="already exists"):
+    with pytest.raises(gkt.errors.ExportError, match="already exists"):
         gkt.export(model, path, check=False, verbose=0)
     gkt.export(model, path, overwrite=True, check=False, verbose=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
