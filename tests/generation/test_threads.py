@@ -10,7 +10,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from gemma_keras_tune.evaluation.asking import Sides
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
