@@ -166,7 +166,7 @@ def test_a_template_goes_to_the_adapter_a_thread_sees(
 
 def test_an_evaluation_keeps_its_adapter_when_another_thread_switches(model: Any) -> None:
     gkt.adapters.set(model, "two", scale=0.5)
-    sides = Sides(model, model)
+    sides = ModelPair(model, model)
     factor = lora_linears(model)[0].layer.lora_kernel_b
     before = np.asarray(factor)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
