@@ -25,7 +25,7 @@ _LOOSEST = 0.5
 
 
 def base_record(model: keras.Model) -> dict[str, Any]:
-    """What is written beside an adapter, for `wrong_base` to compare another model with.
+    """Describe the base of an adapter, for `wrong_base` to compare another model with.
 
     Args:
         model: A KerasHub Gemma, with or without LoRA.
@@ -58,7 +58,7 @@ def write_metadata(model: keras.Model, folder: pathlib.Path) -> None:
 
 
 def base_name(model: keras.Model) -> str | None:
-    """Where PEFT finds the base: its name on the Hugging Face Hub, or its folder."""
+    """Return the place where PEFT finds the base: a name on the Hugging Face Hub, or a folder."""
     origin = origin_of(model)
     if origin is None:
         return None
@@ -71,7 +71,7 @@ def base_name(model: keras.Model) -> str | None:
 
 
 def wrong_base(model: keras.Model, record: Mapping[str, Any]) -> str | None:
-    """Why an adapter's base cannot be this model, or `None` where it can.
+    """Describe why this model cannot be an adapter's base; `None` if it can.
 
     Args:
         model: A KerasHub Gemma.

@@ -57,7 +57,7 @@ _INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors(ArrayEquality):
-    """What an adapter adds to one `[outputs, inputs]` weight: `scale * b @ a`.
+    """Update of one `[outputs, inputs]` weight by an adapter: `scale * b @ a`.
 
     Attributes:
         a: `[rank, inputs]`, float32.
@@ -92,7 +92,7 @@ class Adapter:
 
 @dataclasses.dataclass
 class _Reading:
-    """What a reader found: factors by Hugging Face module name, and what does not fit."""
+    """Factors of an adapter by Hugging Face module name, and the problems of its files."""
 
     layout: str
     factors: dict[str, Factors] = dataclasses.field(default_factory=dict)
@@ -203,7 +203,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _place(module: str) -> str:
-    """What follows `layers.` in the text tower: tools differ in what stands before."""
+    """Return the part of a name after `layers.`: tools differ in the part before it."""
     return "" if "vision" in module or "audio" in module else module.partition("layers.")[2]
 
 
@@ -398,7 +398,7 @@ def _contradictions(
 
 
 def _is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT puts LoRA on a module of this name."""
+    """Tell if PEFT puts LoRA on a module of this name."""
     excluded, target_modules = config.get("exclude_modules") or [], config["target_modules"]
     if _is_named(excluded, module):
         return False

@@ -172,27 +172,22 @@ def run_demo(
         verbose=verbose,
     )
     page = report.save(folder / "report.html")
-    tests = held_out()
-    prompts = [test["prompt"] for test in tests]
-    before, after = (_held_out_answers(report, variant, prompts) for variant in ("base", "tuned"))
-
-    base = [grade(a, test["response"]) for a, test in zip(before, tests, strict=True)]
-    tuned = [grade(a, test["response"]) for a, test in zip(after, tests, strict=True)]
+    base, tuned = (_grades(report, variant) for variant in ("base", "tuned"))
     summary = {
         "seconds": round(seconds, 1),
         "preset": str(folder / "preset"),
         "adapter": str(folder / "adapter"),
         "held_out": [
             {
-                "prompt": test["prompt"],
-                "expected": test["response"],
+                "prompt": t["prompt"],
+                "expected": t["response"],
                 "base": _entry(b),
-                "tuned": _entry(t),
+                "tuned": _entry(a),
             }
-            for test, b, t in zip(tests, base, tuned, strict=True)
+            for t, b, a in zip(held_out(), base, tuned, strict=True)
         ],
     }
-    say(table(prompts, base, tuned))
+    say(table([test["prompt"] for test in held_out()], base, tuned))
     say(f"\n{report}")
     say(f"\n{seconds:.0f} s from start to saved model")
     if out is not None:
@@ -200,6 +195,13 @@ def run_demo(
         say(f"  {folder / 'demo.json'}")
     say(f"  {summary['preset']}\n  {summary['adapter']}\n  {page}")
     return summary
+
+
+def _grades(report: Any, variant: str) -> list[Graded]:
+    """Grade the answers of base or tuned model to the held-out e-mails."""
+    tests = held_out()
+    answers = _held_out_answers(report, variant, [test["prompt"] for test in tests])
+    return [grade(a, test["response"]) for a, test in zip(answers, tests, strict=True)]
 
 
 def _records(name: str) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""What leaves: presets, adapters and exports, with receipts, opened in their runtimes."""
+"""Presets, adapters and exports, with receipts, opened in their runtimes."""

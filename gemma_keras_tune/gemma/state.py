@@ -19,7 +19,7 @@ from gemma_keras_tune.errors import TrainingError
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """Origin of a model.
 
     Attributes:
         source: The argument `load` was given.

@@ -55,7 +55,7 @@ Prompt = str | Sequence[Message | Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer(ArrayEquality):
-    """What a model wrote.
+    """Answer of a model to one prompt.
 
     Attributes:
         text: The answer, without its stop token.
@@ -308,7 +308,7 @@ class SamplerState:
         return [keras.random.SeedGenerator(seed + i).state.value for i in range(count)]
 
     def begin(self, batch: "_Batch") -> None:
-        """Where every row has its own seed, its values: each `[batch, …]`."""
+        """Return the values of the seeds, each `[batch, …]`, if every row has its own."""
         if self.row_seeds is None:
             return
         values = [self._seeded(self.row_seeds[index]) for index in batch.rows]
@@ -317,7 +317,7 @@ class SamplerState:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether it always takes the likeliest token."""
+        """Tell if the sampler always takes the likeliest token."""
         return type(self.sampler) is keras_hub.samplers.GreedySampler
 
     @property
@@ -446,7 +446,7 @@ def check_context(model: keras.Model, rows: Sequence[Any], max_new_tokens: int) 
 
 
 def beyond_context(model: keras.Model, tokens: int, max_new_tokens: int) -> str | None:
-    """Why a prompt does not fit into the model's context, or `None` where it does."""
+    """Describe a prompt that does not fit into the model's context; `None` for one that fits."""
     context = context_length(model)
     if tokens + max_new_tokens <= context:
         return None

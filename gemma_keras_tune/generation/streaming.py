@@ -84,7 +84,7 @@ def _one_at_a_time(model: keras.Model, pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _pieces(answers: Iterator[np.ndarray], tokenizer: Any) -> Iterator[str]:
-    """What is new in each of the ever longer answers."""
+    """Yield the new part of each answer, which grows from one to the next."""
     given = ""
     text = ""
     for ids in answers:
