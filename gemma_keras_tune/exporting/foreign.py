@@ -142,7 +142,8 @@ def transformers(asked: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     return opened, found
 
 
-# A model of each family in the Gemma library for JAX; the sizes come from the checkpoint.
+# A model of each family in the Gemma library for JAX; the sizes come from the checkpoint. Named
+# here, and not in `gemma/tables`: this script runs in Pythons that do not have this library.
 _PUBLISHED = {
     "gemma2": "Gemma2_2B",
     "gemma3": "Gemma3_1B",
