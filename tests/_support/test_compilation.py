@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import platformdirs
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gemma_keras_tune._support.compilation import compilation_cache
 
@@ -23,9 +24,11 @@ def folder(tmp_path, monkeypatch):
     before = settings()
     jax.config.update(NAMES[0], None)
     jax.config.update(NAMES[1], 0.0)
+    reset_cache()  # one of the environment's may be open
     yield tmp_path / "gemma_keras_tune" / "jax"
     for name, value in before.items():
         jax.config.update(name, value)
+    reset_cache()
 
 
 def test_the_settings_of_the_process_are_put_back(folder):
@@ -73,6 +76,7 @@ def test_the_next_process_finds_the_programs(tmp_path):
 
     root = os.path.dirname(os.path.dirname(gemma_keras_tune.__file__))
     environment = {**os.environ, "PYTHONPATH": root}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     counts = [
         int(
             subprocess.run(
