@@ -72,6 +72,7 @@ class Scorer:
         ids = [row for row, _ in rows]
         positions = [np.flatnonzero(scored) - 1 for _, scored in rows]
         labels = [row[at + 1] for row, at in zip(ids, positions, strict=True)]
+        batch_size = min(batch_size, max(len(rows), 1))
         found = self._read("losses", _losses, ids, positions, batch_size, labels)
         return [np.asarray(losses) for losses in found]
 
