@@ -127,8 +127,8 @@ def test_the_real_270m_in_transformers(tmp_path):
         model, tmp_path / "out", prompts=["What is the capital of France?", hostile], check="run",
         verbose=0,
     )  # fmt: skip
-    outcome = read_receipt(path).outcome
-    assert outcome.verdict == "passed" and outcome.runtime.startswith("transformers")
+    outcome = read_receipt(path).verification
+    assert outcome.status == "passed" and outcome.runtime.startswith("transformers")
     assert any("logits differ by" in text for text in outcome.checked)
 
 
