@@ -59,7 +59,7 @@ def prompts(records: list[dict]) -> list[str]:
 
 def test_pairs_have_the_structure_of_the_held_out_records() -> None:
     pairs, held_out = demo.training_pairs(), demo.held_out()
-    assert len(pairs) == 96 and len(held_out) >= 24
+    assert len(pairs) == 56 and len(held_out) >= 24
     assert all(list(record) == ["prompt", "response"] for record in pairs + held_out)
     assert all(list(record["response"]) == ["type", "items"] for record in pairs + held_out)
     assert shapes(pairs) == shapes(held_out)
