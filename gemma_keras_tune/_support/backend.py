@@ -10,7 +10,7 @@ import jax
 import jaxlib.version
 import keras
 
-from gemma_keras_tune._support.memory import share_arena
+from gemma_keras_tune._support.memory import compute_on_the_calling_thread
 from gemma_keras_tune.errors import BackendError
 
 _PLUGIN = re.compile(r"jax_(?P<gpu>cuda|rocm)(?P<version>\d+)_plugin|libtpu")
@@ -19,7 +19,7 @@ _PLUGIN = re.compile(r"jax_(?P<gpu>cuda|rocm)(?P<version>\d+)_plugin|libtpu")
 def check_backend() -> None:
     """Refuse a backend that is not supported, and warn of an accelerator that is not used.
 
-    `share_arena` is called first, because JAX starts its threads with the first array.
+    `compute_on_the_calling_thread` is called before JAX starts on the CPU.
 
     Raises:
         BackendError: Keras does not run on JAX, or its `floatx` is not float32.
@@ -37,7 +37,7 @@ def check_backend() -> None:
             next_step="Call `keras.config.set_floatx('float32')`, and pass `dtype` to `load` for "
             "smaller weights.",
         )
-    share_arena()
+    compute_on_the_calling_thread()
     _check_devices()
 
 

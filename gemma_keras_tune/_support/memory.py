@@ -7,7 +7,6 @@ array: half of the time of a training step of Gemma 3 270M on two cores.
 
 import contextlib
 import ctypes
-import importlib.util
 import os
 import pathlib
 import sys
@@ -15,26 +14,25 @@ import threading
 from collections.abc import Iterator
 
 # From <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 # The defaults of glibc, with the thresholds that its own adjustment would reach.
 _DEFAULTS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 _lock = threading.Lock()
 _users = 0
 
 
-def share_arena() -> None:
-    """Let threads that start later allocate in the main arena, whose memory `kept_memory` keeps.
+def compute_on_the_calling_thread() -> None:
+    """Let JAX run programs on the CPU in the thread that calls them, not in one of its own.
 
-    glibc gives each thread another arena, which holds nothing above 64 MB: larger arrays, such as
-    the temporary ones of a training step, come from the kernel and return to it. The main arena has
-    no such limit. A thread keeps the arena it begins with, so this must precede the first array,
-    which starts JAX's threads. The effect is that of `MALLOC_ARENA_MAX=1` in the environment, and
-    cannot be undone. If the user has set that variable, or JAX has a plugin for an accelerator,
-    nothing is changed.
+    glibc gives each thread but the first an arena that holds nothing above 64 MB: there the larger
+    arrays of a training step come from the kernel and return to it, whatever `kept_memory` sets.
+    JAX reads the setting when it starts on the CPU, so this must precede the first array. If the
+    user has set `JAX_CPU_ENABLE_ASYNC_DISPATCH`, nothing is changed.
     """
-    plugins = [name for name in ("jax_plugins", "libtpu") if importlib.util.find_spec(name)]
-    if _has_glibc() and not plugins and "MALLOC_ARENA_MAX" not in os.environ:
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+    import jax
+
+    if _has_glibc() and "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @contextlib.contextmanager

@@ -54,11 +54,11 @@ more = jax.jit(lambda x: x + 1)
 x = jax.numpy.ones((4096, 4096))
 faults = []
 with kept_memory():
-    for _ in range(30):  # often the array before is freed only after the next is taken
+    for _ in range(30):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         more(x).block_until_ready()
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
+print(sorted(faults)[15])
 """
 
 
@@ -67,7 +67,7 @@ print(min(faults))
     not sys.platform.startswith("linux") or jax.default_backend() != "cpu",
     reason="malloc is left as it is elsewhere",
 )
-def test_what_the_threads_of_jax_free_is_kept_too():
+def test_what_jax_frees_is_kept_too():
     def faults(**environment):
         done = subprocess.run(
             [sys.executable, "-c", THREADS],
@@ -78,43 +78,7 @@ def test_what_the_threads_of_jax_free_is_kept_too():
         )
         return int(done.stdout)
 
-    assert faults() < faults(MALLOC_ARENA_MAX="8") / 10
-
-
-ARENAS = """
-import ctypes, threading
-import gemma_keras_tune
-from gemma_keras_tune._support.backend import check_backend
-
-if {work}:
-    check_backend()
-meet = threading.Barrier(4)
-threads = [threading.Thread(target=meet.wait) for _ in range(4)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-ctypes.CDLL(None).malloc_stats()
-"""
-
-
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or jax.default_backend() != "cpu",
-    reason="malloc is left as it is elsewhere",
-)
-def test_threads_share_an_arena_when_work_has_begun_and_not_by_the_import():
-    def arenas(work):
-        done = subprocess.run(
-            [sys.executable, "-c", ARENAS.format(work=work)],
-            stderr=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return done.stderr.count("Arena ")
-
-    before = arenas(work=False)
-    assert before >= 4
-    assert arenas(work=True) < before
+    assert faults() < (faults(JAX_CPU_ENABLE_ASYNC_DISPATCH="1", MALLOC_ARENA_MAX="8") / 10)
 
 
 def control_groups(root, own, files):
