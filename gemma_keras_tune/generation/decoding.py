@@ -17,6 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from gemma_keras_tune.gemma.attention import keep_soft_cap, plain_attention
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.packing import axes_of, unpack
 
@@ -143,7 +144,7 @@ def write_on(
     def one_pass(state: Any) -> Any:
         at, tokens, cache, done, random_state = state
         asked = _last_and_guessed(tokens, at, starts, len(ahead) - 1)
-        with bound(model, weights):
+        with bound(model, weights), plain_attention(model):
             logits, hidden, cache = step(asked, cache, at, mask)
             chosen, random_state = _choose(model, sampler, logits, hidden, random_state)
         places = at[:, None] + 1 + ahead
@@ -266,6 +267,7 @@ def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, A
     `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
     them out.
     """
+    keep_soft_cap(model.backbone)
     cache = family_of(model).empty_cache(model, rows, buffer)
     forward: Any = model.call_with_cache
     if "padding_mask" not in inspect.signature(forward).parameters:

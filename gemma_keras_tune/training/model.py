@@ -18,6 +18,7 @@ from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import GemmaTuneError, LoraError, PlanError
+from gemma_keras_tune.gemma.attention import keep_soft_cap
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.gemma.state import training
 from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues
@@ -54,6 +55,7 @@ class TuningModel(keras.Model):
         check_backend()
         _check_trainable(model)
         family_of(model).head(model).check_floating(LoraError)
+        keep_soft_cap(model.backbone)
         self.backbone = model.backbone
         # A function is not tracked. Of a tracked task Keras would draw a batch, to build its
         # preprocessor.
