@@ -17,7 +17,7 @@ import math
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -491,7 +491,7 @@ def choose_programs(
     there = [
         (size, chunk, buffer)
         for size, chunk, buffer, *rest in state_of(model).programs
-        if tuple(rest) == about and isinstance(size, int)
+        if tuple(rest) == about
     ]
     # Powers of two, so that calls with few prompts share programs.
     size = min(batch_size, 2 ** math.ceil(math.log2(max(len(lengths) for lengths, _ in calls))))
@@ -586,21 +586,51 @@ def _run_batch(
     stops: tuple[int, ...],
     state: SamplerState,
 ) -> list[np.ndarray]:
+    (written,) = write_batch(model, weights, rows, batch, stops, state, every=batch.new_tokens)
+    return written
+
+
+def write_batch(
+    model: keras.Model,
+    weights: list[Any],
+    rows: Sequence[Any],
+    batch: _Batch,
+    stops: tuple[int, ...],
+    state: SamplerState,
+    *,
+    every: int,
+) -> Iterator[list[np.ndarray]]:
+    """Answer the rows of a batch, some tokens at a time, all in one program.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        weights: Its weights, as `weights_of` gives them.
+        rows: Token ids of each prompt.
+        batch: How they run.
+        stops: Ids at which a row ends.
+        state: The sampler, whose random state moves on.
+        every: Tokens to write before each yield, at most.
+
+    Yields:
+        The new ids of each row so far, `[tokens]` int32 each, also those after a stop token.
+    """
     program = _program(model, batch, state)
     tokens, starts = padded_rows(rows, batch)
-    end = batch.chunks * batch.chunk + 1
-    tokens, last, state.values = program(
-        weights,
-        state.values,
-        tokens,
-        starts,
-        np.arange(batch.size) >= len(rows),
-        np.int32(batch.chunks),
-        np.int32(batch.new_tokens),
-        padded_stops(stops),
-    )
-    written, last = np.asarray(tokens), np.asarray(last)
-    return [written[i, end : last[i] + 1] for i in range(len(rows))]
+    first = batch.chunks * batch.chunk
+    at, done = np.full(batch.size, first, np.int32), np.arange(batch.size) >= len(rows)
+    cache = decoding.empty_cache(model, batch.size, batch.buffer)
+    read, padded = 0, padded_stops(stops)
+    for new in (*range(every, batch.new_tokens, every), batch.new_tokens):
+        cache, *moved = program(
+            weights, cache, state.values, tokens, starts, at, done,
+            np.array([read, batch.chunks], np.int32), np.int32(first + new), padded,
+        )  # fmt: skip
+        # As NumPy's, they are of one kind in every call: else JAX would compile again.
+        state.values, tokens, at, done = keras.tree.map_structure(np.asarray, moved)
+        read = batch.chunks
+        yield [tokens[i, first + 1 : at[i] + 1] for i in range(len(rows))]
+        if done.all():
+            return
 
 
 def padded_rows(rows: Sequence[Any], batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -632,11 +662,11 @@ def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable
     def write(traced: keras.Model, weights: Any, *arguments: Any) -> Any:
         return decoding.write(traced, weights, sampler, chunk, *arguments)
 
-    return compiled(model, (batch.size, chunk, batch.buffer, state.key), write)
+    return _compiled(model, (batch.size, chunk, batch.buffer, state.key), write)
 
 
-def compiled(
-    model: keras.Model, about: tuple[Any, ...], function: Callable[..., Any], **options: Any
+def _compiled(
+    model: keras.Model, about: tuple[Any, ...], function: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Compile a function of a model, or return what was compiled before.
 
@@ -646,8 +676,7 @@ def compiled(
     Args:
         model: A KerasHub Gemma `CausalLM`.
         about: Key of the function. What is compiled holds for one LoRA of the model.
-        function: Takes the model, its packed weights, and more arrays.
-        **options: Options of `jax.jit`.
+        function: Takes the model, its packed weights, a cache to write over, and more arrays.
     """
     import jax
 
@@ -662,5 +691,5 @@ def compiled(
             with decoding.bound(traced, weights), lora_switched(traced, on=True):
                 return function(traced, weights, *arguments)
 
-        programs[key] = jax.jit(program, **options)
+        programs[key] = jax.jit(program, donate_argnums=1)  # the cache is large
     return programs[key]

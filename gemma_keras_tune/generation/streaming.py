@@ -1,8 +1,7 @@
 """An answer piece by piece, while it is being written.
 
-The same computation as `generate`, cut in two programs: one reads the prompt into a key/value
-cache, one writes a few tokens and hands the cache back. Both are compiled once for a size of prompt
-and answer, and the cache stays on the device between them.
+The same program as `generate` runs for one prompt, called again after every few tokens. Between two
+calls the key/value cache stays on the device.
 """
 
 import contextlib
@@ -110,44 +109,16 @@ def _written(
     """The answer so far, after each few tokens."""
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
     state = answers.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
-    state.values = [np.array(value) for value in state.values]  # the program writes over them
     calls = [([len(row)], max_new_tokens)]
     shapes = answers.choose_programs(model, calls, state.sampler, 1)
     batch = answers.batches([row], shapes, max_new_tokens)[0]
-    read, write = _programs(model, batch, state)
     with use_adapter(model, adapter):
         weights = answers.weights_of(model)
-    tokens, starts = answers.padded_rows([row], batch)
-    first = batch.chunks * batch.chunk
-    padded = answers.padded_stops(stops)
-    ends = (*range(first + every, first + max_new_tokens, every), first + max_new_tokens)
     with contextlib.closing(state), kept_memory():
-        cache = read(weights, tokens, starts, np.int32(batch.chunks))
-        held = (np.full(1, first, np.int32), tokens, cache, np.zeros(1, bool), state.values)
-        for end in ends:
-            held = write(weights, held, starts, np.int32(end), padded)
-            last, tokens, _, done, values = held
-            state.values = [np.array(value) for value in values]
-            answer = np.asarray(tokens)[0, first + 1 : np.asarray(last)[0] + 1]
-            ids, stopped = answers.cut(answer, stops)
+        for (written,) in answers.write_batch(
+            model, weights, [row], batch, stops, state, every=every
+        ):
+            ids, stopped = answers.cut(written, stops)
             yield ids
-            if stopped or bool(np.asarray(done)[0]):
+            if stopped:
                 break
-
-
-def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
-    """The two programs for a size: one reads the prompt, one writes on."""
-    sampler, chunk = None if state.is_greedy else state.sampler, batch.chunk
-
-    def read(traced: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
-        return decoding.read_prompts(traced, weights, chunk, tokens, starts, chunks)
-
-    def write(traced: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
-        return decoding.write_on(traced, weights, sampler, held, starts, end, stops)
-
-    size = (chunk, batch.buffer)
-    # The state is written over in place: the cache is large.
-    return (
-        answers.compiled(model, ("read", *size, state.key), read),
-        answers.compiled(model, ("write", *size, state.key), write, donate_argnums=1),
-    )
