@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gemma_keras_tune._support.interrupts import ENDING
 from gemma_keras_tune._support.numbers import Rule, integer
 from gemma_keras_tune.training.settings import SETTINGS
 
@@ -19,22 +20,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name. Defaults to those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error the user can mend, which is printed without a
-        traceback. Words that cannot be understood end the process with 2, as argparse does.
+        The exit code: 0; 1 after an error the user can mend, which is printed without a traceback;
+        or 130 after Ctrl-C. Words that cannot be understood end the process with 2, as argparse
+        does.
     """
     options = _parser().parse_args(arguments)
     from gemma_keras_tune._support.compilation import compilation_cache
     from gemma_keras_tune.errors import GemmaTuneError
 
     try:
-        with compilation_cache():
+        with ENDING.unwinding(), compilation_cache():
             options.run(options)
     except (GemmaTuneError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return ENDING.end()
     return 0
 
 
@@ -231,19 +232,42 @@ def _add_demo(commands: Any) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune.errors import TrainingError
 
     plan = gkt.Plan.load(options.plan) if options.plan else None
     settings = _settings(options)
     _refuse_lost_work(options, settings.get("method", plan.method if plan else "lora"))
+    kept = options.adapter and gkt.callbacks.AdapterCheckpoint(
+        options.adapter, overwrite=options.overwrite
+    )
+    ENDING.say(lambda: f"interrupted. {_left(kept)}")
     model = gkt.load(options.model, dtype=options.dtype)
-    gkt.tune(
-        model, _pairs(options, "pairs"), validation_data=_pairs(options, "validation_data"),
-        plan=plan, verbose=int(not options.quiet), **settings,
-    )  # fmt: skip
-    if options.adapter:
-        print(gkt.save_adapter(model, options.adapter, overwrite=options.overwrite))
+    try:
+        gkt.tune(
+            model, _pairs(options, "pairs"), validation_data=_pairs(options, "validation_data"),
+            plan=plan, verbose=int(not options.quiet), callbacks=[kept] if kept else [], **settings,
+        )  # fmt: skip
+    except TrainingError:
+        print(_left(kept), file=sys.stderr)
+        raise
+    if kept:
+        overwrite = options.overwrite or kept.epochs > 0
+        print(gkt.save_adapter(model, options.adapter, overwrite=overwrite))
     if options.preset:
         print(gkt.save_preset(model, options.preset, overwrite=options.overwrite))
+
+
+def _left(kept: Any) -> str:
+    """Say what a run leaves that does not come to its end."""
+    if not kept:
+        return "Nothing is saved. `--adapter DIR` would keep the last whole epoch."
+    if not kept.epochs:
+        return "Nothing is saved: the first epoch had not ended."
+    return (
+        f"{kept.path} has the adapter after {kept.epochs:,} whole epochs. Answer with it by "
+        f"`generate MODEL PROMPT --adapter {kept.path}`, or go on from it by "
+        f"`tune MODEL PAIRS --from-adapter {kept.path}`."
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -373,4 +397,5 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    ENDING.install()
     sys.exit(main())

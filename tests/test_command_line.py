@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -199,3 +203,57 @@ def test_test_says_by_its_exit_code_whether_the_plan_is_met(preset, tmp_path, ca
     plan.write_text('{"prompt": "Hello?"}\n')
     assert main(arguments) == 1
     assert "row 1: `kind` is missing" in capsys.readouterr().err
+
+
+# A shell may have started the tests with SIGINT ignored.
+DEFAULT_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+def interrupted(preset, pairs, folder, moment, *options):
+    """Exit code, seconds after Ctrl-C and output of `tune`, interrupted at a moment."""
+    tune = ["-m", "gemma_keras_tune", "tune", preset, pairs, *COLUMNS, *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEFAULT_SIGINT, *tune, "--epochs", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder,
+    )  # fmt: skip
+    moment(process)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, time.monotonic() - begin, out, err
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["imports", "first compilation", "epochs"])
+def test_ctrl_c_ends_tune_within_three_seconds(preset, pairs, tmp_path, moment):
+    adapter = tmp_path / "adapter"
+
+    def wait(process):
+        if moment == "imports":
+            time.sleep(1)
+        elif moment == "first compilation":
+            process.stdout.readline()  # the plan
+            time.sleep(1)
+        else:
+            wait_for(adapter / "receipt.json", process)
+            time.sleep(0.3)
+
+    code, seconds, _, error = interrupted(preset, pairs, tmp_path, wait, "--adapter", str(adapter))
+    assert (code, seconds < 3) == (130, True), (seconds, error)
+    assert "Traceback" not in error
+    if moment == "epochs":
+        assert re.search(r"interrupted\. \S+/adapter has the adapter after [\d,]+ whole epo", error)
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        gkt.load_adapter(gkt.load(preset), adapter)
+        assert gkt.verify(adapter, run=False).passed
+    else:
+        assert "interrupted" in error and not list(tmp_path.iterdir())

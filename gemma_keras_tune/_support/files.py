@@ -18,6 +18,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of Linux's <fcntl.h> and <linux/fs.h>.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# What this process writes just now, and the name it is to have.
+_unfinished: dict[pathlib.Path, pathlib.Path] = {}
 
 
 @contextlib.contextmanager
@@ -52,6 +54,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
                 _remove(part)
                 raise
             finally:
+                _unfinished.pop(part, None)
                 if held is not None:
                     os.close(held)
         except BaseException:
@@ -107,6 +110,7 @@ def _new_part(target: pathlib.Path) -> tuple[pathlib.Path, int | None]:
         part = pathlib.Path(
             tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         )
+        _unfinished[part] = target
         try:
             held = _lock(part)
         except BlockingIOError:  # another process takes it for a stale one
@@ -218,6 +222,7 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _unfinished[part] = path
     try:
         with explained(path):
             with part.open("wb") as file:
@@ -229,7 +234,15 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+        _unfinished.pop(part, None)
     return path
+
+
+def remove_unfinished() -> None:
+    """Delete what this process has begun to write: it ends now, and will not do so itself."""
+    for part, target in list(_unfinished.items()):
+        part.unlink(missing_ok=True) if part.is_file() else _remove(part)
+        _tidy(target)
 
 
 @contextlib.contextmanager

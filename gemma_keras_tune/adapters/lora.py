@@ -27,6 +27,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.interrupts import held_interrupts
 from gemma_keras_tune.adapters._keras import (
     add_factor_weights,
     remove_factor_weights,
@@ -123,6 +124,7 @@ class AdapterSet:
         layers = [linear.layer for linear in self.linears]
         return [(layer.lora_kernel_a.value, layer.lora_kernel_b.value) for layer in layers]
 
+    @held_interrupts()
     def assign(self, name: str, scale: float = 1.0) -> None:
         """Give the variables the values of an adapter, its update times `scale`."""
         adapter = self.adapters[name]
@@ -174,6 +176,7 @@ def _ratio(first: float, second: float) -> np.float32:
 
 
 @locked
+@held_interrupts()
 def enable_lora(
     model: keras.Model,
     rank: int = 8,
@@ -341,14 +344,15 @@ def lora_switched(model: keras.Model, *, on: bool) -> Iterator[None]:
     """
     with model_lock(model):
         was_on = is_lora_on(model)
-        set_lora_on(model, on=on)
         try:
+            set_lora_on(model, on=on)
             yield
         finally:
             set_lora_on(model, on=was_on)
 
 
 @locked
+@held_interrupts()
 def set_lora_on(model: keras.Model, *, on: bool) -> None:
     """Switch LoRA on or off on every layer that carries it."""
     if on == is_lora_on(model):
@@ -359,6 +363,7 @@ def set_lora_on(model: keras.Model, *, on: bool) -> None:
 
 
 @locked
+@held_interrupts()
 def remove_lora(model: keras.Model) -> None:
     """Take LoRA off and throw it away, with all adapters: the model is its base again.
 
@@ -377,6 +382,7 @@ def remove_lora(model: keras.Model) -> None:
 
 
 @locked
+@held_interrupts()
 def merge_lora(model: keras.Model) -> None:
     """Add the active adapter's update into the base kernels for good, and take LoRA off.
 

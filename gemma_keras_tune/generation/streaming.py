@@ -17,7 +17,7 @@ from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
-from gemma_keras_tune.generation import answers, decoding
+from gemma_keras_tune.generation import answers
 from gemma_keras_tune.generation.answers import Prompt
 
 

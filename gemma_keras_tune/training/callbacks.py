@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -115,7 +115,9 @@ class HeldValues(keras.callbacks.Callback):
             error: The reason; it gets a note where the values are lost.
         """
         # That a variable is without a value can be told by its private `_value` alone.
-        empty = [(v, value) for v, value in self._values if v._value is None]
+        empty = [
+            (v, value) for v, value in self._values if v._value is None or v._value.is_deleted()
+        ]
         for variable, value in empty:
             if not value.is_deleted():
                 variable.assign(value)
@@ -154,6 +156,26 @@ class FiniteLoss(keras.callbacks.Callback):
         )
 
 
+class Interruptible(keras.callbacks.Callback):
+    """Raises a held interrupt between two steps, where the model has the weights of whole steps.
+
+    Within a step it would lose them: Keras gives the old ones away, and has not yet got the new.
+
+    Args:
+        raise_held: As `held_interrupts` yields it.
+    """
+
+    def __init__(self, raise_held: Callable[[], None]) -> None:
+        super().__init__()
+        self._raise_held = raise_held
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Raise the interrupt, if there was one."""
+        self._raise_held()
+
+    on_test_batch_begin = on_train_batch_begin
+
+
 class TuningProgress(keras.callbacks.Callback):
     """Draws a progress bar over the whole run: loss, tokens a second, time left.
 
@@ -178,6 +200,7 @@ class TuningProgress(keras.callbacks.Callback):
         self.seconds = 0.0
         self.done = 0
         self.rates: list[tuple[float, int]] = []
+        self._bar: Any = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Open the bar."""
@@ -210,4 +233,9 @@ class TuningProgress(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the bar."""
         self.seconds = time.perf_counter() - self._begin
-        self._bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, where there is one."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,5 +1,6 @@
 """`tune`: plan, then the public steps in order."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune._support.compilation import compilation_cache
+from gemma_keras_tune._support.interrupts import held_interrupts
 from gemma_keras_tune._support.pictures import history_figure
 from gemma_keras_tune.adapters.active import adapter_config
 from gemma_keras_tune.adapters.lora import (
@@ -83,6 +85,10 @@ def tune(
     The loss is the cross entropy of the responses' tokens alone, the stop token among them; the
     learning rate rises linearly, then falls along a cosine; the optimizer is AdamW.
 
+    A model that has an adapter, from `load_adapter` or an earlier run, is tuned further with it. A
+    Ctrl-C, or the stop button of a notebook, ends the run after the step that is running, and the
+    model keeps what it learned until then, with LoRA on.
+
     Args:
         model: A KerasHub Gemma `CausalLM`, or anything `load` takes. It is tuned in place.
         pairs: Anything `read_pairs` takes.
@@ -112,13 +118,14 @@ def tune(
     run = prepare_run(model, pairs, validation_data, resolved)
     if verbose:
         print(run.plan)
-    prepare_weights(model, run.plan, verbose)
-    attach_template(model, run.template)
+    with held_interrupts():
+        prepare_weights(model, run.plan, verbose)
+        attach_template(model, run.template)
     prepared = time.perf_counter() - begin
     progress = TuningProgress(
         run.plan.batches, run.plan.tokens * run.plan.epochs, disable=not verbose
     )
-    with compilation_cache():
+    with contextlib.closing(progress), compilation_cache():
         trainer = _train(
             model, run, settings.get("optimizer", "auto"),
             [progress, *callbacks, *_stopping(run.plan)],
