@@ -216,7 +216,8 @@ def interrupted(preset, pairs, folder, moment, *options):
     """Exit code, seconds after Ctrl-C and output of `tune`, interrupted at a moment."""
     tune = ["-m", "gemma_keras_tune", "tune", preset, pairs, *COLUMNS, *options]
     process = subprocess.Popen(
-        [sys.executable, "-c", DEFAULT_SIGINT, *tune, "--epochs", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", DEFAULT_SIGINT, *tune, "--epochs", "100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=folder,
     )  # fmt: skip
     moment(process)
