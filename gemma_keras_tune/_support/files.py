@@ -72,23 +72,44 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        ExportError: The name is taken, is below a file, or is, or holds, the working directory.
+        ExportError: The name is taken, its place cannot be written to, or it is, or holds, the
+            working directory.
     """
     target = _real(path)
-    file = next((folder for folder in target.parents if folder.exists()), None)
-    if file is not None and not file.is_dir():
-        raise ExportError(
-            f"{target} cannot be made: {file} is a file.", next_step="Choose another name."
-        )
     if target.exists() and not (overwrite and target.is_dir()):
         raise ExportError(
             f"{target} already exists.",
             next_step="Choose another name, or pass `overwrite=True` to replace a folder.",
         )
+    _check_writable(target)
     if pathlib.Path.cwd().is_relative_to(target.resolve()):
         raise ExportError(
             f"{target} is, or holds, the folder this process works in, which would be replaced.",
             next_step="Name a folder inside it.",
+        )
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that a new file cannot have, before any work is done.
+
+    Args:
+        path: The name. A file that is there is replaced.
+
+    Raises:
+        ExportError: It is a folder, or its place cannot be written to.
+    """
+    target = pathlib.Path(path).expanduser()
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder.", next_step="Choose the name of a file.")
+    _check_writable(target)
+
+
+def _check_writable(target: pathlib.Path) -> None:
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "cannot be written to" if folder.is_dir() else "is a file"
+        raise ExportError(
+            f"{target} cannot be made: {folder} {why}.", next_step="Choose another name."
         )
 
 

@@ -14,6 +14,7 @@ of the merged kernel, so no gradient of a full kernel is ever formed.
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import numbers
 import string
@@ -46,6 +47,10 @@ Values = list[tuple[Any, Any]]
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 TARGET_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
+# The same layers by KerasHub's names. Gemma 3n's have the names above.
+_KERAS_TARGETS = (
+    "query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"
+)  # fmt: skip
 DEFAULT: Final = "default"
 
 
@@ -536,6 +541,26 @@ def _select(linears: tuple[Linear, ...], target_modules: TargetModules) -> tuple
             _known(known),
         )
     return tuple(linear for linear in linears if linear.target in wanted)
+
+
+def check_targets(target_modules: TargetModules) -> None:
+    """Refuse names of layers that no Gemma has.
+
+    Args:
+        target_modules: As `enable_lora` takes it.
+
+    Raises:
+        LoraError: There are such names; the nearest known ones are told.
+    """
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    known = (*TARGET_GROUPS, *ALL_TARGETS, *_KERAS_TARGETS)
+    if unknown := [name for name in names if name not in known]:
+        near = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+        raise LoraError(
+            "`target_modules` names layers that no Gemma has.",
+            [repr(n) + (f": {near[n][0]!r} is one" if near[n] else "") for n in unknown],
+            f"Known are {', '.join(map(repr, known))}.",
+        )
 
 
 def _known(known: set[str]) -> str:

@@ -9,17 +9,21 @@ import keras
 import numpy as np
 
 from gemma_keras_tune.errors import TrainingError
+from gemma_keras_tune.training.optimizer import follows_schedule
 
 # Keras's callbacks that save the model, or load it, in Keras's own way.
 _SAVING = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
+# Those that set the learning rate, which Keras refuses where it follows a schedule.
+_SETTING_RATE = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
 
-def callback_problems(callbacks: Any, method: str) -> list[str]:
-    """Name the callbacks that cannot work, because of the way they save and load the model.
+def callback_problems(callbacks: Any, method: str, optimizer: Any = "auto") -> list[str]:
+    """Name the callbacks that cannot work with LoRA, or with the optimizer of a run.
 
     Args:
         callbacks: As `tune` takes them.
         method: `"lora"` or `"full"`.
+        optimizer: As `tune` takes it.
 
     Returns:
         One line for each.
@@ -31,6 +35,12 @@ def callback_problems(callbacks: Any, method: str) -> list[str]:
         name = type(callback).__name__
         if not isinstance(callback, keras.callbacks.Callback):
             problems.append(f"`callbacks` must hold Keras callbacks. Received: {callback!r}")
+        elif isinstance(callback, _SETTING_RATE) and follows_schedule(optimizer):
+            problems.append(
+                f"`callbacks`: {name} sets the learning rate, and the optimizer follows a "
+                "schedule. Pass `optimizer=keras.optimizers.AdamW(5e-4)`, whose rate it can set; "
+                f"or leave {name} out, and pass a Keras schedule as `learning_rate`"
+            )
         elif not isinstance(callback, _SAVING):
             continue
         elif method == "lora":

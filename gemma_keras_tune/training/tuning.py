@@ -19,7 +19,6 @@ from gemma_keras_tune.adapters.lora import (
     lora_config,
 )
 from gemma_keras_tune.gemma.templates import attach_template
-from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.training.callbacks import BestWeights, TuningProgress
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.optimizer import (
@@ -29,7 +28,7 @@ from gemma_keras_tune.training.optimizer import (
     schedule_from_config,
 )
 from gemma_keras_tune.training.planning import Plan, resolve_settings
-from gemma_keras_tune.training.preparing import Run, prepare_run
+from gemma_keras_tune.training.preparing import Run, open_model, prepare_run
 from gemma_keras_tune.training.settings import Settings, takes_settings
 
 
@@ -114,7 +113,7 @@ def tune(
     resolved = resolve_settings(
         settings, plan, callbacks=callbacks, validation_data=validation_data
     )
-    model = load(model)
+    model = open_model(model, resolved)
     run = prepare_run(model, pairs, validation_data, resolved)
     if verbose:
         print(run.plan)
