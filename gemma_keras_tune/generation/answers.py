@@ -37,10 +37,11 @@ from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.state import locked, state_of
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation import decoding
+from gemma_keras_tune.generation.samplers import resolve_sampler
 from gemma_keras_tune.pairs import Message
 from gemma_keras_tune.pairs.conversations import read_conversation
 from gemma_keras_tune.pairs.unused import Unused
-from gemma_keras_tune.pairs.values import ReadingError, is_list
+from gemma_keras_tune.pairs.values import ReadingError, is_list, unreadable
 
 SHORT_CHUNK = 32
 LONG_CHUNK = 256
@@ -73,7 +74,8 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
-    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    sampler: str | keras_hub.samplers.Sampler = "auto",
+    temperature: float | None = None,
     seed: int | None = None,
     batch_size: int = 8,
     strip: bool = True,
@@ -87,7 +89,11 @@ def generate(
         prompts: A user's text; or a conversation as a list of messages, each a dict with `role`
             and `content`; or a list of either.
         max_new_tokens: Longest answer, in tokens.
-        sampler: A KerasHub sampler or its name, such as `"greedy"`, `"top_k"` or `"top_p"`.
+        sampler: A KerasHub sampler or its name: `"greedy"`, `"top_k"`, `"top_p"` or `"random"`.
+            `"auto"` is greedy, or with a temperature above 0 top-p, as Google advises for Gemma:
+            0.95 of the 64 likeliest tokens.
+        temperature: A number of at least 0 that the logits are divided by. 0 is greedy. `None`
+            leaves it to the sampler.
         seed: Makes a random sampler repeat itself, for the same prompts and `batch_size`.
         batch_size: Rows that run at once.
         strip: Whether white space around an answer is left out.
@@ -103,7 +109,8 @@ def generate(
     Raises:
         TemplateError: A prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
-        GenerationError: A number is out of range, or a prompt does not fit into the context.
+        GenerationError: A number is out of range, there is no such sampler, or a prompt does not
+            fit into the context.
     """
     prompts = _listed(prompts)
     answers = generate_answers(
@@ -111,6 +118,7 @@ def generate(
         prompts,
         max_new_tokens=max_new_tokens,
         sampler=sampler,
+        temperature=temperature,
         seed=seed,
         batch_size=batch_size,
         adapter=adapter,
@@ -125,7 +133,8 @@ def generate_answers(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
-    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    sampler: str | keras_hub.samplers.Sampler = "auto",
+    temperature: float | None = None,
     seed: int | None = None,
     batch_size: int = 8,
     adapter: str | Active | None = ACTIVE,
@@ -139,6 +148,7 @@ def generate_answers(
         prompts: As for `generate`.
         max_new_tokens: As for `generate`.
         sampler: As for `generate`.
+        temperature: As for `generate`.
         seed: As for `generate`.
         batch_size: As for `generate`.
         adapter: As for `generate`.
@@ -160,7 +170,7 @@ def generate_answers(
             encode_prompts(prompts, resolved, tokenizer),
             stop_token_ids=resolved.stop_token_ids(tokenizer),
             max_new_tokens=max_new_tokens,
-            sampler=sampler,
+            sampler=resolve_sampler(sampler, temperature),
             seed=seed,
             batch_size=batch_size,
             progress=progress,
@@ -215,7 +225,7 @@ def generate_ids(
     if not rows:
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
-    state = SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
+    state = SamplerState(resolve_sampler(sampler), seed, len(rows))
     weights = weights_of(model)
     if shapes is None:
         calls = [([len(row) for row in rows], max_new_tokens)]
@@ -343,10 +353,13 @@ def _whole(seed: Any) -> int | list[int] | None:
     if seed is None:
         return None
     try:
-        return [operator.index(one) for one in seed] if np.ndim(seed) else operator.index(seed)
-    except TypeError:
+        found = [operator.index(one) for one in seed] if np.ndim(seed) else operator.index(seed)
+        np.asarray(found, np.uint32)  # as Keras keeps it
+        return found
+    except (TypeError, OverflowError):
         raise GenerationError(
-            f"`seed` must be an integer, or one for each row. Received: {seed!r:.80}"
+            "`seed` must be an integer from 0 to 4,294,967,295, or one for each row. Received: "
+            f"{seed!r:.80}"
         ) from None
 
 
@@ -366,6 +379,11 @@ def values_of(model: keras.Model, variables: Iterable[keras.Variable]) -> list[A
 
 def tokenizer_of(model: keras.Model) -> Any:
     """The model's tokenizer, or an error where it has none."""
+    if not isinstance(model, keras.Model):
+        raise GenerationError(
+            f"`model` must be a KerasHub Gemma. Received: {model!r:.80}",
+            next_step="Open it first: `model = gkt.load(…)`.",
+        )
     if getattr(model, "preprocessor", None) is None:
         raise TemplateError(
             "The model has no preprocessor, so there is no tokenizer to write prompts with.",
@@ -382,7 +400,14 @@ def _is_one(prompts: Any) -> bool:
 
 def _listed(prompts: Any) -> Any:
     """Prompts that may be a generator, an array or a column of a table, as a list."""
-    return prompts if isinstance(prompts, (str, Mapping, Message)) else list(prompts)
+    if isinstance(prompts, (str, Mapping, Message)):
+        return prompts
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise TemplateError(
+            "`prompts` must be a text, a conversation, or a list of either. Received: "
+            f"{prompts!r:.80}"
+        )
+    return list(prompts)
 
 
 def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
@@ -413,10 +438,12 @@ def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.
 
 def _messages(prompt: Any, unused: Unused) -> tuple[Message, ...]:
     if isinstance(prompt, str):
-        return (Message("user", prompt),)
+        prompt = Message("user", prompt)
     if isinstance(prompt, Message):
+        if problem := unreadable(prompt.content):
+            raise TemplateError(f"it {problem}")
         return (prompt,)
-    if not isinstance(prompt, Sequence) and not is_list(prompt):
+    if isinstance(prompt, bytes) or not (isinstance(prompt, Sequence) or is_list(prompt)):
         raise TemplateError(f"a {type(prompt).__name__} is neither text nor a list of messages")
     try:
         return read_conversation(list(prompt), ends_with="user", unused=unused)

@@ -19,6 +19,7 @@ from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
 from gemma_keras_tune.generation import answers
 from gemma_keras_tune.generation.answers import Prompt
+from gemma_keras_tune.generation.samplers import resolve_sampler
 
 
 def stream(
@@ -26,7 +27,8 @@ def stream(
     prompt: Prompt,
     *,
     max_new_tokens: int = 256,
-    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    sampler: str | keras_hub.samplers.Sampler = "auto",
+    temperature: float | None = None,
     seed: int | None = None,
     every: int = 4,
     adapter: str | Active | None = ACTIVE,
@@ -42,6 +44,7 @@ def stream(
         prompt: A user's text, or a conversation, as for `generate`.
         max_new_tokens: Longest answer, in tokens.
         sampler: As for `generate`.
+        temperature: As for `generate`.
         seed: As for `generate`.
         every: Tokens in a piece, at least 1. Fewer come sooner, more cost less.
         adapter: As for `generate`. Others may be switched on while the answer is written.
@@ -54,17 +57,19 @@ def stream(
     Raises:
         TemplateError: The prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
-        GenerationError: A number is out of range, or the prompt does not fit into the context.
+        GenerationError: A number is out of range, there is no such sampler, or the prompt does not
+            fit into the context.
     """
     check_backend()
+    tokenizer: Any = answers.tokenizer_of(model)
     with use_adapter(model, adapter):
         resolved = get_template(model, template)
-    tokenizer: Any = answers.tokenizer_of(model)
     row = answers.encode_prompts([prompt], resolved, tokenizer)[0]
     answers.check_numbers([row], max_new_tokens=max_new_tokens, every=every)
     answers.check_context(model, [row], max_new_tokens)
     stops = resolved.stop_token_ids(tokenizer)
-    written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
+    chosen = resolve_sampler(sampler, temperature)
+    written = _written(model, row, stops, max_new_tokens, chosen, seed, every, adapter)
     return _one_at_a_time(model, _pieces(written, tokenizer))
 
 
@@ -101,14 +106,14 @@ def _written(
     row: np.ndarray,
     stop_token_ids: Any,
     max_new_tokens: int,
-    sampler: Any,
+    sampler: keras_hub.samplers.Sampler,
     seed: int | None,
     every: int,
     adapter: str | Active | None,
 ) -> Iterator[np.ndarray]:
     """The answer so far, after each few tokens."""
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
-    state = answers.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
+    state = answers.SamplerState(sampler, seed, 1)
     calls = [([len(row)], max_new_tokens)]
     shapes = answers.choose_programs(model, calls, state.sampler, 1)
     batch = answers.batches([row], shapes, max_new_tokens)[0]
