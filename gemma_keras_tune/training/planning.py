@@ -326,7 +326,8 @@ def resolve_settings(
         problems.append(error.headline)
         plan = None
     method = plan.method if plan else given.get("method", DEFAULTS["method"])
-    checked = check_settings(given, [*problems, *callback_problems(callbacks, method)])
+    problems += callback_problems(callbacks, method, given.get("optimizer", "auto"))
+    checked = check_settings(given, problems)
     settings = _as_planned(checked, plan) if plan else {**DEFAULTS, **checked}
     split, stop = settings["validation_split"], settings["early_stopping"]
     if validation_data is not None and split:
