@@ -8,13 +8,14 @@ import keras_hub
 import numpy as np
 import pytest
 from _quantized import quantize
+from safetensors.numpy import save_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.adapters.active import use_adapter
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting.receipts import read_receipt, record_answers
-from gemma_keras_tune.formats.hugging_face.reader import _with_config
+from gemma_keras_tune.formats.hugging_face.reader import INDEX, WEIGHTS, read_tensors
 from gemma_keras_tune.formats.weights import DTYPES, merged_weights, shape_problems
 from gemma_keras_tune.gemma.families import family_of
 
@@ -306,11 +307,10 @@ def test_the_cap_that_the_task_of_gemma4_brings_leaves_with_it(name, tmp_path):
 
 
 def test_an_index_beside_a_single_file_is_not_followed(tmp_path):
-    for name in ("model.safetensors", "model.safetensors.index.json", "tokenizer.model"):
-        (tmp_path / name).write_bytes(b"x")
-    with _with_config(tmp_path, {"a": 1}) as place:
-        found = {file.name for file in place.iterdir()}
-    assert found == {"config.json", "model.safetensors", "tokenizer.model"}
-    (tmp_path / "model.safetensors").unlink()
-    with _with_config(tmp_path, {"a": 1}) as place:
-        assert (place / "model.safetensors.index.json").exists()
+    save_file({"model.norm.weight": np.zeros(2, "float32")}, tmp_path / WEIGHTS)
+    save_file({"model.norm.weight": np.zeros(3, "float32")}, tmp_path / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": "other.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert read_tensors(tmp_path)["model.norm.weight"].shape == (2,)
+    (tmp_path / WEIGHTS).unlink()
+    assert read_tensors(tmp_path)["model.norm.weight"].shape == (3,)
