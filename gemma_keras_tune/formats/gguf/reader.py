@@ -490,9 +490,16 @@ _NUMBERS = {
 
 def _family(file: GgufFile) -> Family:
     name = str(file.metadata.get("general.architecture", "none"))
-    if str(file.metadata.get("general.type", "model")) != "model":
+    kind = str(file.metadata.get("general.type", "model"))
+    if kind == "mmproj" or name == "clip":
+        beside = "".join(f": {model}" for model in _models_beside(file.path)[:1])
         raise LoadError(
-            f"{file.path} holds no model. Received: general.type={file.metadata['general.type']!r}",
+            f"{file.path} sees or hears for a model, and holds no text model.",
+            next_step=f"Pass the GGUF file of the text model that it belongs to{beside}",
+        )
+    if kind != "model":
+        raise LoadError(
+            f"{file.path} holds no model. Received: general.type={kind!r}",
             next_step="Load the base model, then the adapter onto it.",
         )
     family = FAMILIES.get(name)
@@ -502,6 +509,11 @@ def _family(file: GgufFile) -> Family:
             next_step=f"GGUF files of {', '.join(f.title for f in FAMILIES.values())} can be read.",
         )
     return family
+
+
+def _models_beside(path: pathlib.Path) -> list[pathlib.Path]:
+    files = sorted(path.parent.glob("*.gguf"))
+    return [file for file in files if file != path and is_model(file) and not is_later_part(file)]
 
 
 def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> None:

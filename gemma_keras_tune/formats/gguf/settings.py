@@ -337,7 +337,7 @@ class _Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         name = f"{self.prefix}.{key}"
-        value = self.metadata.get(name)
+        value: Any = self.metadata.get(name)
         if value is None:
             others = (self.metadata.get(f"{self.prefix}.{k}") for k in _SPELLINGS.get(key, ()))
             value = next((other for other in others if other is not None), default)
