@@ -428,7 +428,7 @@ def _read(
 def _prompt_key(pair: Pair) -> tuple[str, ...]:
     """Make a key of all before the first response, apart from case and white space."""
     first = next(i for i, message in enumerate(pair.messages) if message.role == "assistant")
-    return tuple(" ".join(m.content.casefold().split()) for m in pair.messages[:first])
+    return tuple(" ".join(m.written.casefold().split()) for m in pair.messages[:first])
 
 
 def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:
