@@ -319,7 +319,7 @@ def _tune_folds(model: keras.Model, split: _Split, optimizer: Any) -> Iterator[t
     The weights are put back for every fold, and at the end.
     """
     with _trainable(model, split.plan):
-        trainer = TuningModel(model)
+        trainer = TuningModel(model, rematerialize=split.plan.rematerialize)
         trainer.compile(run_optimizer(split.plan, optimizer), jit_compile=True)
         trainer.optimizer.build(trainer.trainable_variables)
         start = Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
