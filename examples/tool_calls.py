@@ -51,10 +51,7 @@ def plan() -> gkt.TestPlan:
     cases = gkt.TestPlan.from_file(HERE / "tool_calls_plan.jsonl")
     system = gkt.Message("system", SYSTEM)
     return gkt.TestPlan(
-        [
-            dataclasses.replace(case, prompt=(system, *case.messages), tools=TOOLS)
-            for case in cases
-        ],
+        [dataclasses.replace(case, prompt=(system, *case.messages), tools=TOOLS) for case in cases],
         name="train travel",
     )
 

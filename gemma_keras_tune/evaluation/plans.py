@@ -60,9 +60,7 @@ class Case:
     weight: Positive = 1.0
     notes: Text = ""
     row: int | None = None
-    tools: Annotated[
-        tuple[Mapping[str, Any], ...], Meta(description="a list of JSON schemas")
-    ] = ()
+    tools: Annotated[tuple[Mapping[str, Any], ...], Meta(description="a list of JSON schemas")] = ()
 
     def __post_init__(self) -> None:
         """Read and check every value.
@@ -168,9 +166,9 @@ class TestPlan:
 
         JSONL has a case a line, YAML a list of cases, CSV a case a row. A case has `prompt` (text,
         or a list of messages with `role` and `content`), `kind` and `checks` (a list of checks),
-        and may have `id`, `samples`, `required`, `tools`, `tags`, `weight` and `notes`. In CSV, a column
-        with a check's name contains that check's options; `checks`, lists and dictionaries are
-        JSON; `tags` are separated by spaces.
+        and may have `id`, `samples`, `required`, `tags`, `weight`, `notes` and `tools`. In CSV, a
+        column with a check's name contains that check's options; `checks`, lists and dictionaries
+        are JSON; `tags` are separated by spaces.
 
         Args:
             path: A file that ends in `.jsonl`, `.csv`, `.yaml` or `.yml`.

@@ -18,7 +18,6 @@ from gemma_keras_tune.pairs.tools import (
     declared_arguments,
     read_calls,
     read_result,
-    read_tools,
 )
 from gemma_keras_tune.pairs.unused import Meaning, Unused, meaning_of
 from gemma_keras_tune.pairs.values import (
@@ -331,9 +330,7 @@ def _named(messages: list[Message], notes: Notes) -> list[Message]:
     return named
 
 
-def put_tools(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-) -> list[Message]:
+def put_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Put the tools of a conversation into its system message, an empty one if it has none."""
     if not tools:
         return list(messages)
@@ -508,8 +505,10 @@ def _tool_message(
 
 
 def _is_parts(content: Any) -> bool:
-    return is_list(content) and len(content) > 0 and all(
-        isinstance(part, Mapping) and "type" in part for part in content
+    return (
+        is_list(content)
+        and len(content) > 0
+        and all(isinstance(part, Mapping) and "type" in part for part in content)
     )
 
 
