@@ -1,6 +1,6 @@
 """A travel assistant that calls six tools: base and tuned model on 40 requests held out.
 
-    python examples/tool_calls.py [--model package://gemma3_270m] [--epochs 4] [--report out.html]
+    python examples/tool_calls.py [--model package://gemma3_270m] [--epochs 2] [--report out.html]
 
 The tools are in `tool_calls_tools.json` beside this file, 72 pairs in `tool_calls.jsonl` and the
 40 cases in `tool_calls_plan.jsonl`. The embedded Gemma 3 270M knows no format for tools; it learns
@@ -29,7 +29,7 @@ def main() -> None:
         template="functiongemma" if options.model.startswith("package://") else "auto",
         epochs=options.epochs,
         batch_size=4,
-        learning_rate=1.5e-3,
+        learning_rate=2e-3,
         seed=options.seed,
     )
     report = gkt.evaluate(
@@ -59,7 +59,7 @@ def plan() -> gkt.TestPlan:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="package://gemma3_270m", help="anything `load` takes")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--report", help="where to write the report: .html, .json or .md")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

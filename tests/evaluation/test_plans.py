@@ -178,7 +178,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 
 def test_missing_folders_are_made_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
     path = PLAN.to_file(tmp_path / "new" / "er" / "plan.jsonl")
-    assert len(TestPlan.from_file(path)) == 4
+    assert len(TestPlan.from_file(path)) == 5
     before = path.read_bytes()
 
     def full(descriptor):
