@@ -53,8 +53,9 @@ class TuningModel(keras.Model):
     def __init__(self, model: keras.Model, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_backend()
+        family = family_of(model)
         _check_trainable(model)
-        family_of(model).head(model).check_floating(LoraError)
+        family.head(model).check_floating(LoraError)
         self.backbone = model.backbone
         # A function is not tracked. Of a tracked task Keras would draw a batch, to build its
         # preprocessor.
