@@ -19,6 +19,7 @@ from keras import ops
 
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.gemma.head import Head
+from gemma_keras_tune.gemma.state import is_named_as_media_model
 from gemma_keras_tune.gemma.tables import (
     BESIDE_EXPERTS,
     KEYS_AND_VALUES,
@@ -350,7 +351,7 @@ class Family(FamilyTable):
     ) -> Iterator[tuple[int, Weight]]:
         """Yield the weights of each decoder block with its index; of one kind alone, if given."""
         prefix = _hugging_face_prefix(model)
-        for index, block in enumerate(_blocks(model)):
+        for index, block in enumerate(decoder_blocks(model)):
             names = (f"{prefix}layers.{index}.", f"blk.{index}.", f"layer_{index}/", block.name)
             for row in self.block:
                 weight = self._weight(block, row, *names) if kind in (None, row.kind) else None
@@ -371,7 +372,7 @@ class Family(FamilyTable):
         keyed = {linear.block for linear in self.linears(model) if linear.target == "k_proj"}
         return frozenset(
             name
-            for index in range(len(_blocks(model)))
+            for index in range(len(decoder_blocks(model)))
             for spec in self.block
             if index not in keyed and spec.hugging_face in KEYS_AND_VALUES
             for name in (
@@ -473,7 +474,7 @@ class Family(FamilyTable):
             them for each layer.
         """
         backbone: Any = _backbone(model)
-        layers = len(_blocks(model))
+        layers = len(decoder_blocks(model))
         width = max(backbone.head_dim, getattr(backbone, "global_head_dim", None) or 0)
         heads = backbone.num_key_value_heads
         sizes = {"b": rows, "n": layers, "2": 2, "t": length, "h": heads, "d": width}
@@ -661,7 +662,8 @@ def _backbone(model: keras.Model) -> Any:
     return getattr(model, "backbone", model)
 
 
-def _blocks(model: keras.Model) -> list[Any]:
+def decoder_blocks(model: keras.Model) -> list[Any]:
+    """Return the Keras layers that are the decoder blocks of the text tower, in order."""
     return list(_text_model(model).transformer_layers)
 
 
@@ -712,6 +714,8 @@ def _resolve(owner: Any, path: str) -> Any:
 
 
 def _hugging_face_prefix(model: keras.Model) -> str:
-    names = {tensor.name for tensor in keras.tree.flatten(_backbone(model).input)}
-    multimodal = names & {"images", "pixel_values", "input_features", "audio_mel"}
+    backbone = _backbone(model)
+    names = {tensor.name for tensor in keras.tree.flatten(backbone.input)}
+    media = names & {"images", "pixel_values", "input_features", "audio_mel"}
+    multimodal = media or is_named_as_media_model(backbone)
     return "model.language_model." if multimodal else "model."

@@ -36,11 +36,13 @@ from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.state import locked, state_of
-from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
+from gemma_keras_tune.gemma.templates import NO_TOOLS, Template, TemplateSpec, get_template
+from gemma_keras_tune.gemma.tools import parse_calls
 from gemma_keras_tune.generation import decoding
 from gemma_keras_tune.generation.samplers import resolve_sampler
 from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.pairs.conversations import read_conversation
+from gemma_keras_tune.pairs.conversations import put_tools, read_conversation
+from gemma_keras_tune.pairs.tools import ToolCall, read_tools
 from gemma_keras_tune.pairs.unused import Unused
 from gemma_keras_tune.pairs.values import ReadingError, is_list, unreadable
 
@@ -53,6 +55,7 @@ MAX_ROOM = 4
 STOPS_AT_ONCE = 64
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ class Answer(ArrayEquality):
     """Answer of a model to one prompt.
 
     Attributes:
-        text: The answer, without its stop token.
+        text: The answer, without its stop token. Calls of tools stand in it as they were written.
         ids: `[tokens]` int32, the answer's token ids, without the stop token.
         stopped: Whether the model ended the answer itself, rather than `max_new_tokens`.
     """
@@ -68,6 +71,21 @@ class Answer(ArrayEquality):
     text: str
     ids: np.ndarray
     stopped: bool
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools that can be read, each with `name` and `arguments`."""
+        return parse_calls(self.text)[0]
+
+    @property
+    def tool_problems(self) -> tuple[str, ...]:
+        """Malformed calls, each with what is wrong with it."""
+        return parse_calls(self.text)[1]
+
+    @property
+    def content(self) -> str:
+        """The text without the calls that can be read, and without white space around it."""
+        return parse_calls(self.text)[2].strip()
 
 
 def generate(
@@ -82,7 +100,8 @@ def generate(
     strip: bool = True,
     adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
-) -> str | list[str]:
+    tools: Tools | None = None,
+) -> str | Answer | list[str] | list[Answer]:
     """Answer prompts with the template the model was tuned with.
 
     Args:
@@ -102,14 +121,17 @@ def generate(
             for bit. Left out, it is the adapter that is on.
         template: Anything `get_template` takes. `"auto"` is the one the model was tuned with, or
             its family's.
+        tools: JSON schemas of tools that the model may call: `{"type": "function", "function":
+            {"name": …, "description": …, "parameters": …}}`, or the functions alone.
 
     Returns:
         The answers alone, without prompt or stop token: a string for one prompt, a list in the
-        same order for a list.
+        same order for a list. With `tools`, each is an `Answer`, whose `tool_calls` are the calls.
 
     Raises:
         LoadError: `model` is none.
-        TemplateError: A prompt is no conversation, or the template does not fit the model.
+        TemplateError: A prompt is no conversation, the template does not fit the model or has no
+            format for tools, or a tool is no JSON schema.
         AdapterError: There is no such adapter.
         GenerationError: A number is out of range, there is no such sampler, or a prompt does not
             fit into the context.
@@ -125,7 +147,10 @@ def generate(
         batch_size=batch_size,
         adapter=adapter,
         template=template,
+        tools=tools,
     )
+    if tools is not None:
+        return answers[0] if _is_one(prompts) else answers
     texts = [answer.text.strip() if strip else answer.text for answer in answers]
     return texts[0] if _is_one(prompts) else texts
 
@@ -141,6 +166,7 @@ def generate_answers(
     batch_size: int = 8,
     adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
+    tools: Tools | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers with their token ids, and whether the model ended them itself.
@@ -155,6 +181,7 @@ def generate_answers(
         batch_size: As for `generate`.
         adapter: As for `generate`.
         template: As for `generate`.
+        tools: As for `generate`.
         progress: Called after every batch with the number of prompts answered in it.
 
     Returns:
@@ -169,7 +196,7 @@ def generate_answers(
         resolved = get_template(model, template)
         written = generate_ids(
             model,
-            encode_prompts(prompts, resolved, tokenizer),
+            encode_prompts(prompts, resolved, tokenizer, tools),
             stop_token_ids=resolved.stop_token_ids(tokenizer),
             max_new_tokens=max_new_tokens,
             sampler=resolve_sampler(sampler, temperature),
@@ -408,30 +435,44 @@ def _listed(prompts: Any) -> Any:
     return list(prompts)
 
 
-def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
+def encode_prompts(
+    prompts: Any, template: Template, tokenizer: Any, tools: Tools | None = None
+) -> list[np.ndarray]:
     """Token ids of every prompt, all broken prompts reported at once."""
     prompts = _listed(prompts)
     encoder = RowTokenizer(tokenizer)
-    rows, problems = [], []
+    rows = []
     unused = Unused("prompt")
+    problems: list[str] = []
+    next_step = _PROMPT_FORM
+    declared = read_tools(tools, "`tools`", unused, problems)
+    if problems:
+        raise TemplateError("Some tools cannot be used.", problems, _TOOL_FORM)
     for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
         unused.row = number
         try:
-            segments = template.segments(_messages(prompt, unused), generation_prompt=True)
+            messages = put_tools(_messages(prompt, unused), declared)
+            segments = template.segments(messages, generation_prompt=True)
         except TemplateError as error:
             problems += [f"prompt {number}: {text}" for text in error.problems or [error.headline]]
+            next_step = NO_TOOLS if error.next_step == NO_TOOLS else next_step
             continue
         rows.append(encoder.encode(segments)[0])
     if problems:
-        raise TemplateError(
-            "Some prompts cannot be answered.",
-            problems,
-            "A prompt is a string, or a list of messages with `role` and `content` that ends with "
-            "a user message.",
-        )
+        raise TemplateError("Some prompts cannot be answered.", problems, next_step)
     if lines := unused.lines():
         warn_of_pairs("The prompts have keys that hold something and are not used.", lines)
     return rows
+
+
+_TOOL_FORM = (
+    'A tool is `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`, '
+    "where `parameters` is a JSON schema."
+)
+_PROMPT_FORM = (
+    "A prompt is a string, or a list of messages with `role` and `content` that ends with a user "
+    "message or the result of a tool."
+)
 
 
 def _messages(prompt: Any, unused: Unused) -> tuple[Message, ...]:

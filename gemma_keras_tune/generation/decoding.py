@@ -11,12 +11,15 @@ weights takes most of its time. Every row goes on at its own pace.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
+from gemma_keras_tune.gemma.attention import keep_soft_cap, plain_attention
+from gemma_keras_tune.gemma.encoding import known_tokens
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.packing import axes_of, unpack
 
@@ -146,7 +149,7 @@ def _write_on(
     def one_pass(state: Any) -> Any:
         at, tokens, cache, done, random_state = state
         asked = _last_and_guessed(tokens, at, starts, len(ahead) - 1)
-        with bound(model, weights):
+        with bound(model, weights), plain_attention(model):
             logits, hidden, cache = step(asked, cache, at, mask)
             chosen, random_state = _choose(model, sampler, logits, hidden, random_state)
         places = at[:, None] + 1 + ahead
@@ -231,14 +234,28 @@ def _choose(
         hidden: `[batch, tokens, width]`, what the logits come from.
         random_state: Values of the sampler's variables.
     """
+    head = family_of(model).head(model)
+    known = _known(model, head.embedding.shape[0])
+    if known is not None:
+        logits = ops.where(known, logits, -math.inf)
     if sampler is not None:
         chosen, random_state = _drawn(sampler, logits[:, 0], random_state)
         return chosen[:, None], random_state
-    head = family_of(model).head(model)
     if keras.backend.is_float_dtype(head.embedding.dtype):
-        flat = head.largest(ops.reshape(hidden, (-1, hidden.shape[-1])))
+        flat = head.largest(ops.reshape(hidden, (-1, hidden.shape[-1])), known)
         return ops.reshape(flat, hidden.shape[:2]), random_state
     return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
+
+
+def _known(model: keras.Model, rows: int) -> Any:
+    """Return the tokens an answer may hold: a model can have more rows than its tokenizer tokens.
+
+    Returns:
+        `[rows]` bool, or `None`: all.
+    """
+    preprocessor = getattr(model, "preprocessor", None)
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    return None if tokenizer is None else known_tokens(tokenizer, rows)
 
 
 def _drawn(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
@@ -269,6 +286,7 @@ def _step(model: keras.Model) -> Step:
     `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
     them out.
     """
+    keep_soft_cap(model.backbone)
     forward: Any = model.call_with_cache
     if "padding_mask" not in inspect.signature(forward).parameters:
         return _gemma_step(model.backbone)

@@ -33,6 +33,7 @@ def stream(
     every: int = 4,
     adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
+    tools: answers.Tools | None = None,
 ) -> Iterator[str]:
     """Answer one prompt, and give the answer while it is written.
 
@@ -49,6 +50,7 @@ def stream(
         every: Tokens in a piece, at least 1. Fewer come sooner, more cost less.
         adapter: As for `generate`. Others may be switched on while the answer is written.
         template: As for `generate`.
+        tools: As for `generate`. Calls come as the model writes them.
 
     Yields:
         Pieces of text. Together they are what `generate` gives with `strip=False`: without the
@@ -64,7 +66,7 @@ def stream(
     tokenizer: Any = answers.tokenizer_of(model)
     with use_adapter(model, adapter):
         resolved = get_template(model, template)
-    row = answers.encode_prompts([prompt], resolved, tokenizer)[0]
+    row = answers.encode_prompts([prompt], resolved, tokenizer, tools)[0]
     answers.check_numbers([row], max_new_tokens=max_new_tokens, every=every)
     answers.check_context(model, [row], max_new_tokens)
     stops = resolved.stop_token_ids(tokenizer)

@@ -146,7 +146,7 @@ def _train(
     optimizer: Any,
     callbacks: Sequence[keras.callbacks.Callback],
 ) -> TuningModel:
-    trainer = TuningModel(model)
+    trainer = TuningModel(model, rematerialize=run.plan.rematerialize)
     trainer.compile(run_optimizer(run.plan, optimizer), jit_compile=True)
     trainer.fit(
         run.batcher.to_dataset(),
