@@ -356,11 +356,16 @@ def with_settings(docstring: str | None, names: Iterable[str]) -> str:
         The docstring with an entry for each.
     """
     entries = (f"{name}: {SETTINGS[name].text}" for name in names)
-    lines = "\n".join(
-        textwrap.fill(entry, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
-        for entry in entries
-    )
-    return re.sub(r"^ {8}\*\*settings:.*(\n {12}.*)*", lambda _: lines, docstring or "", flags=re.M)
+
+    def lines(found: re.Match[str]) -> str:
+        first, more = found["indent"], found["indent"] + " " * 4  # Python 3.13 takes some off
+        return "\n".join(
+            textwrap.fill(entry, 100, initial_indent=first, subsequent_indent=more)
+            for entry in entries
+        )
+
+    entry = r"^(?P<indent> +)\*\*settings:.*(\n(?P=indent) {4}.*)*"
+    return re.sub(entry, lines, docstring or "", flags=re.M)
 
 
 def check_settings(given: Mapping[str, Any], problems: Iterable[str] = ()) -> dict[str, Any]:

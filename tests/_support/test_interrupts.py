@@ -10,6 +10,14 @@ import pytest
 from gemma_keras_tune._support.interrupts import held_interrupts, runs_as_program
 
 
+@pytest.fixture(autouse=True)
+def default_handler():
+    """As in a process in the foreground; one in the background may ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_waits_for_the_end_of_the_block():
     done = []
     with pytest.raises(KeyboardInterrupt), held_interrupts(), held_interrupts():

@@ -1,5 +1,6 @@
 """Beside older or other packages, as notebooks have them, what does not fit is told."""
 
+import pathlib
 import sys
 import types
 
@@ -15,7 +16,9 @@ def test_a_sentencepiece_for_a_newer_protobuf_is_named(monkeypatch):
     import sentencepiece
     from google.protobuf import runtime_version
 
-    sentencepiece_messages()
+    made = pathlib.Path(sentencepiece_messages().__file__).read_text(encoding="utf-8")
+    if "ValidateProtobufRuntimeVersion" not in made:
+        pytest.skip("this version of sentencepiece does not compare the versions")
     monkeypatch.delitem(sys.modules, "sentencepiece.sentencepiece_model_pb2")
     monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2")
     monkeypatch.setattr(runtime_version, "MAJOR", 4)

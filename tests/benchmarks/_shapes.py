@@ -20,6 +20,7 @@ _NAMES = (
     "sliding_window_size",
 )  # fmt: skip
 _SIZES = {
+    "tiny": (2, 2, 1, 64, 128, 16),  # to try a benchmark with
     "270M": (18, 4, 1, 640, 2048, 512),
     "1B": (26, 4, 1, 1152, 6912, 512),
     "4B": (34, 8, 4, 2560, 10240, 1024),
@@ -30,8 +31,12 @@ GEMMA3 = {name: dict(zip(_NAMES, sizes, strict=True)) for name, sizes in _SIZES.
 GEMMA3["27B"]["head_dim"] = 128
 
 
+def gemma3_backbone(name: str, dtype: str) -> keras.Model:
+    """A backbone of Gemma 3 of a published size whose variables have no values."""
+    return empty_backbone(FAMILIES["gemma3"], {**_SAME, **GEMMA3[name]}, dtype)
+
+
 def gemma3(name: str, dtype: str) -> keras.Model:
     """A Gemma 3 of a published size whose variables have no values."""
-    family = FAMILIES["gemma3"]
-    backbone = empty_backbone(family, {**_SAME, **GEMMA3[name]}, dtype)
-    return causal_lm(family, backbone, testing.tiny_tokenizer_proto())
+    proto = testing.tiny_tokenizer_proto()
+    return causal_lm(FAMILIES["gemma3"], gemma3_backbone(name, dtype), proto)

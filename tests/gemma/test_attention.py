@@ -165,6 +165,9 @@ def a_tpu():
     class Device:
         platform = "tpu"
 
+        def memory_stats(self):
+            return None
+
     with (
         mock.patch.object(jax, "devices", lambda *a: [Device()]),
         mock.patch.object(gemma_attention, "running_on_tpu", lambda: True),

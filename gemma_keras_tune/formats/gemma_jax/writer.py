@@ -71,9 +71,9 @@ def write(
         ExportError: The library cannot compute this model, a weight is beyond the dtype, or
             `orbax-checkpoint` is not installed.
     """
+    names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
     module = "gemma_keras_tune.formats.gemma_jax.orbax_tree"
     orbax_tree = import_extra(module, "gemma-jax", "Orbax checkpoints", ExportError)
-    names = [*_counts(_supported(model).weights(model)), *unread_weights(model)]
     tensors = _tensors(model, stored_dtype(model, dtype), progress)
     warn_of_media(model, "checkpoint", "Open it with a model made with `text_only=True`.")
     orbax_tree.save(folder / PARAMETERS, _nested({name: name for name in names}), tensors)
