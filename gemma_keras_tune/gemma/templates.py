@@ -131,6 +131,8 @@ class Template(abc.ABC):
         Raises:
             TemplateError: It was a Python function, or the description cannot be understood.
         """
+        from gemma_keras_tune.gemma.foreign_templates import JinjaTemplate
+
         settings = dict(config) if isinstance(config, Mapping) else {}
         kind = settings.pop("kind", None)
         if kind == FunctionTemplate.kind:
@@ -139,7 +141,9 @@ class Template(abc.ABC):
                 "template, and a function cannot be saved.",
                 next_step="Pass the function again: `template=your_function`.",
             )
-        classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
+        classes: dict[Any, type[Template]] = {
+            c.kind: c for c in (TurnTemplate, TextTemplate, JinjaTemplate)
+        }
         try:
             if not all(isinstance(value, str) for value in settings.values()):
                 raise TypeError("a setting is no text")
