@@ -131,8 +131,6 @@ class Template(abc.ABC):
         Raises:
             TemplateError: It was a Python function, or the description cannot be understood.
         """
-        from gemma_keras_tune.gemma.foreign_templates import JinjaTemplate
-
         settings = dict(config) if isinstance(config, Mapping) else {}
         kind = settings.pop("kind", None)
         if kind == FunctionTemplate.kind:
@@ -142,7 +140,7 @@ class Template(abc.ABC):
                 next_step="Pass the function again: `template=your_function`.",
             )
         classes: dict[Any, type[Template]] = {
-            c.kind: c for c in (TurnTemplate, TextTemplate, JinjaTemplate)
+            c.kind: c for c in Template.__subclasses__() if c is not FunctionTemplate
         }
         try:
             if not all(isinstance(value, str) for value in settings.values()):

@@ -31,7 +31,7 @@ from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_switched
 from gemma_keras_tune.errors import GenerationError, TemplateError, warn_of_pairs
-from gemma_keras_tune.gemma.encoding import RowTokenizer
+from gemma_keras_tune.gemma.encoding import PromptMarks, RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.state import locked, state_of
@@ -391,13 +391,16 @@ def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.
     encoder = RowTokenizer(tokenizer)
     rows, problems = [], []
     unused = Unused("prompt")
+    marks = PromptMarks(tokenizer)
     for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
         unused.row = number
         try:
-            segments = template.segments(_messages(prompt, unused), generation_prompt=True)
+            messages = _messages(prompt, unused)
+            segments = template.segments(messages, generation_prompt=True)
         except TemplateError as error:
             problems += [f"prompt {number}: {text}" for text in error.problems or [error.headline]]
             continue
+        marks.look_at(number, messages)
         rows.append(encoder.encode(segments)[0])
     if problems:
         raise TemplateError(
@@ -408,6 +411,7 @@ def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.
         )
     if lines := unused.lines():
         warn_of_pairs("The prompts have keys that hold something and are not used.", lines)
+    marks.warn()
     return rows
 
 

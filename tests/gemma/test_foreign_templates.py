@@ -119,3 +119,18 @@ def test_a_folder_keeps_its_template_on_export(file, model, tmp_path):
     assert (out / "chat_template.jinja").read_text() == CHATML
     gguf = gkt.export(loaded, tmp_path / "m.gguf", format="gguf", check=False, verbose=0)
     assert gkt.template_of(gkt.load(gguf)) == gkt.template_of(loaded)
+
+
+@pytest.mark.slow
+def test_a_prompt_with_marks_is_told_once_everywhere():
+    model = testing.tiny_model("gemma3", num_layers=1)
+    text = "<bos><start_of_turn>user\nHello<end_of_turn>"
+    for ask in (
+        lambda: gkt.generate(model, [text, "Hello"], max_new_tokens=2),
+        lambda: list(gkt.stream(model, text, max_new_tokens=2)),
+    ):
+        with pytest.warns(gkt.errors.PairsWarning, match="special tokens in their text") as told:
+            ask()
+        assert len(told) == 1
+        assert "prompt 1: '<bos>' stands in user text" in str(told[0].message)
+        assert "'<end_of_turn>' stands in user text" in str(told[0].message)

@@ -337,10 +337,13 @@ def is_instruct(file: GgufFile, turn_end: str) -> bool | None:
     recorded = file.metadata.get(INSTRUCT_KEY)
     if isinstance(recorded, bool):
         return recorded
+    has_chat_template = "tokenizer.chat_template" in file.metadata
+    if has_chat_template and TEMPLATE_KEY in file.metadata:
+        return True
     named = [str(file.metadata.get(key, "")) for key in _NAMES]
     if any(map(INSTRUCT_NAME.search, named)) or turn_end in file.metadata.get(_END_TOKENS, ()):
         return True
-    return None if "tokenizer.chat_template" in file.metadata else False
+    return None if has_chat_template else False
 
 
 def _attach_template(file: GgufFile, model: keras.Model) -> None:
