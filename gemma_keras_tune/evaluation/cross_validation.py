@@ -319,7 +319,7 @@ def _tune_folds(model: keras.Model, split: _Split, optimizer: Any) -> Iterator[t
     The weights are put back for every fold, and at the end.
     """
     with _trainable(model, split.plan):
-        trainer = TuningModel(model)
+        trainer = TuningModel(model, rematerialize=split.plan.rematerialize)
         trainer.compile(run_optimizer(split.plan, optimizer), jit_compile=True)
         trainer.optimizer.build(trainer.trainable_variables)
         start = Snapshot([*trainer.trainable_variables, *trainer.optimizer.variables])
@@ -428,7 +428,7 @@ def _read(
 def _prompt_key(pair: Pair) -> tuple[str, ...]:
     """Make a key of all before the first response, apart from case and white space."""
     first = next(i for i, message in enumerate(pair.messages) if message.role == "assistant")
-    return tuple(" ".join(m.content.casefold().split()) for m in pair.messages[:first])
+    return tuple(" ".join(m.written.casefold().split()) for m in pair.messages[:first])
 
 
 def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:

@@ -55,7 +55,7 @@ class PromptMarks:
     def look_at(self, number: int, messages: Messages) -> None:
         """Look at the messages of one more prompt, of this number."""
         for message in messages:
-            for token in dict.fromkeys(self._pattern.findall(message.content)):
+            for token in dict.fromkeys(self._pattern.findall(message.content or "")):
                 self._prompts[f"{token!r} stands in {message.role} text"].append(number)
 
     def warn(self, noun: str = "prompt") -> None:

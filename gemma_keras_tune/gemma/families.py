@@ -351,7 +351,7 @@ class Family(FamilyTable):
     ) -> Iterator[tuple[int, Weight]]:
         """Yield the weights of each decoder block with its index; of one kind alone, if given."""
         prefix = _hugging_face_prefix(model)
-        for index, block in enumerate(_blocks(model)):
+        for index, block in enumerate(decoder_blocks(model)):
             names = (f"{prefix}layers.{index}.", f"blk.{index}.", f"layer_{index}/", block.name)
             for row in self.block:
                 weight = self._weight(block, row, *names) if kind in (None, row.kind) else None
@@ -372,7 +372,7 @@ class Family(FamilyTable):
         keyed = {linear.block for linear in self.linears(model) if linear.target == "k_proj"}
         return frozenset(
             name
-            for index in range(len(_blocks(model)))
+            for index in range(len(decoder_blocks(model)))
             for spec in self.block
             if index not in keyed and spec.hugging_face in KEYS_AND_VALUES
             for name in (
@@ -474,7 +474,7 @@ class Family(FamilyTable):
             them for each layer.
         """
         backbone: Any = _backbone(model)
-        layers = len(_blocks(model))
+        layers = len(decoder_blocks(model))
         width = max(backbone.head_dim, getattr(backbone, "global_head_dim", None) or 0)
         heads = backbone.num_key_value_heads
         sizes = {"b": rows, "n": layers, "2": 2, "t": length, "h": heads, "d": width}
@@ -662,7 +662,8 @@ def _backbone(model: keras.Model) -> Any:
     return getattr(model, "backbone", model)
 
 
-def _blocks(model: keras.Model) -> list[Any]:
+def decoder_blocks(model: keras.Model) -> list[Any]:
+    """Return the Keras layers that are the decoder blocks of the text tower, in order."""
     return list(_text_model(model).transformer_layers)
 
 

@@ -84,12 +84,17 @@ class Turn:
         no_thought: Text that opens and closes the thought which models without inputs for each
             layer, the larger ones, would begin a response with. The published template writes it
             when thinking is off.
+        tools: Name of the format for tools, if the instruct models have one.
+        marked: Name of the turn format, and of that for tools, of models whose tokenizer has its
+            marks, as FunctionGemma's, if there are such models.
     """
 
     start: str
     end: str
     system_role: bool = False
     no_thought: str = ""
+    tools: str = ""
+    marked: str = ""
 
 
 GELU = "gelu_pytorch_tanh"
@@ -687,7 +692,7 @@ _GEMMA3 = FamilyTable(
     overflows=True,
     block=_LINEARS + _GEMMA3_NORMS,
     model=_GEMMA_MODEL,
-    turn=_OLD_TURN,
+    turn=dataclasses.replace(_OLD_TURN, marked="functiongemma"),
     tiny={
         **_TINY,
         **_POST_NORMS,
@@ -828,7 +833,13 @@ _GEMMA4 = FamilyTable(
     overflows=True,
     block=_GEMMA4_BLOCK,
     model=_GEMMA4_MODEL,
-    turn=Turn("<|turn>", "<turn|>", system_role=True, no_thought="<|channel>thought\n<channel|>"),
+    turn=Turn(
+        "<|turn>",
+        "<turn|>",
+        system_role=True,
+        no_thought="<|channel>thought\n<channel|>",
+        tools="gemma4",
+    ),
     tiny={
         **_TINY,
         **_TINY_WINDOW,

@@ -24,6 +24,7 @@ from gemma_keras_tune.formats.hugging_face.reader import (
     is_plain,
     load_hugging_face,
 )
+from gemma_keras_tune.gemma.attention import keep_soft_cap
 from gemma_keras_tune.gemma.building import set_attention_scale
 from gemma_keras_tune.gemma.families import FAMILIES, Family, broken_weights, family_of
 from gemma_keras_tune.gemma.foreign_templates import INSTRUCT_NAME, bring_chat_template
@@ -137,6 +138,7 @@ def _checked(model: keras.Model) -> keras.Model:
             "its `keras_hub.models.…CausalLM`.",
         )
     set_attention_scale(model.backbone)
+    keep_soft_cap(model.backbone)
     if model.preprocessor is None:
         raise LoadError(
             f"The {type(model).__name__} has no preprocessor, and so no tokenizer.",

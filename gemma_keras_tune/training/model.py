@@ -15,14 +15,23 @@ import keras
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune._support.memory import kept_memory
+from gemma_keras_tune._support.interrupts import held_interrupts
+from gemma_keras_tune._support.memory import free_memory, kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import GemmaTuneError, LoraError, PlanError
-from gemma_keras_tune.gemma.families import backbone_inputs, family_of
+from gemma_keras_tune.gemma.attention import keep_soft_cap
+from gemma_keras_tune.gemma.families import backbone_inputs, decoder_blocks, family_of
+from gemma_keras_tune.gemma.recomputation import recomputed
 from gemma_keras_tune.gemma.state import training
-from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues
+from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues, Interruptible
 from gemma_keras_tune.training.losses import token_cross_entropy
-from gemma_keras_tune.training.optimizer import default_optimizer, inner_optimizer
+from gemma_keras_tune.training.memory import CheckedStep, StepOptions, step_bytes, what_helps
+from gemma_keras_tune.training.optimizer import (
+    batches_per_step,
+    default_optimizer,
+    inner_optimizer,
+)
+from gemma_keras_tune.training.settings import SETTINGS, Auto
 
 
 class TuningModel(keras.Model):
@@ -34,8 +43,11 @@ class TuningModel(keras.Model):
 
     Args:
         model: A KerasHub Gemma `CausalLM` of any family.
+        rematerialize: Compute each decoder block again in the backward pass, and do not keep its
+            activations. `"auto"`: where a step is estimated not to fit into memory otherwise.
 
     Raises:
+        PlanError: `rematerialize` is something else.
         LoraError: LoRA is on but base weights train too (as after `model.trainable = True`), or
             nothing trains at all; or the embedding is quantized.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
@@ -49,11 +61,16 @@ class TuningModel(keras.Model):
     ```
     """
 
-    def __init__(self, model: keras.Model, **kwargs: Any) -> None:
+    def __init__(
+        self, model: keras.Model, *, rematerialize: bool | Auto = "auto", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         check_backend()
+        self._rematerialize = SETTINGS["rematerialize"].read("rematerialize", rematerialize)
+        self._free_memory = free_memory()
         _check_trainable(model)
         family_of(model).head(model).check_floating(LoraError)
+        keep_soft_cap(model.backbone)
         self.backbone = model.backbone
         # A function is not tracked. Of a tracked task Keras would draw a batch, to build its
         # preprocessor.
@@ -111,9 +128,41 @@ class TuningModel(keras.Model):
         """
         backbone = self.gemma.backbone
         inputs = backbone_inputs(backbone, x["token_ids"], x["padding_mask"])
-        hidden = backbone(inputs, training=training)
+        with recomputed(self._recomputed(*x["token_ids"].shape) if training else ()):
+            hidden = backbone(inputs, training=training)
         flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
         return ops.take(flat, x["positions"], axis=0)
+
+    def _recomputed(self, rows: int, length: int) -> list[Any]:
+        """Choose the layers that are computed again in the backward pass.
+
+        Without recomputation these are the layers in int4: Keras would keep their kernels unpacked.
+        """
+        again = self._rematerialize
+        if again == "auto":
+            needed = step_bytes(self.gemma, rows, length, **self._step_options(False))
+            again = self._free_memory is not None and needed > self._free_memory
+        if again:
+            return decoder_blocks(self.gemma)
+        linears = family_of(self.gemma).linears(self.gemma)
+        return [n.layer for n in linears if n.layer.quantization_mode == "int4"]
+
+    def _step_options(self, rematerialize: bool) -> StepOptions:
+        return {
+            "method": "lora" if lora_config(self.gemma) else "full",
+            "accumulates": self.compiled and batches_per_step(self.optimizer) > 1,
+            "rematerialize": rematerialize,
+        }
+
+    def _what_helps(self, rows: int, length: int) -> str:
+        options = self._step_options(self._rematerialize is True)
+        return what_helps(self.gemma, rows, length, **options)
+
+    def _make_function(self, step_function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the compiled training step: Keras's trainer calls this for each step it has."""
+        if getattr(step_function, "__wrapped__", None) == self.train_step:
+            step_function = CheckedStep(step_function, self._what_helps)
+        return super()._make_function(step_function, *args, **kwargs)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `keras.Model.fit` does; on the CPU, freed memory is kept from step to step.
@@ -123,16 +172,21 @@ class TuningModel(keras.Model):
         It waits for answers that other threads are writing with the model. Until it returns, calls
         of other threads that need the model raise a `TrainingError`.
 
+        A Ctrl-C, or the stop button of a notebook, takes effect after the step that runs: the model
+        has the weights of that step. A second one takes effect at once.
+
         Raises:
             TrainingError: A loss or gradient was not finite: the weights are those before that
                 step. Or another thread trains the model.
+            PlanError: A step needs more memory than is free, as XLA says of the compiled step.
         """
         call = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = keras.tree.flatten(call.arguments.get("callbacks") or [])
         held = HeldValues()
-        call.arguments["callbacks"] = [held, FiniteLoss(), *callbacks]
         try:
-            with training(self.gemma), kept_memory():
+            with training(self.gemma), kept_memory(), held_interrupts() as raise_held:
+                ours = [held, FiniteLoss(), Interruptible(raise_held)]
+                call.arguments["callbacks"] = [*ours, *callbacks]
                 return super().fit(*call.args, **call.kwargs)
         except BaseException as error:
             held.put_back(error)

@@ -15,13 +15,15 @@ from typing import Any
 import keras
 import msgspec
 
+from gemma_keras_tune._support.backend import device_name, replicas
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune._support.memory import free_memory
 from gemma_keras_tune.adapters.lora import largest_rank
 from gemma_keras_tune.errors import PlanError
-from gemma_keras_tune.gemma.families import context_length, family_of
+from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.templates import Template
 from gemma_keras_tune.training.callbacks import callback_problems
+from gemma_keras_tune.training.memory import StepOptions, step_bytes, what_helps
 from gemma_keras_tune.training.optimizer import default_learning_rate
 from gemma_keras_tune.training.settings import (
     DEFAULTS,
@@ -30,12 +32,10 @@ from gemma_keras_tune.training.settings import (
     check_settings,
     with_settings,
 )
-from gemma_keras_tune.training.shapes import Shape
+from gemma_keras_tune.training.shapes import Shape, indivisible
 
 TARGET_STEPS = 60
 MAX_EPOCHS = 30
-# Activations may take this share of the memory that is free before the first step.
-MEMORY_SHARE = 0.6
 # Version of the files that `Plan.save` writes.
 SCHEMA = 1
 
@@ -71,7 +71,10 @@ class Plan(_Resolved):
         validation_dropped: Row numbers of those left out on request.
         validation_truncated: Row numbers of those cut on request.
         memory_needed: Rough bytes of one step beyond the weights.
-        memory_free: Bytes that were free for it, or `None` where nothing says.
+        memory_free: Bytes that were free for it on a device, or `None` where nothing says.
+        device: Kind of the device, with the number of those that share each batch.
+        dtype: Dtype that the model computes in.
+        memory_help: The setting that would save most of them, in words.
     """
 
     pairs: int = 0
@@ -88,6 +91,9 @@ class Plan(_Resolved):
     validation_truncated: tuple[int, ...] = ()
     memory_needed: int = dataclasses.field(default=0, compare=False)
     memory_free: int | None = dataclasses.field(default=None, compare=False)
+    device: str = dataclasses.field(default="", compare=False)
+    dtype: str = dataclasses.field(default="", compare=False)
+    memory_help: str = dataclasses.field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
         """Give the settings as `tune` takes them; an optimizer of the user's by its class."""
@@ -154,7 +160,7 @@ class Plan(_Resolved):
                 f"  validated on {self.validation_pairs:,} other pairs after every epoch"
                 + (f"; stops after {_count(stop, 'epoch')} without a better loss" if stop else "")
             )
-        return "\n".join([*lines, *self._rows_left_out(), *self._shortage()])
+        return "\n".join([*lines, *self._rows_left_out(), self._memory()])
 
     def _what(self) -> str:
         if not self.rank:
@@ -167,7 +173,8 @@ class Plan(_Resolved):
     def _batch(self) -> str:
         steps = self.gradient_accumulation_steps
         parts = f" ({steps} x {self.batch_size})" if steps > 1 else ""
-        return f"batch {self.batch_size * steps} rows{parts}"
+        again = ", activations recomputed" if self.rematerialize else ""
+        return f"batch {self.batch_size * steps} rows{parts}{again}"
 
     def _rate(self) -> str:
         if not self.optimizer.islower():
@@ -199,14 +206,14 @@ class Plan(_Resolved):
             if rows
         ]
 
-    def _shortage(self) -> list[str]:
-        if self.memory_free is None or self.memory_needed <= self.memory_free:
-            return []
-        needed, free = self.memory_needed / 1e9, self.memory_free / 1e9
-        return [
-            f"  a step may need {needed:.1f} GB beyond the weights, and {free:.1f} GB are free: "
-            "shorter rows, a smaller `batch_size`, LoRA and `dtype='bfloat16'` take less"
-        ]
+    def _memory(self) -> str:
+        needed = f"a step may need {self.memory_needed / 1e9:.1f} GB beyond the weights"
+        line = f"  on {self.device} in {self.dtype}: {needed}"
+        if self.memory_free is None:
+            return line
+        line += f", {self.memory_free / 1e9:.1f} GB are free"
+        short = self.memory_needed > self.memory_free
+        return f"{line}: {self.memory_help} helps most" if short else line
 
 
 def _count(number: int, noun: str) -> str:
@@ -324,7 +331,9 @@ def resolve_settings(
         problems.append(error.headline)
         plan = None
     method = plan.method if plan else given.get("method", DEFAULTS["method"])
-    checked = check_settings(given, [*problems, *callback_problems(callbacks, method)])
+    problems += callback_problems(callbacks, method, given.get("optimizer", "auto"))
+    problems += indivisible(given.get("batch_size", plan.batch_size if plan else "auto"))
+    checked = check_settings(given, problems)
     settings = _as_planned(checked, plan) if plan else {**DEFAULTS, **checked}
     split, stop = settings["validation_split"], settings["early_stopping"]
     if validation_data is not None and split:
@@ -380,7 +389,7 @@ def plan_settings(
             )
         longest = max(longest, length)  # all rows are padded to it
     method: Method = settings["method"]
-    rows, batches = _batch(model, pairs, longest, settings)
+    rows, batches, again = _batch(model, pairs, longest, settings)
     steps_an_epoch = math.ceil(pairs / (rows * batches))
     fewest = 3 if pairs < 5_000 else 1
     passes = min(MAX_EPOCHS, max(fewest, math.ceil(TARGET_STEPS / steps_an_epoch)))
@@ -391,14 +400,20 @@ def plan_settings(
         "epochs": epochs,
         "batch_size": rows,
         "gradient_accumulation_steps": batches,
+        "rematerialize": again,
         "learning_rate": _or(settings["learning_rate"], default_learning_rate(model, method)),
         "warmup_steps": _or(settings["warmup_steps"], min(round(0.05 * steps), steps - 1)),
         "weight_decay": _or(settings["weight_decay"], 0.01),
     }
+    share = rows // replicas()
+    size: StepOptions = dict(method=method, accumulates=batches > 1, rematerialize=again)
     return Plan(
         **{**settings, **resolved},
-        memory_needed=step_bytes(model, rows, longest, method=method, accumulates=batches > 1),
+        memory_needed=step_bytes(model, share, longest, **size),
         memory_free=free_memory(),
+        memory_help=what_helps(model, share, longest, **size),
+        device=device_name(),
+        dtype=str(model.compute_dtype),
     )
 
 
@@ -425,83 +440,29 @@ def _lora(model: keras.Model, pairs: int, settings: Mapping[str, Any]) -> dict[s
 
 def _batch(
     model: keras.Model, pairs: int, longest: int, settings: Mapping[str, Any]
-) -> tuple[int, int]:
-    """Rows in a batch, and batches in a step."""
-    rows, steps = settings["batch_size"], settings["gradient_accumulation_steps"]
-    if rows != "auto":
-        return rows, _or(steps, 1)
-    wanted = 4 if pairs < 64 else 8 if pairs < 5_000 else 16
-    free = free_memory()
-    fits = wanted
-    while free is not None and fits > 1:
-        accumulates = steps != 1 and (steps != "auto" or fits < wanted)
-        needed = step_bytes(
-            model, fits, longest, method=settings["method"], accumulates=accumulates
-        )
-        if needed <= free:
-            break
-        fits //= 2
-    return fits, _or(steps, max(1, wanted // fits))
+) -> tuple[int, int, bool]:
+    """Rows in a batch, batches in a step, and whether activations are recomputed.
 
-
-def step_bytes(
-    model: keras.Model,
-    batch_size: int,
-    length: int,
-    *,
-    method: Method = "lora",
-    accumulates: bool = False,
-) -> int:
-    """Rough bytes a training step needs beyond the weights, for choosing a batch.
-
-    The activations, with what the compiler takes beside them; and, where every weight trains, the
-    gradients, the two moments of AdamW, and the sum of the gradients that are accumulated. LoRA's
-    factors are too small to count.
-
-    Args:
-        model: A KerasHub Gemma.
-        batch_size: Rows in a batch.
-        length: Tokens in a row.
-        method: `"lora"` or `"full"`.
-        accumulates: Whether the gradients of several batches are summed.
-
-    Returns:
-        Bytes.
+    The batch is cut first: with fewer rows at a time, nothing is computed twice.
     """
-    activations = int(activation_bytes(model, batch_size, length) / MEMORY_SHARE)
-    if method == "lora":
-        return activations
-    weights = sum(math.prod(v.shape) * _item_bytes(v.dtype) for v in model.variables)
-    return activations + (3 + accumulates) * weights
-
-
-def _item_bytes(dtype: str) -> int:
-    return 2 if dtype in ("bfloat16", "float16") else 4
-
-
-def activation_bytes(model: keras.Model, batch_size: int, length: int) -> int:
-    """Rough bytes of the activations one training step keeps.
-
-    Counted from the arrays of a decoder block that the backward pass needs; on Gemma 3 270M at
-    4 x 512 tokens it gives 3.6 GB where XLA's own analysis says 3.5.
-
-    Args:
-        model: A KerasHub Gemma.
-        batch_size: Rows in a batch.
-        length: Tokens in a row.
-
-    Returns:
-        Bytes.
-    """
-    family = family_of(model)
-    linears = family.linears(model)
-    blocks = 1 + max(linear.block for linear in linears)
-    width = family.head(model).embedding.shape[1]
-    feed_forward = max(
-        (math.prod(n.layer.kernel.shape) // width for n in linears if n.target == "gate_proj"),
-        default=4 * width,
+    rows, steps, again = (
+        settings[name] for name in ("batch_size", "gradient_accumulation_steps", "rematerialize")
     )
-    backbone = model.backbone
-    heads = int(getattr(backbone, "num_query_heads", getattr(backbone, "num_attention_heads", 8)))
-    a_token = 14 * width + 4 * feed_forward + 3 * heads * length
-    return blocks * batch_size * length * a_token * _item_bytes(model.compute_dtype)
+    parts = replicas()
+    wanted = (4 if pairs < 64 else 8 if pairs < 5_000 else 16) if rows == "auto" else rows
+    share = max(1, wanted // parts)  # rows of one replica
+    wanted = share * parts
+    shares = [share >> cut for cut in range(share.bit_length())] if rows == "auto" else [share]
+    both = (False, True) if again == "auto" else (again,)
+    choices = [(size, rematerialize) for rematerialize in both for size in shares]
+    free = free_memory()
+
+    def fits(size: int, rematerialize: bool) -> bool:
+        needed = step_bytes(
+            model, size, longest, method=settings["method"], rematerialize=rematerialize,
+            accumulates=size < share if steps == "auto" else steps > 1,
+        )  # fmt: skip
+        return free is None or needed <= free
+
+    fit, again = next((choice for choice in choices if fits(*choice)), choices[-1])
+    return fit * parts, _or(steps, max(1, share // fit)), again

@@ -212,6 +212,15 @@ class TrainingSettings(TypedDict, total=False):
             rule=_COUNT,
         ),
     ]
+    rematerialize: Annotated[
+        bool | Auto,
+        Setting(
+            "Compute each decoder block again in the backward pass, and do not keep its "
+            "activations: much less memory, and a step takes about a third longer.",
+            "where a step of one row would not fit into memory otherwise",
+            values=(True, False),
+        ),
+    ]
     learning_rate: Annotated[
         float | LearningRateSchedule | Auto,
         Setting(

@@ -57,10 +57,12 @@ def kerashub_recipe(length: int) -> keras.Model:
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 
 
-def ours(model: keras.Model, target_modules: Any = QUERY_AND_VALUE) -> gkt.TuningModel:
+def ours(
+    model: keras.Model, target_modules: Any = QUERY_AND_VALUE, rematerialize: bool = False
+) -> gkt.TuningModel:
     """LoRA of rank 4, with the same optimizer."""
     gkt.enable_lora(model, 4, target_modules=target_modules, verbose=0)
-    trainer = gkt.TuningModel(model)
+    trainer = gkt.TuningModel(model, rematerialize=rematerialize)
     trainer.compile(gkt.make_optimizer(5e-5, steps=1000, weight_decay=0.01))
     return trainer
 
