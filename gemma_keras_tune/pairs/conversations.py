@@ -321,7 +321,9 @@ def _named(messages: list[Message], notes: Notes) -> list[Message]:
     return named
 
 
-def put_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+def put_tools(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> list[Message]:
     """Put the tools of a conversation into its system message, an empty one if it has none."""
     if not tools:
         return list(messages)
@@ -493,10 +495,8 @@ def _tool_message(
 
 
 def _is_parts(content: Any) -> bool:
-    return (
-        is_list(content)
-        and len(content) > 0
-        and all(isinstance(part, Mapping) and "type" in part for part in content)
+    return is_list(content) and len(content) > 0 and all(
+        isinstance(part, Mapping) and "type" in part for part in content
     )
 
 

@@ -23,10 +23,7 @@ FORMATS = ("functiongemma", "gemma4")
 
 def function(name, description, parameters=None, **more):
     schema = {"parameters": parameters} if parameters is not None else {}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, **schema, **more},
-    }
+    return {"type": "function", "function": {"name": name, "description": description, **schema, **more}}
 
 
 WEATHER = function(
@@ -57,17 +54,11 @@ BOOKING = function(
                 "description": "Who comes",
                 "items": {
                     "type": "object",
-                    "properties": {
-                        "age": {"type": "number", "nullable": True},
-                        "vip": {"type": "boolean"},
-                    },
+                    "properties": {"age": {"type": "number", "nullable": True}, "vip": {"type": "boolean"}},
                     "required": ["age"],
                 },
             },
-            "notes": {
-                "type": "array",
-                "items": {"type": "string", "enum": ["a", "b"], "minLength": 1},
-            },
+            "notes": {"type": "array", "items": {"type": "string", "enum": ["a", "b"], "minLength": 1}},
             "place": {
                 "type": "object",
                 "description": "Where",
@@ -206,7 +197,7 @@ def test_gemma4_literally():
             False,
         ),
         (
-            "<|tool_call>call:book.table-2{empty:[],free:{},"
+            '<|tool_call>call:book.table-2{empty:[],free:{},'
             "guests:[{age:4.5,vip:true},{age:1e-07,vip:false}],"
             'notes:[<|"|>x, {y}<|"|>,<|"|>ü:<|"|>],place:{room:<|"|>hall<|"|>},Zone:3}<tool_call|>'
             "<|tool_call>call:ping{}<tool_call|><|tool_response>",
@@ -226,7 +217,9 @@ def published(tmp_path_factory):
     """Gemma 4's published chat template, as the package trl carries it."""
     folder = tmp_path_factory.mktemp("trl")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "trl==1.16.0"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, timeout=120, check=False
+    )
     if done.returncode:
         pytest.skip("trl cannot be fetched")
     (wheel,) = pathlib.Path(folder).glob("trl-*.whl")
@@ -288,9 +281,7 @@ def test_jinja_writes_the_same_text(template, name):
             if conversation[end]["role"] != "assistant":
                 continue
             asked = conversation[:end]
-            ours = text(
-                template, messages_of(asked, tools, ends_with="user"), generation_prompt=True
-            )
+            ours = text(template, messages_of(asked, tools, ends_with="user"), generation_prompt=True)
             theirs = render(source, asked, tools=tools, add_generation_prompt=True)
             assert theirs == "<bos>" + ours
 

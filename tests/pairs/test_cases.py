@@ -176,10 +176,7 @@ def test_tools_of_a_row(tools, key):
     for row in ({"messages": [user("Hi"), assistant("x")]}, {"prompt": "Hi", "completion": "x"}):
         (pair,) = read_pairs([{**row, key: tools}])
         assert tools_of(pair) == ["look"]
-        assert [(m.role, m.content) for m in pair.messages[1:]] == [
-            ("user", "Hi"),
-            ("assistant", "x"),
-        ]
+        assert [(m.role, m.content) for m in pair.messages[1:]] == [("user", "Hi"), ("assistant", "x")]
     (pair,) = read_pairs([{**row, key: tools, "system": "Be brief."}])
     assert tools_of(pair) == ["look"] and pair.messages[0].content == "Be brief."
 
