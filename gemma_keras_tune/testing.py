@@ -152,9 +152,7 @@ def tiny_model(
     sizes = {**table.tiny, **dict.fromkeys(table.vocabulary_settings, vocabulary)}
     backbone = table.backbone_class(**sizes | (dict(table.tiny_moe) if moe else {}) | overrides)
     _randomize(backbone, seed)
-    return building.causal_lm(
-        table, backbone, proto, sequence_length=sequence_length
-    )
+    return building.causal_lm(table, backbone, proto, sequence_length=sequence_length)
 
 
 def _family(name: str) -> families.Family:

@@ -342,7 +342,9 @@ class _Reader:
             raise ValueError(f"{sign} is missing before {self._shown()}")
 
     def _shown(self) -> str:
-        return repr(self.text[self.place : self.place + 40]) if self.text[self.place :] else "the end"
+        return (
+            repr(self.text[self.place : self.place + 40]) if self.text[self.place :] else "the end"
+        )
 
 
 def _no_number(name: str) -> Any:

@@ -18,7 +18,7 @@ import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import keras
 import keras_hub
@@ -87,6 +87,35 @@ class Answer(ArrayEquality):
         return parse_calls(self.text)[2].strip()
 
 
+class _Options(TypedDict, total=False):
+    """The arguments of `generate` that do not decide what it returns."""
+
+    max_new_tokens: int
+    sampler: str | keras_hub.samplers.Sampler
+    temperature: float | None
+    seed: int | None
+    batch_size: int
+    strip: bool
+    adapter: str | Active | None
+    template: TemplateSpec
+
+
+@overload
+def generate(
+    model: keras.Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    tools: None = None,
+    **options: Unpack[_Options],
+) -> str | list[str]: ...
+@overload
+def generate(
+    model: keras.Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    tools: Tools,
+    **options: Unpack[_Options],
+) -> Answer | list[Answer]: ...
 def generate(
     model: keras.Model,
     prompts: Prompt | Sequence[Prompt],

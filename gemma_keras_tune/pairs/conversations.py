@@ -18,7 +18,6 @@ from gemma_keras_tune.pairs.tools import (
     declared_arguments,
     read_calls,
     read_result,
-    read_tools,
 )
 from gemma_keras_tune.pairs.unused import Meaning, Unused, meaning_of
 from gemma_keras_tune.pairs.values import (
@@ -104,6 +103,15 @@ class Message:
     def written(self) -> str:
         """All that the message says: its text, and calls and tools as JSON."""
         return self.content
+
+    def to_config(self) -> dict[str, Any]:
+        """Convert the message to JSON data that is read as this message."""
+        config: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            config["tool_calls"] = [call.to_config() for call in self.tool_calls]
+        if self.role == "tool":
+            config |= {"name": self.name, "content": self.data or self.content}
+        return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -316,24 +324,26 @@ def _named(messages: list[Message], notes: Notes) -> list[Message]:
                     f"message {number} is the result of no call before it: give it the `name` of "
                     "the tool, or the `id` of its call as `tool_call_id`"
                 )
+            assert isinstance(message, ToolMessage)
             message, place = dataclasses.replace(message, name=name), place + 1
         named.append(message)
     return named
 
 
-def put_tools(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-) -> list[Message]:
+def put_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Put the tools of a conversation into its system message, an empty one if it has none."""
     if not tools:
         return list(messages)
     first = messages[0] if messages and messages[0].role == "system" else Message("system", "")
     system = ToolMessage("system", first.content, tools=tuple(tools))
     rest = messages[1:] if messages and messages[0] is first else messages
-    return [system, *(
-        dataclasses.replace(m, tool_calls=declared_arguments(m.tool_calls, tools))
-        if m.tool_calls else m for m in rest
-    )]  # fmt: skip
+    return [system, *(_declared(message, tools) for message in rest)]
+
+
+def _declared(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
+    if not isinstance(message, ToolMessage) or not message.tool_calls:
+        return message
+    return dataclasses.replace(message, tool_calls=declared_arguments(message.tool_calls, tools))
 
 
 def _turns(value: Any, label: str, notes: Notes) -> Sequence[Any]:
@@ -495,8 +505,10 @@ def _tool_message(
 
 
 def _is_parts(content: Any) -> bool:
-    return is_list(content) and len(content) > 0 and all(
-        isinstance(part, Mapping) and "type" in part for part in content
+    return (
+        is_list(content)
+        and len(content) > 0
+        and all(isinstance(part, Mapping) and "type" in part for part in content)
     )
 
 

@@ -238,7 +238,11 @@ class RowReader:
         if missing:
             raise ReadingError([describe_missing(key, keys) for key in missing])
         tools = tuple(names[key] for key in TOOL_KEYS if key in names)
-        used = {*system, *tools, *(names[key] for key in (*schema.keys, *schema.below) if key in names)}
+        used = {
+            *system,
+            *tools,
+            *(names[key] for key in (*schema.keys, *schema.below) if key in names),
+        }
         others = tuple((key, self._meaning(key)) for key in keys if key not in used)
         return _Layout(schema, names, system, tools, others)
 

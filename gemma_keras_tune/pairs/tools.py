@@ -204,8 +204,8 @@ def declared_arguments(
     def declared(call: ToolCall) -> ToolCall:
         known = schemas.get(call.name, {}).get("properties", {})
         kept = {k: v for k, v in call.arguments.items() if v is not None or k in known}
-        return call if len(kept) == len(call.arguments) else dataclasses.replace(
-            call, arguments=kept
+        return (
+            call if len(kept) == len(call.arguments) else dataclasses.replace(call, arguments=kept)
         )
 
     return tuple(map(declared, calls))

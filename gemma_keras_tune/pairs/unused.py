@@ -45,8 +45,8 @@ def _keys(text: str, meaning: Meaning) -> dict[str, Meaning]:
 # Keys in lower case, without underscores, hyphens and spaces.
 _MEANINGS = {
     **_keys(
-        "tools toolcalls toolcall toolcallid toolresults toolresult toolresponses tooluse functions "
-        "function functioncall functioncalls functionresponse availabletools",
+        "tools toolcalls toolcall toolcallid toolresults toolresult toolresponses tooluse "
+        "functions function functioncall functioncalls functionresponse availabletools",
         Meaning.TOOLS,
     ),
     **_keys("inlinedata filedata attachments files pixelvalues inputfeatures", Meaning.MEDIA),

@@ -1,6 +1,5 @@
 """Tools in the formats of FunctionGemma and Gemma 4: declarations, calls and results."""
 
-import dataclasses
 import functools
 import pathlib
 import subprocess
@@ -11,8 +10,8 @@ import jinja2
 import jinja2.sandbox
 import pytest
 
-from gemma_keras_tune.errors import PairsWarning, TemplateError
-from gemma_keras_tune.gemma.templates import TEMPLATES, get_template
+from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.gemma.templates import TEMPLATES
 from gemma_keras_tune.gemma.tools import ADVICE, FUNCTION_GEMMA, GEMMA4, parse_calls
 from gemma_keras_tune.pairs.conversations import put_tools, read_conversation
 from gemma_keras_tune.pairs.tools import ToolCall, read_tools
@@ -23,7 +22,8 @@ FORMATS = ("functiongemma", "gemma4")
 
 def function(name, description, parameters=None, **more):
     schema = {"parameters": parameters} if parameters is not None else {}
-    return {"type": "function", "function": {"name": name, "description": description, **schema, **more}}
+    described = {"name": name, "description": description, **schema, **more}
+    return {"type": "function", "function": described}
 
 
 WEATHER = function(
@@ -54,11 +54,17 @@ BOOKING = function(
                 "description": "Who comes",
                 "items": {
                     "type": "object",
-                    "properties": {"age": {"type": "number", "nullable": True}, "vip": {"type": "boolean"}},
+                    "properties": {
+                        "age": {"type": "number", "nullable": True},
+                        "vip": {"type": "boolean"},
+                    },
                     "required": ["age"],
                 },
             },
-            "notes": {"type": "array", "items": {"type": "string", "enum": ["a", "b"], "minLength": 1}},
+            "notes": {
+                "type": "array",
+                "items": {"type": "string", "enum": ["a", "b"], "minLength": 1},
+            },
             "place": {
                 "type": "object",
                 "description": "Where",
@@ -111,7 +117,8 @@ CONVERSATIONS = {
     "answer": [SYSTEM, ASK, CALL, SUNNY, FINE],
     "text result": [ASK, CALL, result("15 °C, {sunny}", name="get_current_weather"), FINE],
     "parallel": [
-        SYSTEM, ASK, NESTED, result("done", 0, "book.table-2"), result({"ok": True}, 1, "ping"), FINE,
+        SYSTEM, ASK, NESTED, result("done", 0, "book.table-2"), result({"ok": True}, 1, "ping"),
+        FINE,
     ],
     "two steps": [
         SYSTEM, ASK, CALL, SUNNY, NESTED, result({"list": [1, "a"]}, 0, "book.table-2"),
@@ -161,9 +168,11 @@ def test_functiongemma_literally():
             "<start_function_declaration>declaration:get_current_weather{"
             "description:<escape>Gets the current weather in a given location.<escape>,"
             "parameters:{properties:{"
-            'location:{description:<escape>City, e.g. "Tokyo, JP"<escape>,type:<escape>STRING<escape>},'
+            'location:{description:<escape>City, e.g. "Tokyo, JP"<escape>,'
+            "type:<escape>STRING<escape>},"
             "unit:{description:<escape>The unit.<escape>,"
-            "enum:[<escape>celsius<escape>,<escape>fahrenheit<escape>],type:<escape>STRING<escape>}},"
+            "enum:[<escape>celsius<escape>,<escape>fahrenheit<escape>],"
+            "type:<escape>STRING<escape>}},"
             "required:[<escape>location<escape>],type:<escape>OBJECT<escape>}}"
             "<end_function_declaration><end_of_turn>\n"
             "<start_of_turn>user\nWhat's the weather in Tokyo right now?<end_of_turn>\n"
@@ -197,7 +206,7 @@ def test_gemma4_literally():
             False,
         ),
         (
-            '<|tool_call>call:book.table-2{empty:[],free:{},'
+            "<|tool_call>call:book.table-2{empty:[],free:{},"
             "guests:[{age:4.5,vip:true},{age:1e-07,vip:false}],"
             'notes:[<|"|>x, {y}<|"|>,<|"|>ü:<|"|>],place:{room:<|"|>hall<|"|>},Zone:3}<tool_call|>'
             "<|tool_call>call:ping{}<tool_call|><|tool_response>",
@@ -217,9 +226,7 @@ def published(tmp_path_factory):
     """Gemma 4's published chat template, as the package trl carries it."""
     folder = tmp_path_factory.mktemp("trl")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "trl==1.16.0"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, timeout=120, check=False
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
     if done.returncode:
         pytest.skip("trl cannot be fetched")
     (wheel,) = pathlib.Path(folder).glob("trl-*.whl")
@@ -281,7 +288,9 @@ def test_jinja_writes_the_same_text(template, name):
             if conversation[end]["role"] != "assistant":
                 continue
             asked = conversation[:end]
-            ours = text(template, messages_of(asked, tools, ends_with="user"), generation_prompt=True)
+            ours = text(
+                template, messages_of(asked, tools, ends_with="user"), generation_prompt=True
+            )
             theirs = render(source, asked, tools=tools, add_generation_prompt=True)
             assert theirs == "<bos>" + ours
 

@@ -72,7 +72,11 @@ def test_a_tuned_model_calls_and_answers(tuned):
 def test_the_template_is_the_familys(tuned):
     template = gkt.template_of(tuned)
     assert template.tool_format is not None
-    assert template in (TEMPLATES["functiongemma"], TEMPLATES["gemma4_no_thought"], TEMPLATES["gemma4"])
+    assert template in (
+        TEMPLATES["functiongemma"],
+        TEMPLATES["gemma4_no_thought"],
+        TEMPLATES["gemma4"],
+    )
 
 
 def test_models_without_a_format_refuse_rows_by_name():
@@ -81,7 +85,9 @@ def test_models_without_a_format_refuse_rows_by_name():
         gkt.tune(model, [("a", "b"), *ROWS], verbose=0)
     assert [p[:6] for p in caught.value.problems] == ["row 2:", "row 3:"]
     assert "template='functiongemma'" in str(caught.value)
-    with pytest.raises(TemplateError, match="prompt 1: The template 'gemma3' has no format") as caught:
+    with pytest.raises(
+        TemplateError, match="prompt 1: The template 'gemma3' has no format"
+    ) as caught:
         gkt.generate(model, asked("roll"), tools=TOOLS)
     assert "instruct model of Gemma 4" in str(caught.value)
     with pytest.raises(TemplateError, match=r"tool 1 of `tools` needs a `name`"):

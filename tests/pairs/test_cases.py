@@ -176,7 +176,10 @@ def test_tools_of_a_row(tools, key):
     for row in ({"messages": [user("Hi"), assistant("x")]}, {"prompt": "Hi", "completion": "x"}):
         (pair,) = read_pairs([{**row, key: tools}])
         assert tools_of(pair) == ["look"]
-        assert [(m.role, m.content) for m in pair.messages[1:]] == [("user", "Hi"), ("assistant", "x")]
+        assert [(m.role, m.content) for m in pair.messages[1:]] == [
+            ("user", "Hi"),
+            ("assistant", "x"),
+        ]
     (pair,) = read_pairs([{**row, key: tools, "system": "Be brief."}])
     assert tools_of(pair) == ["look"] and pair.messages[0].content == "Be brief."
 
@@ -255,7 +258,7 @@ def test_what_arrow_fills_in_is_left_out():
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([user("Hi"), assistant("", tool_calls=CALL), user("?"), assistant("x")], "is not the result"),
+        ([user("Hi"), assistant("", tool_calls=CALL), user("?"), assistant("x")], "not the result"),
         ([user("Hi"), {"role": "tool", "content": "5"}, assistant("x")], "message 1 calls none"),
         (
             [user("Hi"), assistant("", tool_calls=CALL), {"role": "tool", "content": "5"}],

@@ -152,6 +152,7 @@ class JsonFields(JsonCheck):
 
 
 def json_text(value: Any) -> str:
+    """Write a value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= base.MAX_SHOWN else text[: base.MAX_SHOWN - 1] + "…"
 

@@ -24,8 +24,8 @@ Match = Literal["equal", "subset", "schema"]
 class CallsTool(Check):
     """The response calls this tool with these arguments.
 
-    Several calls may be in a response: one that fits is enough, unless `only` is set. A malformed
-    call fails.
+    Several calls may be in a response: one that fits is enough, unless `only` is set. A response
+    with a malformed call fails.
 
     Attributes:
         tool: The tool's name.
@@ -40,7 +40,7 @@ class CallsTool(Check):
     arguments: Mapping[str, Any] | None = None
     match: Annotated[Match, Meta(description="'equal', 'subset' or 'schema'")] = "equal"
     ignore_case: Flag = False
-    only: Flag = True
+    only: Flag = False
     name: ClassVar[str] = "calls_tool"
     main: ClassVar[str] = "tool"
 
