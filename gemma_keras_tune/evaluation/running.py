@@ -58,7 +58,7 @@ from gemma_keras_tune.evaluation.values import (
     problem,
     shown,
 )
-from gemma_keras_tune.gemma.encoding import RowTokenizer
+from gemma_keras_tune.gemma.encoding import PromptMarks, RowTokenizer
 from gemma_keras_tune.gemma.families import family_of, fingerprint
 from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
 from gemma_keras_tune.generation.answers import Answer, SamplerState
@@ -185,7 +185,12 @@ class _Run:
         seed: int,
         max_new_tokens: int,
     ) -> None:
-        self.encoder = RowTokenizer(models.tuned.preprocessor.tokenizer)
+        tokenizer = models.tuned.preprocessor.tokenizer
+        self.encoder = RowTokenizer(tokenizer)
+        marks = PromptMarks(tokenizer)
+        for number, case in enumerate(plan, 1):
+            marks.look_at(number, case.messages)
+        marks.warn("case")
         self.models = models
         self.plan = plan
         self.template = template

@@ -1,14 +1,18 @@
 """Tokenizing text as a Gemma reads it."""
 
+import collections
 import functools
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from gemma_keras_tune.gemma.templates import END_OF_TEXT, Segment
+from gemma_keras_tune.errors import warn_of_pairs
+from gemma_keras_tune.gemma.templates import END_OF_TEXT, Messages, Segment, special_tokens
+from gemma_keras_tune.pairs.problems import ranges
 
 
 @functools.lru_cache(maxsize=1)
@@ -34,6 +38,35 @@ def known_tokens(tokenizer: Any, rows: int) -> np.ndarray | None:
     known = np.zeros(rows, bool)
     known[: len(ids)] = np.logical_not(processor.is_unused(list(ids)))
     return None if known.all() else known
+
+
+class PromptMarks:
+    """Finds special tokens in the text of prompts: the template writes its own around it.
+
+    Args:
+        tokenizer: A KerasHub tokenizer of a Gemma.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens)))
+        self._prompts: dict[str, list[int]] = collections.defaultdict(list)
+
+    def look_at(self, number: int, messages: Messages) -> None:
+        """Look at the messages of one more prompt, of this number."""
+        for message in messages:
+            for token in dict.fromkeys(self._pattern.findall(message.content or "")):
+                self._prompts[f"{token!r} stands in {message.role} text"].append(number)
+
+    def warn(self, noun: str = "prompt") -> None:
+        """Tell of all that was found in one `PairsWarning`, if anything was."""
+        if self._prompts:
+            warn_of_pairs(
+                f"Some {noun}s hold special tokens in their text. The template writes its own, so "
+                "the model would read them twice: leave them out.",
+                [f"{noun} {ranges(of)}: {text}" for text, of in self._prompts.items()],
+                stacklevel=5,
+            )
 
 
 class RowTokenizer:

@@ -154,7 +154,9 @@ class Template(abc.ABC):
                 "template, and a function cannot be saved.",
                 next_step="Pass the function again: `template=your_function`.",
             )
-        classes: dict[Any, type[Template]] = {c.kind: c for c in (TurnTemplate, TextTemplate)}
+        classes: dict[Any, type[Template]] = {
+            c.kind: c for c in Template.__subclasses__() if c is not FunctionTemplate
+        }
         try:
             if not all(isinstance(value, str) for value in settings.values()):
                 raise TypeError("a setting is no text")

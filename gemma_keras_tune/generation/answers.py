@@ -32,7 +32,7 @@ from gemma_keras_tune._support.numbers import integer
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_switched
 from gemma_keras_tune.errors import GenerationError, TemplateError, warn_of_pairs
-from gemma_keras_tune.gemma.encoding import RowTokenizer
+from gemma_keras_tune.gemma.encoding import PromptMarks, RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.state import locked, state_of
@@ -472,6 +472,7 @@ def encode_prompts(
     encoder = RowTokenizer(tokenizer)
     rows = []
     unused = Unused("prompt")
+    marks = PromptMarks(tokenizer)
     problems: list[str] = []
     next_step = _PROMPT_FORM
     declared = read_tools(tools, "`tools`", unused, problems)
@@ -486,11 +487,13 @@ def encode_prompts(
             problems += [f"prompt {number}: {text}" for text in error.problems or [error.headline]]
             next_step = NO_TOOLS if error.next_step == NO_TOOLS else next_step
             continue
+        marks.look_at(number, messages)
         rows.append(encoder.encode(segments)[0])
     if problems:
         raise TemplateError("Some prompts cannot be answered.", problems, next_step)
     if lines := unused.lines():
         warn_of_pairs("The prompts have keys that hold something and are not used.", lines)
+    marks.warn()
     return rows
 
 

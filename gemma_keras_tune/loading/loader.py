@@ -5,7 +5,6 @@ import difflib
 import json
 import os
 import pathlib
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -28,8 +27,14 @@ from gemma_keras_tune.formats.hugging_face.reader import (
 from gemma_keras_tune.gemma.attention import keep_soft_cap
 from gemma_keras_tune.gemma.building import set_attention_scale
 from gemma_keras_tune.gemma.families import FAMILIES, Family, broken_weights, family_of
+from gemma_keras_tune.gemma.foreign_templates import INSTRUCT_NAME, bring_chat_template
 from gemma_keras_tune.gemma.state import is_instruct, mark_origin
-from gemma_keras_tune.gemma.templates import attach_template, read_sidecar, read_template
+from gemma_keras_tune.gemma.templates import (
+    attach_template,
+    read_sidecar,
+    read_template,
+    template_of,
+)
 from gemma_keras_tune.gemma.vocabularies import repair_marks
 from gemma_keras_tune.loading import hubs, package
 
@@ -42,8 +47,7 @@ _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _LITERT = (".litertlm", ".tflite", ".task")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
 _MODEL_FILES = (".safetensors", ".h5", ".json", "Modelfile", "tokenizer.model")
-# ShieldGemma is asked in the turn format, though its names do not say so.
-_INSTRUCT = re.compile(r"(^|[-_./])(it|instruct|shieldgemma)($|[-_./])", re.IGNORECASE)
+_CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 # NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
 _BFLOAT16_CAPABILITY = 8.0
 
@@ -203,7 +207,7 @@ def _made_for_litert(path: pathlib.Path) -> LoadError:
     )
 
 
-def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
+def _load_folder(path: pathlib.Path, dtype: str, handle: str | None = None) -> keras.Model:
     files = [] if (path / "config.json").is_file() else _gguf_models(path)
     if len(files) == 1:
         return _gguf().load_gguf(files[0], dtype=dtype)
@@ -219,15 +223,36 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
             UserWarning,
             stacklevel=4,
         )
-    mark_origin(model, str(path), _bring_template(model, path))
+    mark_origin(model, str(path), _bring_template(model, path, handle))
+    chat_template = _chat_template(path)
+    if chat_template and not template_of(model):
+        bring_chat_template(model, chat_template, str(path))
     return model
 
 
-def _bring_template(model: keras.Model, path: pathlib.Path) -> bool | None:
+def _chat_template(path: pathlib.Path) -> str | None:
+    """Read the chat template in a folder: a file of its own, or an entry of the tokenizer's."""
+    for file in (path / name for name in _CHAT_TEMPLATES):
+        if not file.is_file():
+            continue
+        if file.suffix == ".jinja":
+            return file.read_text("utf-8", errors="replace")
+        found = _parsed(file).get("chat_template")
+        if isinstance(found, list):  # several, each with its name
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _bring_template(
+    model: keras.Model, path: pathlib.Path, handle: str | None = None
+) -> bool | None:
     """Attach the template that is recorded in a folder, and return whether it says instruct."""
     instruct = None
     try:
-        instruct = _folder_instruct(path)
+        instruct = _folder_instruct(path, model, handle)
         attach_template(model, read_template(path))
     except TemplateError as error:
         warnings.warn(f"{path}: its template is left out. {error}", UserWarning, stacklevel=4)
@@ -289,7 +314,7 @@ def _open_preset(source: str, config: Mapping[str, Any], family: Family, dtype: 
     `dtype` for all in their place: its codes then fit no layer. So each policy is given the dtype.
     """
     opened = family.causal_lm_class.from_preset
-    policies = copy.deepcopy((config.get("config") or {}).get("dtype"))
+    policies: Any = copy.deepcopy((config.get("config") or {}).get("dtype"))
     # Of Keras's policies, those of quantized layers alone have a mode.
     if '"mode"' not in json.dumps(policies):
         return cast(keras.Model, opened(source, dtype=dtype))
@@ -400,16 +425,34 @@ def _missing_weights(path: pathlib.Path, single: str, index: str) -> list[str]:
     return sorted(name for name in shards if not (path / name).is_file())
 
 
-def _folder_instruct(path: pathlib.Path) -> bool | None:
+def _folder_instruct(
+    path: pathlib.Path, model: keras.Model, handle: str | None = None
+) -> bool | None:
+    """Tell by its record, its names or its end tokens if a folder holds an instruct model.
+
+    Returns:
+        `None` if none of them say it: a chat template does not, as pretrained models carry one.
+    """
     recorded = read_sidecar(path).get("instruct")
     if isinstance(recorded, bool):
         return recorded
-    if any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+    config, generation, tokenizing = (
+        _parsed(path / name) if (path / name).is_file() else {}
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    )
+    names = (path.resolve().name, handle, config.get("_name_or_path"))
+    if any(INSTRUCT_NAME.search(str(name or "")) for name in names):
         return True
-    tokenizer = path / "tokenizer_config.json"
-    if tokenizer.is_file() and _parsed(tokenizer).get("chat_template"):
-        return True
-    return True if _INSTRUCT.search(path.resolve().name) else None
+    turn_end = family_of(model).turn.end
+    number = int(model.preprocessor.tokenizer.token_to_id(turn_end))
+    ends = [end for one in (config, generation) for end in _listed(one.get("eos_token_id"))]
+    said = tokenizing.get("eos_token")
+    named = said.get("content") if isinstance(said, dict) else said
+    return True if number in ends or named == turn_end else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _not_found(path: pathlib.Path) -> LoadError:
@@ -456,7 +499,7 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         config = _parsed(pathlib.Path(hubs.download_config(scheme, rest)))
         family = _gemma_of(source, config)
         if scheme == "hf" and "registered_name" not in config:
-            model = _load_folder(pathlib.Path(hubs.download_folder(rest)), dtype)
+            model = _load_folder(pathlib.Path(hubs.download_folder(rest)), dtype, source)
         else:
             model = _open_preset(source, config, family, dtype)
             _refuse_broken(_checked(model), source)
@@ -476,6 +519,6 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
 
 def _handle_instruct(source: str, handle: str) -> bool | None:
     """Return whether a model is instruct by its name; `None` if a user's name does not say it."""
-    if _INSTRUCT.search(source):
+    if INSTRUCT_NAME.search(source):
         return True
     return False if source != handle else None

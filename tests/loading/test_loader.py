@@ -192,9 +192,15 @@ def test_dtype_of_the_weights(model, tmp_path):
     assert {str(w.dtype) for w in loaded.backbone.weights} == {"bfloat16"}
 
 
-def test_gguf_with_a_chat_template_is_instruct(model, tmp_path):
-    path = write_gguf(model, tmp_path / "m.gguf", tokenizer__chat_template="{{ messages }}")
-    assert is_instruct(load(path)) is True
+@pytest.mark.parametrize(
+    ("name", "instruct"), [("Gemma 3 270m It", True), ("gemma-3-270m", False), ("Italian", False)]
+)
+def test_gguf_with_a_chat_template_is_instruct_if_its_name_says_so(name, instruct, model, tmp_path):
+    metadata = {"tokenizer__chat_template": "{{ messages }}", "general__name": name}
+    with pytest.warns(UserWarning, match="chat template") as told:
+        loaded = load(write_gguf(model, tmp_path / "m.gguf", **metadata))
+    assert is_instruct(loaded) is instruct
+    assert ("is taken for pretrained" in str(told[0].message)) is not instruct
 
 
 def test_gguf_lists_every_tensor_that_does_not_fit(model, tmp_path):
@@ -363,15 +369,21 @@ def test_local_preset_brings_its_template(model, preset, tmp_path):
         assert template_of(load(str(folder))) is None
 
 
-def test_instruct_is_read_from_a_folder(preset, tmp_path):
+def test_instruct_is_read_from_a_folder(model, preset, tmp_path):
     folder = copy_of(preset, tmp_path / "some-it")
     assert is_instruct(load(folder)) is True
     folder = copy_of(preset, tmp_path / "other")
-    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert loader._folder_instruct(folder) is True
-    (folder / "tokenizer_config.json").unlink()
-    (folder / "chat_template.jinja").write_text("x")
-    assert loader._folder_instruct(folder) is True
+    turn_end = int(model.preprocessor.tokenizer.token_to_id("<end_of_turn>"))
+    for name, config, instruct in (
+        ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, None),
+        ("tokenizer_config.json", {"eos_token": "<end_of_turn>"}, True),
+        ("generation_config.json", {"eos_token_id": 1}, None),
+        ("generation_config.json", {"eos_token_id": [1, turn_end]}, True),
+    ):
+        (folder / name).write_text(json.dumps(config))
+        assert loader._folder_instruct(folder, model) is instruct
+        (folder / name).unlink()
+    assert loader._folder_instruct(folder, model, "hf://someone/tiny-it") is True
 
 
 def test_folder_names_all_missing_files(preset, tmp_path):
@@ -471,10 +483,11 @@ def test_hugging_face_folder(tmp_path):
         "rms_norm_eps": 1e-6,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = load(tmp_path)
+    with pytest.warns(UserWarning, match="carries a chat template.*is taken for pretrained"):
+        loaded = load(tmp_path)
     for a, b in zip(loaded.backbone.weights, original.backbone.weights, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=a.path)
-    assert is_instruct(loaded) is True
+    assert is_instruct(loaded) is False
 
 
 # Names
@@ -689,7 +702,7 @@ def test_a_text_model_of_hugging_face_is_read_as_a_folder(tmp_path, monkeypatch)
     monkeypatch.setattr(hubs, "download_folder", lambda repository: str(folder))
     loaded = load("hf://someone/tiny")
     assert origin_of(loaded).source == "hf://someone/tiny"
-    assert is_instruct(loaded) is True  # it has a chat template
+    assert is_instruct(loaded) is True  # its end tokens say so
     (folder / "model.safetensors").write_bytes(b"")
     assert "model.safetensors cannot be read" in error("hf://someone/tiny")
 

@@ -39,8 +39,9 @@ from gemma_keras_tune.gemma.families import (
     joined_shape,
     split,
 )
+from gemma_keras_tune.gemma.foreign_templates import INSTRUCT_NAME, bring_chat_template
 from gemma_keras_tune.gemma.state import mark_origin
-from gemma_keras_tune.gemma.templates import Template, attach_template
+from gemma_keras_tune.gemma.templates import Template, attach_template, template_of
 from gemma_keras_tune.gemma.vocabularies import (
     CONTROL,
     CONTROL_IDS,
@@ -74,6 +75,8 @@ _TOWERS = {"v": "vision", "a": "audio", "mm": "projector"}
 # llama.cpp's converter says so of a tokenizer.json that comes without a tokenizer.model.
 _MERGES_ALONE = "gpt2"
 _OUTPUT = "output.weight"
+_NAMES = ("general.finetune", "general.name", "general.basename", "general.base_model.0.name")
+_END_TOKENS = "gemma_keras_tune.end_tokens"
 # The frequencies of the rotary embedding are computed, not learnt.
 _COMPUTED = (ROPE_FACTORS,)
 _SPLIT_COUNT = "split.count"
@@ -252,8 +255,11 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
             next_step=BROKEN,
         ) from error
     _assign(file, family.weights(backbone), family.idle_names(backbone))
-    mark_origin(model, str(path), instruct=is_instruct(file))
+    mark_origin(model, str(path), instruct=is_instruct(file, family.turn.end))
     _attach_template(file, model)
+    chat_template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(chat_template, str) and not template_of(model):
+        bring_chat_template(model, chat_template, str(path))
     return model
 
 
@@ -306,25 +312,38 @@ def _same(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _without_vocabulary(file: GgufFile) -> GgufFile:
     """Drop the tokenizer's strings from the header: a quarter of a million."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens") or []
+    ends: Iterable[Any] = (
+        file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")
+    )
     kept = {key: value for key, value in file.metadata.items() if not isinstance(value, list)}
+    kept[_END_TOKENS] = {
+        tokens[n].decode("utf-8", "replace") for n in ends if n in range(len(tokens))
+    }
     return dataclasses.replace(file, metadata=kept)
 
 
-def is_instruct(file: GgufFile) -> bool:
+def is_instruct(file: GgufFile, turn_end: str) -> bool | None:
     """Tell from the metadata if the model is instruction-tuned.
 
     Args:
         file: The header.
+        turn_end: The token that ends a turn of the family's instruct models.
 
     Returns:
-        What this library recorded in it; else true with a chat template, or when the file calls
-        itself instruction-tuned.
+        What this library recorded in it; else true when its name, its fine-tune or its end token
+        say so, `None` when a chat template alone does, and else false.
     """
     recorded = file.metadata.get(INSTRUCT_KEY)
     if isinstance(recorded, bool):
         return recorded
-    tuned = str(file.metadata.get("general.finetune", "")).lower()
-    return "tokenizer.chat_template" in file.metadata or tuned in ("it", "instruct")
+    has_chat_template = "tokenizer.chat_template" in file.metadata
+    if has_chat_template and TEMPLATE_KEY in file.metadata:
+        return True
+    named = [str(file.metadata.get(key, "")) for key in _NAMES]
+    if any(map(INSTRUCT_NAME.search, named)) or turn_end in file.metadata.get(_END_TOKENS, ()):
+        return True
+    return None if has_chat_template else False
 
 
 def _attach_template(file: GgufFile, model: keras.Model) -> None:
