@@ -98,6 +98,9 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", default="auto", help="to load the model in; default: %(default)s"
     )
+    command.add_argument(
+        "--quantize", choices=["int8", "int4"], help="load the linear layers quantized, for LoRA"
+    )
     _add_columns(command)
     _add_settings(command)
 
@@ -235,7 +238,7 @@ def _tune(options: argparse.Namespace) -> None:
     plan = gkt.Plan.load(options.plan) if options.plan else None
     settings = _settings(options)
     _refuse_lost_work(options, settings.get("method", plan.method if plan else "lora"))
-    model = gkt.load(options.model, dtype=options.dtype)
+    model = gkt.load(options.model, dtype=options.dtype, quantize=options.quantize)
     gkt.tune(
         model, _pairs(options, "pairs"), validation_data=_pairs(options, "validation_data"),
         plan=plan, verbose=int(not options.quiet), **settings,
@@ -249,7 +252,7 @@ def _tune(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    model = gkt.load(options.model, dtype=options.dtype)
+    model = gkt.load(options.model, dtype=options.dtype, quantize=options.quantize)
     validation = _pairs(options, "validation_data")
     plan = gkt.make_plan(
         model, _pairs(options, "pairs"), validation_data=validation, **_settings(options)
