@@ -1,14 +1,19 @@
 """Tune Google's Gemma models with Keras: from pairs to a tested, deployable model.
 
 Importing chooses the JAX backend, unless Keras is imported already or `KERAS_BACKEND` is set, and
-changes nothing else in the process.
+changes nothing else in the process. As a program, `python -m gemma_keras_tune`, it takes over
+Ctrl-C first: some of the imports below lose it.
 """
 
 import os as _os
 import sys as _sys
 
+from gemma_keras_tune._support.interrupts import ENDING as _ENDING
+from gemma_keras_tune._support.interrupts import runs_as_program as _runs_as_program
 from gemma_keras_tune._support.quiet import quiet_tensorflow as _quiet_tensorflow
 
+if _runs_as_program(__name__):
+    _ENDING.install()
 if "keras" not in _sys.modules:
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 with _quiet_tensorflow():

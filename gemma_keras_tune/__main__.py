@@ -2,13 +2,18 @@
 
 import argparse
 import contextlib
+import difflib
+import json
 import numbers
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from gemma_keras_tune._support.numbers import Rule, integer
+from gemma_keras_tune._support.files import check_file, check_free
+from gemma_keras_tune._support.interrupts import ENDING
+from gemma_keras_tune._support.numbers import NOT_NEGATIVE, Rule, integer
 from gemma_keras_tune.training.settings import SETTINGS
 
 
@@ -19,23 +24,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the program's name. Defaults to those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error the user can mend, which is printed without a
-        traceback. Words that cannot be understood end the process with 2, as argparse does.
+        The exit code: 0; 1 after an error the user can mend, which is printed without a traceback;
+        or 130 after Ctrl-C. Words that cannot be understood end the process with 2, as argparse
+        does.
     """
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    known = re.findall(r"--[a-z][a-z-]+", options.command.format_help())
+    if unknown:
+        options.command.error(_unknown(unknown, known))
     from gemma_keras_tune._support.compilation import compilation_cache
     from gemma_keras_tune.errors import GemmaTuneError
 
     try:
-        with compilation_cache():
+        with ENDING.unwinding(), compilation_cache():
             options.run(options)
     except (GemmaTuneError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_by_options(str(error), known)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return ENDING.end()
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that does not bury its message under the usage, which has some thirty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nSee `{self.prog} --help`.\n")
+
+
+def _unknown(words: list[str], known: list[str]) -> str:
+    """Describe words that are no arguments of a command, with the option that may be meant."""
+    near = difflib.get_close_matches(words[0].partition("=")[0], known, 1)
+    meant = f". Do you mean {near[0]}?" if near else ""
+    return f"unrecognized arguments: {' '.join(words)}{meant}"
+
+
+def _by_options(message: str, known: list[str]) -> str:
+    """Call arguments of Python's functions by the options that set them: `--epochs`."""
+
+    def option(found: re.Match[str]) -> str:
+        flag, value = "--" + found[1].replace("_", "-"), found[2]
+        if flag not in known:
+            return found[0]
+        plain = "" if value in (None, "True") else " " + value.strip("'")
+        return f"`{flag}{plain}`"
+
+    return re.sub(r"`(?:\w+\([^`=]*)?\b([a-z_]+)(?:=([^`=)]*)\)?)?`", option, message)
 
 
 _MODEL = "preset name, folder, hf://…, kaggle://…, .gguf file or package://gemma3_270m"
@@ -64,12 +99,28 @@ def _names(text: str) -> str | list[str]:
     return text.split(",") if "," in text else text
 
 
-_COLUMNS = ("prompt_column", "response_column", "system_column")
+_READING = (
+    "prompt_column", "response_column", "system_column", "preference", "reasoning", "on_error"
+)  # fmt: skip
 
 
-def _add_columns(command: argparse.ArgumentParser) -> None:
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    """Add the options of `read_pairs`."""
+    group = command.add_argument_group("reading of the pairs")
     for name in ("prompt", "response", "system"):
-        command.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name} text")
+        group.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name} text")
+    group.add_argument(
+        "--preference", choices=["chosen"],
+        help="train the preferred answer of rows that have a chosen and a rejected one",
+    )  # fmt: skip
+    group.add_argument(
+        "--reasoning", choices=["refuse", "keep", "drop"], default="refuse",
+        help="what to do with reasoning beside an answer; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument(
+        "--on-error", choices=["raise", "skip"], default="raise",
+        help="skip: leave out rows that cannot be trained on, and list them; default: %(default)s",
+    )  # fmt: skip
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -101,12 +152,15 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize", choices=["int8", "int4"], help="load the linear layers quantized, for LoRA"
     )
-    _add_columns(command)
+    command.add_argument(
+        "--from-adapter", metavar="DIR", help="go on from this adapter, with its rank and layers"
+    )
+    _add_reading(command)
     _add_settings(command)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m gemma_keras_tune",
         description="Tune Gemma models with Keras. Gemma weights are under the Gemma terms of use.",
     )
@@ -122,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_demo,
     ):
         add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(command=command)
     return parser
 
 
@@ -146,9 +202,22 @@ def _add_plan(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="answer prompts")
     generate.add_argument("model", help=_MODEL)
-    generate.add_argument("prompts", nargs="+", metavar="PROMPT")
+    generate.add_argument("texts", nargs="*", metavar="PROMPT")
+    generate.add_argument(
+        "--prompts", metavar="FILE",
+        help="a .txt file with a prompt on each line, or .jsonl, .csv, … with `prompt` or "
+        "`messages`; the answers are written as JSON lines",
+    )  # fmt: skip
+    generate.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
     generate.add_argument("--adapter", metavar="DIR", help="an adapter to put on the model")
     generate.add_argument("--max-new-tokens", type=_COUNT, default=256)
+    generate.add_argument(
+        "--temperature", type=_number(NOT_NEGATIVE), help="draw at random; 0, the default, does not"
+    )
+    generate.add_argument("--sampler", default="auto", help="greedy, top_k, top_p or random")
+    generate.add_argument("--seed", type=_number(integer(0)), help="draw the same again")
+    generate.add_argument("--template", default="auto")
+    generate.add_argument("--batch-size", type=_COUNT, default=8)
     generate.add_argument("--dtype", default="auto")
     generate.set_defaults(run=_generate)
 
@@ -222,7 +291,7 @@ def _add_preview(commands: Any) -> None:
     preview.add_argument("--rows", type=_COUNT, default=3)
     preview.add_argument("--template", default="auto")
     preview.add_argument("--dtype", default="auto")
-    _add_columns(preview)
+    _add_reading(preview)
     preview.set_defaults(run=_preview)
 
 
@@ -234,32 +303,86 @@ def _add_demo(commands: Any) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune.errors import TrainingError
 
     plan = gkt.Plan.load(options.plan) if options.plan else None
     settings = _settings(options)
     _refuse_lost_work(options, settings.get("method", plan.method if plan else "lora"))
-    model = gkt.load(options.model, dtype=options.dtype, quantize=options.quantize)
-    gkt.tune(
-        model, _pairs(options, "pairs"), validation_data=_pairs(options, "validation_data"),
-        plan=plan, verbose=int(not options.quiet), **settings,
-    )  # fmt: skip
-    if options.adapter:
-        print(gkt.save_adapter(model, options.adapter, overwrite=options.overwrite))
+    _check_run(options, plan)
+    pairs, validation = _pairs(options, "pairs"), _pairs(options, "validation_data")
+    kept = options.adapter and gkt.callbacks.AdapterCheckpoint(
+        options.adapter, overwrite=options.overwrite
+    )
+    ENDING.say(lambda: f"interrupted. {_left(kept)}")
+    model = _load(options, options.from_adapter)
+    try:
+        gkt.tune(
+            model, pairs, validation_data=validation, plan=plan, verbose=int(not options.quiet),
+            callbacks=[kept] if kept else [], **settings,
+        )  # fmt: skip
+    except TrainingError:
+        print(_left(kept), file=sys.stderr)
+        raise
+    if kept:
+        overwrite = options.overwrite or kept.epochs > 0
+        print(gkt.save_adapter(model, options.adapter, overwrite=overwrite))
     if options.preset:
         print(gkt.save_preset(model, options.preset, overwrite=options.overwrite))
+
+
+def _left(kept: Any) -> str:
+    """Say what a run leaves that does not come to its end."""
+    if not kept:
+        return "Nothing is saved. `--adapter DIR` would keep the last whole epoch."
+    if not kept.epochs:
+        return "Nothing is saved: the first epoch had not ended."
+    return (
+        f"{kept.path} has the adapter after {kept.epochs:,} whole epochs. Answer with it by "
+        f"`generate MODEL PROMPT --adapter {kept.path}`, or go on from it by "
+        f"`tune MODEL PAIRS --from-adapter {kept.path}`."
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    model = gkt.load(options.model, dtype=options.dtype, quantize=options.quantize)
-    validation = _pairs(options, "validation_data")
-    plan = gkt.make_plan(
-        model, _pairs(options, "pairs"), validation_data=validation, **_settings(options)
-    )
+    _check_run(options, None)
+    if options.save:
+        check_file(options.save)
+    pairs, validation = _pairs(options, "pairs"), _pairs(options, "validation_data")
+    model = _load(options, options.from_adapter)
+    plan = gkt.make_plan(model, pairs, validation_data=validation, **_settings(options))
     print(plan)
     if options.save:
         print(plan.save(options.save))
+
+
+def _check_run(options: argparse.Namespace, plan: Any) -> None:
+    """Refuse settings and names that no model can be tuned with, before one is loaded."""
+    from gemma_keras_tune.training.planning import resolve_settings
+    from gemma_keras_tune.training.preparing import check_names
+
+    check_names(resolve_settings(_settings(options), plan, validation_data=options.validation_data))
+
+
+def _load(options: argparse.Namespace, adapter: str | None) -> Any:
+    """Load the model, and put an adapter on it."""
+    import gemma_keras_tune as gkt
+    from gemma_keras_tune.errors import AdapterError
+
+    if adapter and not pathlib.Path(adapter).expanduser().exists():
+        raise AdapterError(
+            f"There is no adapter: {adapter} does not exist.",
+            next_step="Pass the folder that `tune --adapter` wrote, or another one in PEFT's form.",
+        )
+    model = gkt.load(
+        options.model,
+        dtype=getattr(options, "dtype", "auto"),
+        quantize=getattr(options, "quantize", None),
+    )
+    if adapter:
+        gkt.load_adapter(model, adapter)
+    return model
 
 
 def _settings(options: argparse.Namespace) -> Any:
@@ -271,18 +394,19 @@ def _pairs(options: argparse.Namespace, name: str) -> Any:
     from gemma_keras_tune import read_pairs
 
     source = getattr(options, name)
-    columns = {column: getattr(options, column) for column in _COLUMNS}
-    return None if source is None else read_pairs(source, **columns)
+    reading = {name: getattr(options, name) for name in _READING}
+    return None if source is None else read_pairs(source, **reading)
 
 
 def _refuse_lost_work(options: argparse.Namespace, method: str) -> None:
     """Refuse what could not be saved in the end, before anything is loaded."""
-    from gemma_keras_tune._support.files import check_free
     from gemma_keras_tune.errors import ExportError, PlanError
 
     given = {"--preset": options.preset, "--adapter": options.adapter}
     places = {name: pathlib.Path(path).resolve() for name, path in given.items() if path}
     problems = []
+    if options.from_adapter and method == "full":
+        problems.append("`--from-adapter`: `--method full` trains every weight, and no adapter")
     if not places:
         problems.append("no place is named: pass `--preset DIR`, `--adapter DIR`, or both")
     if options.adapter and method == "full":
@@ -303,23 +427,44 @@ def _refuse_lost_work(options: argparse.Namespace, method: str) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune.errors import GenerationError
+    from gemma_keras_tune.generation.prompts import read_prompts, with_system
+    from gemma_keras_tune.generation.samplers import resolve_sampler
 
-    model = gkt.load(options.model, dtype=options.dtype)
-    if options.adapter:
-        gkt.load_adapter(model, options.adapter)
-    for answer in gkt.generate(model, options.prompts, max_new_tokens=options.max_new_tokens):
-        print(answer)
+    if bool(options.texts) == bool(options.prompts):
+        raise GenerationError("Pass prompts, or a file of them as `--prompts FILE`.")
+    resolve_sampler(options.sampler, options.temperature)
+    _check_template(options)
+    prompts: list[Any] = read_prompts(options.prompts) if options.prompts else options.texts
+    asked = with_system(prompts, options.system) if options.system else prompts
+    model = _load(options, options.adapter)
+    names = ("max_new_tokens", "sampler", "temperature", "seed", "batch_size", "template")
+    answers = gkt.generate(model, asked, **{name: getattr(options, name) for name in names})
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = {"prompt": prompt, "response": answer}
+        print(json.dumps(row, ensure_ascii=False) if options.prompts else answer)
+
+
+def _check_template(options: argparse.Namespace) -> None:
+    from gemma_keras_tune.gemma.templates import get_template
+
+    if options.template != "auto":
+        get_template(None, options.template)
 
 
 def _export(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
+    from gemma_keras_tune.exporting.exporter import check_target, resolve_export
 
-    model = gkt.load(options.model)
-    if options.adapter:
-        gkt.load_adapter(model, options.adapter)
+    target, *_ = resolve_export(
+        options.path, options.format, options.dtype, options.quantization, options.shard_size
+    )
+    check_target(target, overwrite=options.overwrite)
     names = ("format", "dtype", "quantization", "shard_size", "overwrite")
     settings = {name: getattr(options, name) for name in names}
     settings["check"] = {"record": True, "run": "run", "none": False}[options.check]
+    del options.dtype  # the one to write, not to load in
+    model = _load(options, options.adapter)
     print(gkt.export(model, options.path, verbose=int(not options.quiet), **settings))
 
 
@@ -338,11 +483,9 @@ def _test(options: argparse.Namespace) -> None:
     from gemma_keras_tune.evaluation.report import check_report_path
 
     for path in options.report:
-        check_report_path(path)
+        check_file(check_report_path(path))
     plan = gkt.TestPlan.from_file(options.plan)
-    model = gkt.load(options.model, dtype=options.dtype)
-    if options.adapter:
-        gkt.load_adapter(model, options.adapter)
+    model = _load(options, options.adapter)
     names = (
         "pairs", "target", "confidence", "max_new_tokens", "batch_size", "resume", "seed"
     )  # fmt: skip
@@ -364,8 +507,9 @@ def _test(options: argparse.Namespace) -> None:
 def _preview(options: argparse.Namespace) -> None:
     import gemma_keras_tune as gkt
 
-    model = gkt.load(options.model, dtype=options.dtype)
+    _check_template(options)
     pairs = _pairs(options, "pairs")
+    model = _load(options, None)
     print(gkt.preview(model, pairs, rows=options.rows, template=options.template))
 
 
@@ -376,4 +520,5 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    ENDING.install()
     sys.exit(main())

@@ -14,6 +14,7 @@ import numpy as np
 from gemma_keras_tune._support.memory import compute_on_the_calling_thread
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.gemma import building, families
+from gemma_keras_tune.gemma.tools import TOOL_FORMATS
 
 FAMILIES = tuple(families.FAMILIES)
 
@@ -55,14 +56,18 @@ _SPECIAL_PIECES = (
     *("\n" * n for n in range(1, 4)),
     *("▁" * n for n in range(2, 6)),
 )
+_TOOL_MARKS = tuple(mark for form in TOOL_FORMATS.values() for mark in form.marks)
 
 
 @functools.cache
-def tiny_tokenizer_proto() -> bytes:
+def tiny_tokenizer_proto(more: tuple[str, ...] = ()) -> bytes:
     """Train a SentencePiece model of 600 pieces with the special tokens of every Gemma family.
 
     Built like Gemma's own: BPE with byte fallback, no normalisation, no dummy prefix, and
     `<pad>`, `<eos>`, `<bos>`, `<unk>` at ids 0 to 3.
+
+    Args:
+        more: Further special tokens, which are pieces beyond the 600.
 
     Returns:
         The serialized SentencePiece model.
@@ -73,7 +78,7 @@ def tiny_tokenizer_proto() -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_TEXT.splitlines()),
         model_writer=model,
-        vocab_size=600,
+        vocab_size=600 + len(more),
         hard_vocab_limit=False,
         model_type="bpe",
         byte_fallback=True,
@@ -81,7 +86,7 @@ def tiny_tokenizer_proto() -> bytes:
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         split_digits=True,
-        user_defined_symbols=list(_SPECIAL_PIECES),
+        user_defined_symbols=[*_SPECIAL_PIECES, *more],
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -116,6 +121,7 @@ def tiny_model(
     *,
     seed: int = 0,
     moe: bool = False,
+    tools: bool = False,
     sequence_length: int = 64,
     **overrides: Any,
 ) -> keras.Model:
@@ -126,6 +132,7 @@ def tiny_model(
         seed: Seed of the random weights. Norm scales are random too, so that a wrong norm
             convention shows.
         moe: With `family="gemma4"`, a mixture of experts in every block.
+        tools: True for a tokenizer with the marks for tools of FunctionGemma and Gemma 4.
         sequence_length: The preprocessor's sequence length, in tokens.
         **overrides: Backbone arguments to change, for example `num_layers=7`.
 
@@ -140,13 +147,12 @@ def tiny_model(
     if moe and not table.tiny_moe:
         known = ", ".join(repr(f.name) for f in families.FAMILIES.values() if f.tiny_moe)
         raise LoadError(f"`moe=True` needs `family={known}`. Received: {family!r}")
-    vocabulary = tiny_tokenizer(family).vocabulary_size()
+    proto = tiny_tokenizer_proto(_TOOL_MARKS if tools else ())
+    vocabulary = building.tokenizer(table, proto).vocabulary_size()
     sizes = {**table.tiny, **dict.fromkeys(table.vocabulary_settings, vocabulary)}
     backbone = table.backbone_class(**sizes | (dict(table.tiny_moe) if moe else {}) | overrides)
     _randomize(backbone, seed)
-    return building.causal_lm(
-        table, backbone, tiny_tokenizer_proto(), sequence_length=sequence_length
-    )
+    return building.causal_lm(table, backbone, proto, sequence_length=sequence_length)
 
 
 def _family(name: str) -> families.Family:

@@ -18,6 +18,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of Linux's <fcntl.h> and <linux/fs.h>.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# What this process writes just now, and the name it is to have.
+_unfinished: dict[pathlib.Path, pathlib.Path] = {}
 
 
 @contextlib.contextmanager
@@ -52,6 +54,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
                 _remove(part)
                 raise
             finally:
+                _unfinished.pop(part, None)
                 if held is not None:
                     os.close(held)
         except BaseException:
@@ -69,23 +72,44 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        ExportError: The name is taken, is below a file, or is, or holds, the working directory.
+        ExportError: The name is taken, its place cannot be written to, or it is, or holds, the
+            working directory.
     """
     target = _real(path)
-    file = next((folder for folder in target.parents if folder.exists()), None)
-    if file is not None and not file.is_dir():
-        raise ExportError(
-            f"{target} cannot be made: {file} is a file.", next_step="Choose another name."
-        )
     if target.exists() and not (overwrite and target.is_dir()):
         raise ExportError(
             f"{target} already exists.",
             next_step="Choose another name, or pass `overwrite=True` to replace a folder.",
         )
+    _check_writable(target)
     if pathlib.Path.cwd().is_relative_to(target.resolve()):
         raise ExportError(
             f"{target} is, or holds, the folder this process works in, which would be replaced.",
             next_step="Name a folder inside it.",
+        )
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that a new file cannot have, before any work is done.
+
+    Args:
+        path: The name. A file that is there is replaced.
+
+    Raises:
+        ExportError: It is a folder, or its place cannot be written to.
+    """
+    target = pathlib.Path(path).expanduser()
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder.", next_step="Choose the name of a file.")
+    _check_writable(target)
+
+
+def _check_writable(target: pathlib.Path) -> None:
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "cannot be written to" if folder.is_dir() else "is a file"
+        raise ExportError(
+            f"{target} cannot be made: {folder} {why}.", next_step="Choose another name."
         )
 
 
@@ -107,6 +131,7 @@ def _new_part(target: pathlib.Path) -> tuple[pathlib.Path, int | None]:
         part = pathlib.Path(
             tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         )
+        _unfinished[part] = target
         try:
             held = _lock(part)
         except BlockingIOError:  # another process takes it for a stale one
@@ -218,6 +243,7 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _unfinished[part] = path
     try:
         with explained(path):
             with part.open("wb") as file:
@@ -229,7 +255,15 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+        _unfinished.pop(part, None)
     return path
+
+
+def remove_unfinished() -> None:
+    """Delete what this process has begun to write: it ends now, and will not do so itself."""
+    for part, target in list(_unfinished.items()):
+        part.unlink(missing_ok=True) if part.is_file() else _remove(part)
+        _tidy(target)
 
 
 @contextlib.contextmanager

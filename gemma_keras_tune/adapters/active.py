@@ -21,6 +21,7 @@ from typing import Any, Final
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.interrupts import held_interrupts
 from gemma_keras_tune.adapters.lora import (
     AdapterSet,
     LoraConfig,
@@ -92,6 +93,7 @@ def adapter_strength(model: keras.Model) -> float:
 
 
 @locked
+@held_interrupts()
 def set_adapter(model: keras.Model, name: str | None, *, scale: float = 1.0) -> None:
     """Switch to an adapter, with the template it was tuned with.
 
@@ -143,19 +145,26 @@ def use_adapter(
             return
         held, strength = (found.held, found.scale) if found else ("", 1.0)
         active, on = state_of(model).active, is_lora_on(model)
-        set_adapter(model, name, scale=scale)
         try:
+            set_adapter(model, name, scale=scale)
             yield
         finally:
-            # Adapters may have been trained, loaded or removed in the meantime.
-            found = _up_to_date(model)
-            if found and held in found.adapters:
-                if (found.held, found.scale) != (held, strength):
-                    found.assign(held, strength)
-                set_lora_on(model, on=on)
-                state_of(model).active = active
-            else:
-                set_adapter(model, None)
+            with held_interrupts():
+                _switch_back(model, held, strength, active, on=on)
+
+
+def _switch_back(
+    model: keras.Model, held: str, strength: float, active: str | None, *, on: bool
+) -> None:
+    """Switch to what was on; adapters may have been trained, loaded or removed in the meantime."""
+    found = _up_to_date(model)
+    if found is None or held not in found.adapters:
+        set_adapter(model, None)
+        return
+    if (found.held, found.scale) != (held, strength):
+        found.assign(held, strength)
+    set_lora_on(model, on=on)
+    state_of(model).active = active
 
 
 @locked
@@ -166,6 +175,7 @@ def held_adapter(model: keras.Model) -> Callable[[], contextlib.AbstractContextM
 
 
 @locked
+@held_interrupts()
 def remove_adapter(model: keras.Model, name: str) -> None:
     """Take an adapter off a model and forget it.
 
@@ -191,6 +201,7 @@ def remove_adapter(model: keras.Model, name: str) -> None:
 
 
 @locked
+@held_interrupts()
 def add_adapter(
     model: keras.Model, name: str, config: LoraConfig, matrices: Matrices, template: Template | None
 ) -> LoraConfig:

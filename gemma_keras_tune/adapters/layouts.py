@@ -32,10 +32,11 @@ from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune._support.packages import import_extra
 from gemma_keras_tune.adapters._keras import layers_with_weights
 from gemma_keras_tune.adapters.lora import LoraConfig, axis_sizes, kernel_shape, matrix_shape
+from gemma_keras_tune.adapters.neighbours import ADAPTER_CONFIG, what_was_meant
 from gemma_keras_tune.errors import AdapterError
 from gemma_keras_tune.gemma.families import Family, Linear, Weight, family_of
 
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
 KERAS_HUB_ENDING = ".lora.h5"
@@ -47,10 +48,12 @@ _PATTERN_SECONDS = 0.2
 _HUGE = 10**9
 # Of PEFT's settings, those that change what an adapter computes, or stand for weights beside it.
 _NOT_PLAIN = (
-    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
-    "kasa_config", "monteclora_config",
+    "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "monteclora_config",
 )  # fmt: skip
+# Modules that may stand beside the factors, if they are the base's own.
+_EMBEDDING = ("embed_tokens", "lm_head")
 # The others, such as PiSSA, change the base weights that the factors stand beside.
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -162,23 +165,32 @@ def _unknown(path: pathlib.Path) -> AdapterError:
         f"{path} does not hold an adapter in PEFT's layout, nor in mlx-lm's, KerasHub's "
         f"({KERAS_HUB_ENDING}) or that of the Gemma library for JAX.",
         problems,
-        "Pass what `save_adapter`, PEFT's `save_pretrained(…, safe_serialization=True)`, mlx-lm or "
-        "`save_lora_weights` wrote.",
+        (what_was_meant(path, "adapter") if path.is_dir() else None)
+        or "Pass what `save_adapter`, PEFT's `save_pretrained(…, safe_serialization=True)`, mlx-lm "
+        "or `save_lora_weights` wrote.",
     )
 
 
 # Shared by the readers.
 
 
-def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _read_factors(
+    path: pathlib.Path, pattern: re.Pattern[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors that are factors, as float32, and the names of the others, which are not read."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        tensors = load_file(path)
+        with safe_open(path, "np") as opened:
+            names = list(opened.keys())
+            factors = {n: opened.get_tensor(n) for n in names if pattern.fullmatch(n)}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    return _as_float32(tensors)
+    return _as_float32(factors), [name for name in names if name not in factors]
+
+
+def _no_factor(name: str) -> str:
+    return f"{name}: it is no factor of LoRA on a linear layer"
 
 
 def _as_float32(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -226,7 +238,7 @@ def _pair_up(
     for key, value in tensors.items():
         match = pattern.fullmatch(key)
         if match is None:
-            problems.append(f"{key}: it is no factor of LoRA on a linear layer")
+            problems.append(_no_factor(key))
         else:
             modules.setdefault(match["module"], {})[match["kind"].lower()] = value
     return modules
@@ -293,7 +305,10 @@ def _read_peft(folder: pathlib.Path, model: keras.Model) -> _Reading:
     reading.alpha = _alpha(config)
     base = config.get("base_model_name_or_path")
     reading.base = base if isinstance(base, str) and base else None
-    modules = _pair_up(_read_tensors(folder / PEFT_WEIGHTS), _PEFT_KEY, reading.problems)
+    factors, others = _read_factors(folder / PEFT_WEIGHTS, _PEFT_KEY)
+    reading.problems += _modules_beside(config, others)
+    reading.problems += _other_tensors(folder / PEFT_WEIGHTS, others, model)
+    modules = _pair_up(factors, _PEFT_KEY, reading.problems)
     ranks = {module: _peft_rank(config, module) for module in modules}
     _add_matrices(reading, modules, ranks, model)
     reading.problems += _contradictions(config, modules, model)
@@ -430,6 +445,67 @@ def _layer_number(pattern: str, module: str) -> int | None:
     return None
 
 
+# Weights beside the factors: PEFT adds the embedding where its size, or its name, looks changed.
+
+_EMBEDDING_KEY = re.compile(
+    rf"(.*\.)?({'|'.join(_EMBEDDING)})(\.modules_to_save(\.default)?|\.base_layer)?\.weight"
+)
+_ROWS = 4096
+
+
+def _modules_beside(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Refuse modules trained beside the factors, but for an embedding, whose values tell."""
+    saved = config.get("modules_to_save")
+    there = {match[2] for name in names if (match := _EMBEDDING_KEY.fullmatch(name))}
+    if not saved or (isinstance(saved, list) and all(name in there for name in saved)):
+        return []
+    return [f"modules_to_save={saved!r} is not supported"]
+
+
+def _other_tensors(path: pathlib.Path, names: Sequence[str], model: keras.Model) -> list[str]:
+    """Name the tensors that are neither factors nor the embedding of the base as it is."""
+    from safetensors import safe_open
+
+    problems = [_no_factor(name) for name in names if not _EMBEDDING_KEY.fullmatch(name)]
+    embedding = family_of(model).head(model).embedding
+    with safe_open(path, "np") as opened:
+        for name in names:
+            if not _EMBEDDING_KEY.fullmatch(name):
+                continue
+            stored = opened.get_slice(name)
+            shape, expected = tuple(stored.get_shape()), tuple(embedding.shape)
+            if shape != expected:
+                problems.append(
+                    f"{name}: its shape is {shape}, and the base's {expected}: tokens were added, "
+                    "or it was trained on another base"
+                )
+                continue
+            changed = _changed_rows(stored, embedding)
+            if changed:
+                problems.append(
+                    f"{name}: the embedding was trained too ({changed:,} of {shape[0]:,} rows are "
+                    "not those of this base), and an adapter here is LoRA alone. Merge it in PEFT "
+                    "with `merge_and_unload()`, and load that model"
+                )
+    return problems
+
+
+def _changed_rows(stored: Any, embedding: keras.Variable) -> int:
+    """Count rows that differ by more than rounding to the coarser dtype of the two."""
+    changed = 0
+    for start in range(0, embedding.shape[0], _ROWS):
+        rows = slice(start, min(start + _ROWS, embedding.shape[0]))
+        theirs, ours = stored[rows], np.asarray(embedding.value[rows])
+        coarse = min((theirs.dtype, ours.dtype), key=lambda dtype: _PRECISION.get(dtype.name, 0))
+        same = theirs.astype("float32").astype(coarse) == ours.astype("float32").astype(coarse)
+        changed += int((~same.all(axis=1)).sum())
+    return changed
+
+
+# Bits of the mantissa.
+_PRECISION = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
+
+
 # mlx-lm.
 
 _MLX_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<kind>[ab])")
@@ -449,7 +525,9 @@ def _read_mlx(folder: pathlib.Path, model: keras.Model) -> _Reading:
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         reading.problems.append(f"fine_tune_type={kind!r} is not supported")
-    modules = _pair_up(_read_tensors(folder / MLX_WEIGHTS), _MLX_KEY, reading.problems)
+    factors, others = _read_factors(folder / MLX_WEIGHTS, _MLX_KEY)
+    reading.problems += map(_no_factor, others)
+    modules = _pair_up(factors, _MLX_KEY, reading.problems)
     turned = {
         module: {kind: value.T for kind, value in pair.items()} for module, pair in modules.items()
     }

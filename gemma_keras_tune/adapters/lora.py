@@ -14,6 +14,7 @@ of the merged kernel, so no gradient of a full kernel is ever formed.
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import numbers
 import string
@@ -27,6 +28,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.interrupts import held_interrupts
 from gemma_keras_tune.adapters._keras import (
     add_factor_weights,
     remove_factor_weights,
@@ -45,6 +47,10 @@ Values = list[tuple[Any, Any]]
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 TARGET_GROUPS = {"all": ALL_TARGETS, "attention": ATTENTION_TARGETS}
+# The same layers by KerasHub's names. Gemma 3n's have the names above.
+_KERAS_TARGETS = (
+    "query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"
+)  # fmt: skip
 DEFAULT: Final = "default"
 
 
@@ -123,6 +129,7 @@ class AdapterSet:
         layers = [linear.layer for linear in self.linears]
         return [(layer.lora_kernel_a.value, layer.lora_kernel_b.value) for layer in layers]
 
+    @held_interrupts()
     def assign(self, name: str, scale: float = 1.0) -> None:
         """Give the variables the values of an adapter, its update times `scale`."""
         adapter = self.adapters[name]
@@ -174,6 +181,7 @@ def _ratio(first: float, second: float) -> np.float32:
 
 
 @locked
+@held_interrupts()
 def enable_lora(
     model: keras.Model,
     rank: int = 8,
@@ -341,14 +349,15 @@ def lora_switched(model: keras.Model, *, on: bool) -> Iterator[None]:
     """
     with model_lock(model):
         was_on = is_lora_on(model)
-        set_lora_on(model, on=on)
         try:
+            set_lora_on(model, on=on)
             yield
         finally:
             set_lora_on(model, on=was_on)
 
 
 @locked
+@held_interrupts()
 def set_lora_on(model: keras.Model, *, on: bool) -> None:
     """Switch LoRA on or off on every layer that carries it."""
     if on == is_lora_on(model):
@@ -359,6 +368,7 @@ def set_lora_on(model: keras.Model, *, on: bool) -> None:
 
 
 @locked
+@held_interrupts()
 def remove_lora(model: keras.Model) -> None:
     """Take LoRA off and throw it away, with all adapters: the model is its base again.
 
@@ -377,6 +387,7 @@ def remove_lora(model: keras.Model) -> None:
 
 
 @locked
+@held_interrupts()
 def merge_lora(model: keras.Model) -> None:
     """Add the active adapter's update into the base kernels for good, and take LoRA off.
 
@@ -530,6 +541,26 @@ def _select(linears: tuple[Linear, ...], target_modules: TargetModules) -> tuple
             _known(known),
         )
     return tuple(linear for linear in linears if linear.target in wanted)
+
+
+def check_targets(target_modules: TargetModules) -> None:
+    """Refuse names of layers that no Gemma has.
+
+    Args:
+        target_modules: As `enable_lora` takes it.
+
+    Raises:
+        LoraError: There are such names; the nearest known ones are told.
+    """
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    known = (*TARGET_GROUPS, *ALL_TARGETS, *_KERAS_TARGETS)
+    if unknown := [name for name in names if name not in known]:
+        near = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+        raise LoraError(
+            "`target_modules` names layers that no Gemma has.",
+            [repr(n) + (f": {near[n][0]!r} is one" if near[n] else "") for n in unknown],
+            f"Known are {', '.join(map(repr, known))}.",
+        )
 
 
 def _known(known: set[str]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from gemma_keras_tune._support.compilation import compilation_cache
 from gemma_keras_tune.adapters.lora import lora_config, remove_lora
 from gemma_keras_tune.errors import EvaluationError, LoraError, PlanError
-from gemma_keras_tune.evaluation.checks import Check, Exact, JsonSchema
+from gemma_keras_tune.evaluation.checks import CallsTool, Check, Exact, JsonSchema
 from gemma_keras_tune.evaluation.requests import progress_bar
 from gemma_keras_tune.evaluation.results import SampleResult
 from gemma_keras_tune.evaluation.statistics import mcnemar, wilson_interval
@@ -251,7 +251,7 @@ def cross_validate(
             responses = respond([pairs[i] for i in rows], [judged[i] for i in rows])
             for row, tuned in zip(rows, responses, strict=True):
                 pair = pairs[row]
-                prompt, expected = pair.prompt_messages[-1].content, pair.response
+                prompt, expected = pair.prompt, pair.response
                 found[row] = HeldOut(pair.row, fold, prompt, expected, tuned, base[row])
             advance(1)
     return CrossValidation(
@@ -428,7 +428,7 @@ def _read(
 def _prompt_key(pair: Pair) -> tuple[str, ...]:
     """Make a key of all before the first response, apart from case and white space."""
     first = next(i for i, message in enumerate(pair.messages) if message.role == "assistant")
-    return tuple(" ".join(m.content.casefold().split()) for m in pair.messages[:first])
+    return tuple(" ".join(m.written.casefold().split()) for m in pair.messages[:first])
 
 
 def _shared_shapes(tokens: TokenizedPairs, parts: np.ndarray, plan: Plan) -> tuple[Shape, ...]:
@@ -508,8 +508,7 @@ def _respond(
     )
     results = []
     for pair, own, found in zip(pairs, checks, responses, strict=False):
-        prompt = pair.prompt_messages[-1].content
-        outcomes = tuple(check.check(prompt, found) for check in own)
+        outcomes = tuple(check.check(pair.prompt, found) for check in own)
         results.append(SampleResult(found.text, found.stopped, len(found.ids), outcomes))
     return results
 
@@ -544,6 +543,8 @@ def _checks_of(pair: Pair, checks: Checks) -> Check | Sequence[Check]:
         return checks
     if not isinstance(checks, str):
         return checks(pair) if callable(checks) else checks
+    if calls := pair.messages[-1].tool_calls:
+        return tuple(CallsTool(call.name, call.arguments) for call in calls)
     try:
         value = json.loads(pair.response)
     except ValueError:

@@ -35,6 +35,8 @@ def choose_examples(
 ) -> tuple[Pair, ...]:
     """Draw training pairs to put in a prompt, with different responses if possible.
 
+    A pair that ends with a call of a tool is none: without the result, no turn can follow it.
+
     Args:
         pairs: The training pairs.
         encoder: Counts their tokens.
@@ -46,6 +48,7 @@ def choose_examples(
     """
     forbidden = set(leave_out)
     drawn = [p for p in itertools.islice(pairs, MAX_CANDIDATES) if p.row not in forbidden]
+    drawn = [p for p in drawn if not p.messages[-1].tool_calls]
     random.Random(seed).shuffle(drawn)
     first = list({pair.response: pair for pair in reversed(drawn)}.values())
     shown = {pair.row for pair in first}

@@ -16,8 +16,9 @@ from gemma_keras_tune.evaluation.checks import Check, Function, check_from_confi
 from gemma_keras_tune.evaluation.plan_files import read_records, write_configs
 from gemma_keras_tune.evaluation.values import Positive, PositiveInt, Text, problem, shown
 from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.pairs.conversations import read_conversation
+from gemma_keras_tune.pairs.conversations import put_tools, read_conversation
 from gemma_keras_tune.pairs.sources import Broken
+from gemma_keras_tune.pairs.tools import read_tools
 from gemma_keras_tune.pairs.unused import Unused
 from gemma_keras_tune.pairs.values import ReadingError, is_list
 
@@ -43,6 +44,7 @@ class Case:
         weight: Weight of the case in the weighted rate. Verdicts count every case once.
         notes: Notes for the reader.
         row: Its row in the file, from 1.
+        tools: JSON schemas of the tools that the model may call, as for `generate`.
     """
 
     id: Text = ""
@@ -58,6 +60,7 @@ class Case:
     weight: Positive = 1.0
     notes: Text = ""
     row: int | None = None
+    tools: Annotated[tuple[Mapping[str, Any], ...], Meta(description="a list of JSON schemas")] = ()
 
     def __post_init__(self) -> None:
         """Read and check every value.
@@ -67,7 +70,7 @@ class Case:
         """
         problems: list[str] = []
         readers = {"id": _read_id, "prompt": _read_prompt, "checks": _read_checks}
-        for name, read in {**readers, "tags": _read_tags}.items():
+        for name, read in {**readers, "tools": _read_case_tools, "tags": _read_tags}.items():
             value, wrong = read(getattr(self, name))
             object.__setattr__(self, name, value)
             problems += [f"`{name}`{text}" for text in wrong]
@@ -80,8 +83,10 @@ class Case:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The prompt as a conversation."""
-        return (Message("user", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+        """The prompt as a conversation, the tools in its system message."""
+        plain = isinstance(self.prompt, str)
+        messages = (Message("user", self.prompt),) if plain else self.prompt  # type: ignore[arg-type]
+        return tuple(put_tools(messages, self.tools))  # type: ignore[arg-type]
 
     @property
     def text(self) -> str:
@@ -92,7 +97,7 @@ class Case:
         """Convert the case to JSON data, as in a plan's file. Default values are left out."""
         prompt: Any = self.prompt
         if not isinstance(prompt, str):
-            prompt = [{"role": message.role, "content": message.content} for message in prompt]
+            prompt = [message.to_config() for message in prompt]
         config = {
             "id": self.id,
             "kind": self.kind,
@@ -161,9 +166,9 @@ class TestPlan:
 
         JSONL has a case a line, YAML a list of cases, CSV a case a row. A case has `prompt` (text,
         or a list of messages with `role` and `content`), `kind` and `checks` (a list of checks),
-        and may have `id`, `samples`, `required`, `tags`, `weight` and `notes`. In CSV, a column
-        with a check's name contains that check's options; `checks`, lists and dictionaries are
-        JSON; `tags` are separated by spaces.
+        and may have `id`, `samples`, `required`, `tags`, `weight`, `notes` and `tools`. In CSV, a
+        column with a check's name contains that check's options; `checks`, lists and dictionaries
+        are JSON; `tags` are separated by spaces.
 
         Args:
             path: A file that ends in `.jsonl`, `.csv`, `.yaml` or `.yml`.
@@ -234,6 +239,14 @@ def _read_tags(value: Any) -> tuple[Any, list[str]]:
     if isinstance(value, str):
         return (value,), []
     return tuple(value) if isinstance(value, Sequence) else value, []
+
+
+def _read_case_tools(value: Any) -> tuple[Any, list[str]]:
+    unused, problems = Unused("case"), list[str]()
+    tools = read_tools(value, "them", unused, problems)
+    if lines := unused.lines():
+        warn_of_pairs("A case has keys that hold something and are not used.", lines, stacklevel=5)
+    return tools, [f": {text}" for text in problems]
 
 
 def _read_prompt(value: Any) -> tuple[Any, list[str]]:

@@ -26,6 +26,7 @@ from gemma_keras_tune.generation.answers import (
     choose_programs,
     generate_ids,
 )
+from gemma_keras_tune.generation.samplers import advised_sampler, resolve_sampler
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -133,7 +134,7 @@ def run_requests(
     groups: dict[GroupKey, list[Request]] = {}
     for request in left.values():
         groups.setdefault(request.group, []).append(request)
-    samplers = {False: keras_hub.samplers.get("greedy"), True: resolve_sampler(sampler)}
+    samplers = {False: resolve_sampler("greedy"), True: sampler_for(sampler)}
     shapes = _shapes(models, groups, samplers, batch_size)
     for key, group in groups.items():
         _, side, drawn = key
@@ -223,11 +224,9 @@ def _max_rows(groups: Groups, part: Sequence[GroupKey]) -> int:
     return max((len(groups[key]) for key in part), default=0)
 
 
-def resolve_sampler(sampler: str | keras_hub.samplers.Sampler) -> keras_hub.samplers.Sampler:
+def sampler_for(sampler: str | keras_hub.samplers.Sampler) -> keras_hub.samplers.Sampler:
     """Return a sampler by its name; `"auto"` is the one that Google advises for Gemma."""
-    if sampler == "auto":
-        return keras_hub.samplers.TopPSampler(p=0.95, k=64)
-    return keras_hub.samplers.get(sampler)
+    return advised_sampler() if sampler == "auto" else resolve_sampler(sampler)
 
 
 def sampler_config(sampler: str | keras_hub.samplers.Sampler) -> Any:

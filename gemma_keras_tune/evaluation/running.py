@@ -36,9 +36,9 @@ from gemma_keras_tune.evaluation.requests import (
     Request,
     Side,
     progress_bar,
-    resolve_sampler,
     run_requests,
     sampler_config,
+    sampler_for,
 )
 from gemma_keras_tune.evaluation.response_log import ResponseLog
 from gemma_keras_tune.evaluation.results import Leak, Tuning
@@ -362,7 +362,7 @@ def _check_arguments(plan: TestPlan, **given: Any) -> None:
 
 def _sampler_problems(sampler: Any) -> list[str]:
     try:
-        SamplerState(resolve_sampler(sampler), None, 0)
+        SamplerState(sampler_for(sampler), None, 0)
     except (ValueError, TypeError, AttributeError) as error:
         return [f"`sampler` is none that can be used: {error}"]
     return []

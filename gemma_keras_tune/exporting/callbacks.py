@@ -29,6 +29,9 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         steps: Save after this many steps (updates of the weights); `None` saves after every epoch.
         overwrite: Whether a folder that is there before the run may be replaced.
 
+    Attributes:
+        epochs: Whole epochs that the last adapter saved has been trained for; 0 before the first.
+
     Raises:
         PlanError: `steps` is not a positive integer.
         ExportError: The folder exists.
@@ -51,6 +54,8 @@ class AdapterCheckpoint(keras.callbacks.Callback):
         self.steps = steps
         self._overwrite = overwrite
         self._batches = 0
+        self._epoch = 0
+        self.epochs = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refuse a model without an adapter, before anything is trained."""
@@ -66,9 +71,11 @@ class AdapterCheckpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Save, unless `steps` is set."""
+        self._epoch = epoch + 1
         if not self._every:
             self._save()
 
     def _save(self) -> None:
         save_adapter(self.model.gemma, self.path, overwrite=self._overwrite)
         self._overwrite = True  # what this run has written
+        self.epochs = self._epoch

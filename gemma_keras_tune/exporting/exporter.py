@@ -17,7 +17,7 @@ from typing import Any
 import keras
 
 from gemma_keras_tune._support.backend import check_backend
-from gemma_keras_tune._support.files import explained, new_folder
+from gemma_keras_tune._support.files import check_file, check_free, explained, new_folder
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.errors import ExportError
@@ -113,11 +113,8 @@ def export(
             the export does not answer as the model does. Nothing new stays on disk.
     """
     check_backend()
-    target = pathlib.Path(path).expanduser()
-    format = _format(target, format)
-    module = _module(format)
     refuse_wrong_check(check, prompts)
-    options = _options(format, dtype, quantization, shard_size)
+    target, format, module, options = resolve_export(path, format, dtype, quantization, shard_size)
     if format not in ("keras", "gguf_adapter"):
         refuse_quantized(model)
     finish = functools.partial(
@@ -142,6 +139,48 @@ def export(
                 write_metadata(model, folder)
             finish(folder)
     return target
+
+
+def resolve_export(
+    path: str | os.PathLike[str],
+    format: str,
+    dtype: str,
+    quantization: str | None,
+    shard_size: int | str | None,
+) -> tuple[pathlib.Path, str, ModuleType, dict[str, Any]]:
+    """Resolve the arguments of `export` that need no model, and refuse those that are wrong.
+
+    Returns:
+        The folder or file to make, the format, the module that writes it, and its options.
+
+    Raises:
+        ExportError: An argument is wrong.
+    """
+    target = pathlib.Path(path).expanduser()
+    format = _format(target, format)
+    module = _module(format)
+    return target, format, module, _options(format, dtype, quantization, shard_size)
+
+
+def check_target(target: pathlib.Path, *, overwrite: bool) -> None:
+    """Refuse a name that an export cannot have.
+
+    Args:
+        target: The folder or file to make.
+        overwrite: Whether one that is there may be replaced.
+
+    Raises:
+        ExportError: The name is taken, or its place cannot be written to.
+    """
+    if target.suffix.lower() != ".gguf":
+        check_free(target, overwrite=overwrite)
+        return
+    if target.exists() and not (overwrite and target.is_file()):
+        raise ExportError(
+            f"{target} already exists.",
+            next_step="Choose another name, or pass `overwrite=True` to replace a file.",
+        )
+    check_file(target)
 
 
 def _options(
@@ -208,11 +247,7 @@ def _write_file(
     options: dict[str, Any],
     finish: Callable[..., Any],
 ) -> None:
-    if target.exists() and not (overwrite and target.is_file()):
-        raise ExportError(
-            f"{target} already exists.",
-            next_step="Choose another name, or pass `overwrite=True` to replace a file.",
-        )
+    check_target(target, overwrite=overwrite)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with (

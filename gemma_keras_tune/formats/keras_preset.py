@@ -1,11 +1,13 @@
 """A KerasHub preset, which `keras_hub.models.CausalLM.from_preset` opens."""
 
 import contextlib
+import math
 import pathlib
 import warnings
 from collections.abc import Iterator
 
 import keras
+import numpy as np
 
 from gemma_keras_tune.adapters.bases import write_metadata
 from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
@@ -77,8 +79,26 @@ def write_preset(
             stacklevel=3,
         )
     with _unmixed(model):
-        model.save_to_preset(str(folder), max_shard_size=shard_size / 2**30)
+        shard_bytes = max(shard_size, largest_variable(model))
+        # In GiB, and rounded up: Keras refuses a variable that is larger by a byte.
+        model.save_to_preset(str(folder), max_shard_size=math.nextafter(shard_bytes / 2**30, 1e9))
     write_metadata(model, folder)
+
+
+def largest_variable(model: keras.Model) -> int:
+    """Compute the bytes of a model's largest variable, from its shape alone.
+
+    KerasHub ends in an error where it is larger than a file of weights may be: such a variable gets
+    a file of its size. In float32 the inputs of each layer of Gemma 3n are one table of 8 GB and
+    more, and the embedding of the largest Gemma 3 has 5.6 GB.
+
+    Args:
+        model: A KerasHub Gemma.
+
+    Returns:
+        Bytes.
+    """
+    return max(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.backbone.variables)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,23 @@ def _processor(proto: bytes) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
 
+def known_tokens(tokenizer: Any, rows: int) -> np.ndarray | None:
+    """Tell which rows of an embedding are those of a token.
+
+    Args:
+        tokenizer: A KerasHub tokenizer of a Gemma.
+        rows: Rows of the embedding. Some models have more than their tokenizer has tokens.
+
+    Returns:
+        `[rows]` bool; `None` if all are.
+    """
+    processor = _processor(tokenizer.proto)
+    ids = range(min(rows, processor.get_piece_size()))
+    known = np.zeros(rows, bool)
+    known[: len(ids)] = np.logical_not(processor.is_unused(list(ids)))
+    return None if known.all() else known
+
+
 class RowTokenizer:
     """Turns text segments into token ids, many at a time.
 

@@ -19,6 +19,7 @@ from keras import ops
 
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.gemma.head import Head
+from gemma_keras_tune.gemma.state import is_named_as_media_model
 from gemma_keras_tune.gemma.tables import (
     BESIDE_EXPERTS,
     KEYS_AND_VALUES,
@@ -713,6 +714,8 @@ def _resolve(owner: Any, path: str) -> Any:
 
 
 def _hugging_face_prefix(model: keras.Model) -> str:
-    names = {tensor.name for tensor in keras.tree.flatten(_backbone(model).input)}
-    multimodal = names & {"images", "pixel_values", "input_features", "audio_mel"}
+    backbone = _backbone(model)
+    names = {tensor.name for tensor in keras.tree.flatten(backbone.input)}
+    media = names & {"images", "pixel_values", "input_features", "audio_mel"}
+    multimodal = media or is_named_as_media_model(backbone)
     return "model.language_model." if multimodal else "model."

@@ -109,7 +109,7 @@ class Head:
         logits = ops.matmul(ops.cast(hidden, "float32"), ops.transpose(rows))
         return soft_capped(logits, self.soft_cap)
 
-    def largest(self, hidden: Any) -> Any:
+    def largest(self, hidden: Any, known: Any = None) -> Any:
         """Find the first token of the largest logit, faster than through `logits` on a CPU.
 
         There this takes the largest part of a decoding step. The embedding times the hidden states,
@@ -119,12 +119,15 @@ class Head:
 
         Args:
             hidden: `[positions, width]` hidden states after the final norm.
+            known: `[vocabulary]` bool, the tokens that may be found; `None`: all.
 
         Returns:
             `[positions]` int32 token ids.
         """
         weights = ops.cast(self.embedding, hidden.dtype)
         logits = soft_capped(ops.matmul(weights, ops.transpose(hidden)), self.soft_cap)
+        if known is not None:
+            logits = ops.where(known[:, None], logits, -math.inf)
         vocabulary, rows = logits.shape
         width = math.gcd(vocabulary, 4096)
         blocks = ops.reshape(logits, (vocabulary // width, width, rows))

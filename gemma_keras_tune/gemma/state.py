@@ -43,6 +43,8 @@ class ModelState:
         adapters: The `AdapterSet` of the model, while LoRA is on it.
         programs: Compiled programs by what they were compiled for.
         compilations: Number of programs compiled so far.
+        media_names: True for the backbone of a text model whose Hugging Face folder holds a model
+            that sees or hears: its weights have the names they have there.
     """
 
     lock: Any = dataclasses.field(default_factory=threading.RLock)
@@ -53,6 +55,7 @@ class ModelState:
     adapters: Any = None
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
     compilations: int = 0
+    media_names: bool = False
 
     def template(self, adapter: str | None) -> Any:
         """Template of an adapter, or that of the base where the adapter has none."""
@@ -132,3 +135,14 @@ def is_instruct(model: keras.Model) -> bool | None:
     """Return True if the model is instruction-tuned, `None` if unknown."""
     origin = origin_of(model)
     return origin.instruct if origin else None
+
+
+def name_as_media_model(model: keras.Model) -> None:
+    """Remember that Hugging Face's model of these weights sees or hears: an adapter goes on it."""
+    state_of(model.backbone).media_names = True
+
+
+def is_named_as_media_model(backbone: keras.Model) -> bool:
+    """Tell if `name_as_media_model` was called for the model of this backbone."""
+    state = _states.get(backbone)
+    return state is not None and state.media_names

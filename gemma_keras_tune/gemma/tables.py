@@ -84,12 +84,17 @@ class Turn:
         no_thought: Text that opens and closes the thought which models without inputs for each
             layer, the larger ones, would begin a response with. The published template writes it
             when thinking is off.
+        tools: Name of the format for tools, if the instruct models have one.
+        marked: Name of the turn format, and of that for tools, of models whose tokenizer has its
+            marks, as FunctionGemma's, if there are such models.
     """
 
     start: str
     end: str
     system_role: bool = False
     no_thought: str = ""
+    tools: str = ""
+    marked: str = ""
 
 
 GELU = "gelu_pytorch_tanh"
@@ -161,6 +166,8 @@ class GgufTable:
         layers_scaled_by_width: Layers of the one size that scales its queries by its width; no key
             says so.
         adapters: True if llama.cpp computes with an adapter what the model does.
+        stretched: The factor of the positions of a file that says none, by the number of layers:
+            Ollama leaves it out.
     """
 
     keys: Mapping[str, float | None]
@@ -172,6 +179,7 @@ class GgufTable:
     default_period: int | None = None
     layers_scaled_by_width: int | None = None
     adapters: bool = True
+    stretched: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +238,7 @@ class FamilyTable:
         quantized_lora: True if KerasHub computes LoRA on quantized layers rightly.
         jax: The family in the Gemma library for JAX; `None` if the rows lack its names.
         litert: True if LiteRT-LM was seen to answer as the model does.
+        overflows: True if activations, or gradients, of its models can leave the range of float16.
     """
 
     name: str
@@ -257,6 +266,7 @@ class FamilyTable:
     quantized_lora: bool = True
     jax: GemmaJaxTable | None = None
     litert: bool = False
+    overflows: bool = False
 
 
 # The weights.
@@ -679,9 +689,10 @@ _GEMMA3 = FamilyTable(
     name="gemma3",
     title="Gemma 3",
     keras_hub="Gemma3",
+    overflows=True,
     block=_LINEARS + _GEMMA3_NORMS,
     model=_GEMMA_MODEL,
-    turn=_OLD_TURN,
+    turn=dataclasses.replace(_OLD_TURN, marked="functiongemma"),
     tiny={
         **_TINY,
         **_POST_NORMS,
@@ -736,12 +747,14 @@ _GEMMA3 = FamilyTable(
             "attention.sliding_window": 1024,
         },
         layers_scaled_by_width=62,
+        stretched={34: 8.0, 48: 8.0, 62: 8.0},
     ),
 )
 _GEMMA3N = FamilyTable(
     name="gemma3n",
     title="Gemma 3n",
     keras_hub="Gemma3n",
+    overflows=True,
     block=_GEMMA3N_BLOCK,
     model=_GEMMA3N_MODEL,
     turn=_OLD_TURN,
@@ -817,9 +830,16 @@ _GEMMA4 = FamilyTable(
     name="gemma4",
     title="Gemma 4",
     keras_hub="Gemma4",
+    overflows=True,
     block=_GEMMA4_BLOCK,
     model=_GEMMA4_MODEL,
-    turn=Turn("<|turn>", "<turn|>", system_role=True, no_thought="<|channel>thought\n<channel|>"),
+    turn=Turn(
+        "<|turn>",
+        "<turn|>",
+        system_role=True,
+        no_thought="<|channel>thought\n<channel|>",
+        tools="gemma4",
+    ),
     tiny={
         **_TINY,
         **_TINY_WINDOW,

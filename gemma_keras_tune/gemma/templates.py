@@ -15,6 +15,7 @@ Formats after the chat templates published with the models: `google/gemma-2b-it`
 import abc
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -22,15 +23,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
-import jinja2
 import keras
 
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune._support.json import read_json_object
-from gemma_keras_tune.errors import TemplateError
+from gemma_keras_tune.errors import TemplateError, warn_of_pairs
 from gemma_keras_tune.gemma.families import FAMILIES, family_of
 from gemma_keras_tune.gemma.state import is_instruct, locked, state_of
 from gemma_keras_tune.gemma.tables import Turn
+from gemma_keras_tune.gemma.tools import (
+    ADVICE,
+    FUNCTION_GEMMA,
+    TOOL_FORMATS,
+    ToolFormat,
+    filled_in,
+    has_marks,
+    put_marks,
+)
 from gemma_keras_tune.pairs.conversations import find_disorder
 
 SIDECAR = "gemma_keras_tune.json"
@@ -43,8 +52,8 @@ CONTROL_TOKENS = (START_OF_TEXT, END_OF_TEXT, "<pad>", "<unk>")
 SPECIAL_TOKENS = (
     *CONTROL_TOKENS, "<mask>",
     "<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>",
-    "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>",
-    "<|tool_response>", "<tool_response|>", '<|"|>',
+    "<|channel>", "<channel|>", "<|think|>",
+    *(mark for form in TOOL_FORMATS.values() for mark in form.marks),
     "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<|image>", "<|image|>", "<image|>",
     "<start_of_audio>", "<end_of_audio>", "<audio_soft_token>", "<|audio>", "<|audio|>", "<audio|>",
     "<|video>", "<|video|>", "<video|>",
@@ -56,7 +65,7 @@ class MessageLike(Protocol):
 
     @property
     def role(self) -> str:
-        """`"system"`, `"user"` or `"assistant"`."""
+        """`"system"`, `"user"`, `"assistant"` or `"tool"`."""
 
     @property
     def content(self) -> str:
@@ -97,9 +106,15 @@ class Template(abc.ABC):
         """The token every answer ends with."""
 
     @property
+    def tool_format(self) -> ToolFormat | None:
+        """The format for tools, if there is one."""
+        return None
+
+    @property
     def stop_tokens(self) -> tuple[str, ...]:
-        """Tokens at which generation ends: `stop_token` and, always, `<eos>`."""
-        return tuple(dict.fromkeys((self.stop_token, END_OF_TEXT)))
+        """Tokens at which generation ends: `stop_token`, that of a call and, always, `<eos>`."""
+        called = (self.tool_format.result_start,) if self.tool_format else ()
+        return tuple(dict.fromkeys((self.stop_token, *called, END_OF_TEXT)))
 
     @abc.abstractmethod
     def _segments(self, messages: Messages) -> list[Segment]:
@@ -158,22 +173,33 @@ class Template(abc.ABC):
         `<bos>` is not part of the text: it is put in front when the segments are tokenized.
 
         Args:
-            messages: At most one system message, first; then user and assistant in turn.
-            generation_prompt: True if the conversation ends with a user message, and the text where
-                the response begins. Otherwise it ends with the response and its stop token.
+            messages: At most one system message, first; then user and assistant in turn. After an
+                answer that calls tools come their results.
+            generation_prompt: True if the conversation ends with a user message or the result of a
+                tool, and the text where the response begins. Otherwise it ends with the response
+                and its stop token.
 
         Returns:
             Segments, trained and untrained in turn. Turns after the last answer that is trained are
             left out, as they teach nothing.
 
         Raises:
-            TemplateError: The messages are in an order that makes no conversation.
+            TemplateError: The messages are in an order that makes no conversation, or there are
+                tools and the template has no format for them.
         """
         _check_order(messages, generation_prompt)
+        if self.tool_format is None and any(map(_has_tools, messages)):
+            raise TemplateError(
+                f"The template {self.name!r} has no format for tools, and the conversation has "
+                "tools, calls or results.",
+                next_step=NO_TOOLS,
+            )
         if generation_prompt or all(map(_is_trained, messages)):
             return _joined(self._segments(messages))
         places = [i for i, m in enumerate(messages) if m.role == "assistant" and _is_trained(m)]
-        messages = messages[: places[-1] + 1] if places else messages
+        if places:
+            results = itertools.takewhile(lambda m: m.role == "tool", messages[places[-1] + 1 :])
+            messages = messages[: places[-1] + 1 + len(list(results))]
         return _mask(_joined(self._segments(messages)), messages)
 
     def stop_token_ids(self, tokenizer: keras.layers.Layer) -> tuple[int, ...]:
@@ -183,13 +209,14 @@ class Template(abc.ABC):
             tokenizer: A KerasHub tokenizer.
 
         Returns:
-            One id for each of `stop_tokens`.
+            One id for each of `stop_tokens`; none for that of a call in a tokenizer without it.
 
         Raises:
             TemplateError: A stop token is not a single token of this tokenizer.
         """
         ids = {token: _token_id(tokenizer, token) for token in self.stop_tokens}
-        missing = [token for token, found in ids.items() if found is None]
+        needed = (self.stop_token, END_OF_TEXT)
+        missing = [token for token, found in ids.items() if found is None and token in needed]
         if missing:
             raise TemplateError(
                 f"The template {self.name!r} does not fit the model's tokenizer.",
@@ -215,15 +242,17 @@ class TurnTemplate(Template):
         turn_end: Token that ends a turn, and the stop token of an answer.
         system: `"turn"` where the generation has a system role; `"first_user"` where it has none,
             and the system text is put in front of the first user message with an empty line
-            between.
+            between; `"developer"` where the role has that name.
         answer_start: Text put in front of the answer that is to be given, and of no earlier one.
+        tools: Name of the format for tools, one of `gemma.tools.TOOL_FORMATS`; empty for none.
     """
 
     turns: str
     turn_start: str
     turn_end: str
-    system: Literal["turn", "first_user"]
+    system: Literal["turn", "first_user", "developer"]
     answer_start: str = ""
+    tools: str = ""
 
     kind: ClassVar[str] = "turns"
 
@@ -231,8 +260,12 @@ class TurnTemplate(Template):
         """Check the marks.
 
         Raises:
-            TemplateError: One of them holds a control token.
+            TemplateError: One of them holds a control token, or there is no such format for tools.
         """
+        if self.tools and self.tools not in TOOL_FORMATS:
+            raise TemplateError(
+                f"`tools` must be one of {', '.join(TOOL_FORMATS)}. Received: {self.tools!r}"
+            )
         _check_control(self.name, (self.turn_start, self.turn_end, self.answer_start))
 
     @property
@@ -245,12 +278,17 @@ class TurnTemplate(Template):
         """The token that ends a turn."""
         return self.turn_end
 
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """The format for tools, if there is one."""
+        return TOOL_FORMATS.get(self.tools)
+
     def _segments(self, messages: Messages) -> list[Segment]:
         system, rest = _split_system(messages)
         prefix = ""
         parts = []
-        if system is not None and self.system == "turn":
-            parts.append(Segment(self._turn("system", system.strip()) + "\n", False))
+        if self.system != "first_user" and messages[0].role == "system":
+            parts.append(Segment(self._system(messages[0]) + "\n", False))
         elif system is not None:
             # Not stripped: the published template of Gemma 3 strips the user's text alone.
             prefix = system + "\n\n"
@@ -260,20 +298,62 @@ class TurnTemplate(Template):
                 start = self.answer_start if index >= len(rest) - 2 else ""
                 parts.append(Segment(f"{text}\n{self.turn_start}model\n{start}", False))
                 prefix = ""
+            elif message.role == "tool":
+                parts.append(Segment(self._result(rest, index), False))
+            elif calls := getattr(message, "tool_calls", ()):
+                parts.append(Segment(self._calls(message, calls, rest, index), True))
             else:
                 parts.append(Segment(message.content.strip() + self.turn_end, True))
                 if index < len(rest) - 1:
                     parts.append(Segment("\n", False))
         return parts
 
+    def _system(self, message: Any) -> str:
+        form = self.tool_format
+        tools = getattr(message, "tools", ())
+        declared = "".join(form.declaration(tool) for tool in tools) if form else ""
+        if declared and form is FUNCTION_GEMMA and not message.content.strip():
+            _advise()
+        role = "developer" if self.system == "developer" else "system"
+        return self._turn(role, message.content.strip() + declared)
+
+    def _calls(self, message: Any, calls: Any, rest: Messages, index: int) -> str:
+        """Calls, and the token that begins the result: there the model stops."""
+        form = self.tool_format
+        assert form is not None
+        said, made = message.content.strip(), "".join(map(form.call, calls))
+        if form.text_after_calls:
+            said, made = made, "" if _results_follow(rest, index) else said
+        return said + made + form.result_start
+
+    def _result(self, rest: Messages, index: int) -> str:
+        """The result of a call. Its first token is the last of the call before it."""
+        form, message = self.tool_format, rest[index]
+        assert form is not None
+        data = getattr(message, "data", None)
+        name = getattr(message, "name", None) or "unknown"
+        text = form.result(name, message.content if data is None else data)
+        if rest[index - 1].role != "tool":
+            text = text.removeprefix(form.result_start)
+        if form.text_after_calls and not _results_follow(rest, index):
+            asked = next(m for m in reversed(rest[:index]) if m.role != "tool")
+            text += asked.content.strip()
+        return text
+
     def _turn(self, role: str, content: str) -> str:
         return f"{self.turn_start}{role}\n{content}{self.turn_end}"
 
     def chat_template(self) -> str:
         """Write the format in Jinja, with the same result as the published template for text."""
-        return _filled_in(
+        form = self.tool_format
+        role = "developer" if self.system == "developer" else "system"
+        return filled_in(
             "turns.jinja",
+            **(form.variables() if form else {}),
+            tools=bool(form),
+            thinks=bool(form and form.text_after_calls),
             system=self.system,
+            system_role=json.dumps(role + "\n"),
             start=json.dumps(self.turn_start),
             end=json.dumps(self.turn_end),
             answer_start=json.dumps(self.answer_start),
@@ -380,7 +460,7 @@ class TextTemplate(Template):
             "prompt": "message['content']" if own_place else "ns.system + message['content']",
             "system": "ns.system",
         }
-        return _filled_in(
+        return filled_in(
             "text.jinja",
             blank='""' if own_place else '"\\n\\n"',
             prompt=" + ".join(json.dumps(t) if k == "text" else fields[t] for k, t in before),
@@ -452,26 +532,6 @@ class FunctionTemplate(Template):
         return {"kind": self.kind, "function": self.name, "stop": self.stop}
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """Jinja with other marks, which leaves alone the Jinja of the templates that it fills in."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, ""),
-        block_start_string="<%",
-        block_end_string="%>",
-        variable_start_string="<<",
-        variable_end_string=">>",
-        autoescape=False,  # no HTML
-        undefined=jinja2.StrictUndefined,
-    )
-
-
-def _filled_in(file: str, **values: str) -> str:
-    """Fill in a `.jinja` file of this package; line breaks and indents of the file are left out."""
-    text = _environment().get_template(file).render(values)
-    return "".join(line.strip() for line in text.splitlines())
-
-
 TemplateSpec = str | Callable[[Messages], str] | Template
 
 
@@ -504,8 +564,34 @@ def get_template(model: keras.Model, spec: TemplateSpec = "auto") -> Template:
             "`template` must be 'auto', a name, a string with {prompt} and {response}, a function "
             f"or a Template. Received: {spec!r}"
         )
-    if getattr(model, "preprocessor", None) is not None:
-        template.stop_token_ids(model.preprocessor.tokenizer)
+    if getattr(model, "preprocessor", None) is None:
+        return template
+    tokenizer = model.preprocessor.tokenizer
+    template = _with_marks(template, tokenizer)
+    template.stop_token_ids(tokenizer)
+    return template
+
+
+def _with_marks(template: Template, tokenizer: keras.layers.Layer) -> Template:
+    """Make sure that the marks of a format for tools are tokens; else the format is left out."""
+    form = template.tool_format
+    if form is None or has_marks(tokenizer, form):
+        return template
+    if form is not FUNCTION_GEMMA:
+        assert isinstance(template, TurnTemplate)
+        return dataclasses.replace(template, tools="")
+    if not put_marks(tokenizer):
+        raise TemplateError(
+            f"The template {template.name!r} does not fit the model's tokenizer.",
+            [f"{mark!r} is not one token of it" for mark in form.marks],
+            "Use FunctionGemma, or a Gemma 3, which has unused tokens in their place.",
+        )
+    warn_of_pairs(
+        "The model's tokenizer has no marks for tools: its unused tokens 46 to 52 have the names "
+        "of FunctionGemma's marks from now on, and are saved with it. The model has yet to learn "
+        "their meaning.",
+        [],
+    )
     return template
 
 
@@ -619,6 +705,11 @@ def _auto(model: keras.Model) -> Template:
     if is_instruct(model) is False:
         return PLAIN
     family = family_of(model)
+    marked = TEMPLATES.get(family.turn.marked)
+    if marked is not None and getattr(model, "preprocessor", None) is not None:
+        assert marked.tool_format is not None
+        if has_marks(model.preprocessor.tokenizer, marked.tool_format):
+            return marked
     if family.turn.no_thought and not model.backbone.hidden_size_per_layer_input:
         return TEMPLATES[family.name + _NO_THOUGHT]
     return TEMPLATES[family.name]
@@ -644,6 +735,31 @@ def _check_order(messages: Messages, generation_prompt: bool) -> None:
             [disorder],
             "Give at most one system message, first, then user and assistant in turn.",
         )
+
+
+NO_TOOLS = (
+    "Use a model that was taught to call tools: an instruct model of Gemma 4, or FunctionGemma. To "
+    "teach another Gemma 3 FunctionGemma's format, pass `template='functiongemma'`."
+)
+
+
+def _has_tools(message: MessageLike) -> bool:
+    more = getattr(message, "tools", ()) or getattr(message, "tool_calls", ())
+    return bool(more) or message.role == "tool"
+
+
+def _results_follow(messages: Messages, index: int) -> bool:
+    return index + 1 < len(messages) and messages[index + 1].role == "tool"
+
+
+@functools.cache
+def _advise() -> None:
+    """Tell once of the sentence that FunctionGemma was taught to call tools after."""
+    warn_of_pairs(
+        "There are tools and no system message. FunctionGemma was trained with this one: "
+        f"{ADVICE!r}.",
+        [],
+    )
 
 
 def _is_trained(message: MessageLike) -> bool:
@@ -746,7 +862,7 @@ def _newline(text: str) -> str:
 
 def _turns(name: str, turn: Turn, answer_start: str = "") -> TurnTemplate:
     system: Literal["turn", "first_user"] = "turn" if turn.system_role else "first_user"
-    return TurnTemplate(name, turn.start, turn.end, system, answer_start)
+    return TurnTemplate(name, turn.start, turn.end, system, answer_start, turn.tools)
 
 
 _NO_THOUGHT = "_no_thought"
@@ -759,5 +875,12 @@ TEMPLATES: Mapping[str, Template] = {
         f"{f.name}{_NO_THOUGHT}": _turns(f"{f.name}{_NO_THOUGHT}", f.turn, f.turn.no_thought)
         for f in FAMILIES.values()
         if f.turn.no_thought
+    },
+    **{
+        f.turn.marked: TurnTemplate(
+            f.turn.marked, f.turn.start, f.turn.end, "developer", tools=f.turn.marked
+        )
+        for f in FAMILIES.values()
+        if f.turn.marked
     },
 }

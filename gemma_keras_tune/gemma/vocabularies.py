@@ -6,6 +6,7 @@ its pieces and merges; from either the model is put together again that gives th
 
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,10 @@ SPACE = "▁"
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 _ADDED, _CONFIG = "added_tokens.json", "tokenizer_config.json"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-# Google's tokenizer.json files name it for models, too, that see no images and have no row for it.
-_WITHOUT_A_ROW = ("<image_soft_token>",)
+# Tokenizers of models that see or hear come with text models that have no rows for these.
+MEDIA = re.compile(r"<[^<>]*(image|audio|video)[^<>]*>")
+_MARK = re.compile(r"<[^<>\s]+>|\[multimodal\]")
+_NAMED = 8  # the most tokens that a message names
 _AGAIN = "Copy or download the folder again."
 
 
@@ -74,6 +77,76 @@ def sentencepiece_model(
     return model.SerializeToString()
 
 
+def byte_type(piece: str, kind: int) -> int:
+    """Return the type of a piece: that of a byte if it is spelled like one."""
+    return BYTE if _BYTE.fullmatch(piece) else kind
+
+
+def repair_marks(proto: bytes, source: str) -> bytes:
+    """Make every special and every added token of a tokenizer one that is found in text.
+
+    Some exporters call marks such as `<start_of_turn>` plain pieces, which nothing merges to, or
+    control pieces, which SentencePiece never finds in text: both would be spelled letter by letter.
+
+    Args:
+        proto: The serialized SentencePiece model.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The model, the same object where nothing was wrong. A warning names what was repaired.
+
+    Raises:
+        LoadError: A token is not encoded to its own id all the same; all of them are named.
+    """
+    model = sentencepiece_messages().ModelProto.FromString(proto)
+    marks = [
+        number
+        for number, piece in enumerate(model.pieces)
+        if piece.type in (USER_DEFINED, CONTROL, NORMAL)
+        and number not in CONTROL_IDS
+        and (piece.type != NORMAL or _MARK.fullmatch(piece.piece))
+    ]
+    spelled = _spelled_out(proto, [(number, model.pieces[number].piece) for number in marks])
+    repaired = [number for number in spelled if model.pieces[number].type != USER_DEFINED]
+    if repaired:
+        for number in repaired:
+            model.pieces[number].type = USER_DEFINED
+        proto = model.SerializeToString()
+        spelled = _spelled_out(proto, [(number, model.pieces[number].piece) for number in marks])
+    if spelled:
+        raise LoadError(
+            f"The tokenizer in {source} does not read these tokens as one.",
+            [
+                f"{model.pieces[number].piece!r} is token {number}, and is read as {ids}"
+                for number, ids in spelled.items()
+            ],
+            "Save or convert the tokenizer again, from the original files.",
+        )
+    if repaired:
+        warnings.warn(
+            f"{source}: {_some([model.pieces[number].piece for number in repaired])} had a type "
+            "that text is never read as, and would have been spelled out letter by letter. They "
+            "are read as one token each.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return proto
+
+
+def _spelled_out(proto: bytes, tokens: Sequence[tuple[int, str]]) -> dict[int, list[int]]:
+    """The ids that tokens are read as, of those that are not read as their own."""
+    from sentencepiece import SentencePieceProcessor
+
+    texts = [piece.replace(SPACE, " ") for _, piece in tokens]
+    read = SentencePieceProcessor(model_proto=proto).encode(texts)
+    return {number: ids for (number, _), ids in zip(tokens, read, strict=True) if ids != [number]}
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more
+
+
 def scores_of_merges(pieces: Iterable[str], merges: Iterable[tuple[str, str]]) -> list[float]:
     """Compute scores that merge pieces in the order of the merges.
 
@@ -115,26 +188,38 @@ def _from_json(folder: pathlib.Path, rows: int) -> bytes:
         vocabulary: dict[str, int] = {
             piece: number
             for piece, number in data["model"]["vocab"].items()
-            if number < rows or piece not in _WITHOUT_A_ROW
+            if number < rows or not MEDIA.fullmatch(piece)
         }
         if data["model"].get("type", "BPE") != "BPE":
             raise ValueError(f"its model is {data['model']['type']!r}, not BPE")
         added = {content: number for number, content in _added(folder).items() if number < rows}
         vocabulary |= added
         merges = [_pair(merge) for merge in data["model"]["merges"]]
-        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
-        if [vocabulary[piece] for piece in pieces] != list(range(len(pieces))):
-            raise ValueError("its ids leave numbers out, or give one twice")
-        if not UNK_ID < len(pieces) <= rows:
-            raise ValueError(f"it has {len(pieces)} tokens, and the embedding {rows} rows")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("it gives one id twice")
+        last = max(vocabulary.values(), default=0)
+        if not UNK_ID < last < rows:
+            raise ValueError(f"it has {last + 1} tokens, and the embedding {rows} rows")
+        names = {number: piece for piece, number in vocabulary.items()}
+        pieces = [names.get(number, _unused(number)) for number in range(last + 1)]
+        if any(number not in names for number in (*CONTROL_IDS, UNK_ID)):
+            raise ValueError("it has no token for one of the ids 0 to 3")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LoadError(
             f"{folder / TOKENIZER_JSON} is no tokenizer of a Gemma.",
             [f"{type(error).__name__}: {error}"],
             _AGAIN,
         ) from error
-    types = [_type(number, piece, added) for number, piece in enumerate(pieces)]
+    types = [
+        _type(number, piece, added) if number in names else UNUSED
+        for number, piece in enumerate(pieces)
+    ]
     return sentencepiece_model(pieces, scores_of_merges(pieces, merges), types)
+
+
+def _unused(number: int) -> str:
+    """Return the piece of an id that no token has, as in Gemma 3n's; decoding never writes it."""
+    return f"[PAD{number}]"
 
 
 def _pair(merge: Any) -> tuple[str, str]:
@@ -147,9 +232,7 @@ def _type(number: int, piece: str, added: Mapping[str, int]) -> int:
         return UNKNOWN
     if number in CONTROL_IDS:
         return CONTROL
-    if piece in added:
-        return USER_DEFINED
-    return BYTE if _BYTE.fullmatch(piece) else NORMAL
+    return USER_DEFINED if piece in added else byte_type(piece, NORMAL)
 
 
 def _with_added(folder: pathlib.Path, proto: bytes, rows: int) -> bytes:
@@ -165,22 +248,24 @@ def _with_added(folder: pathlib.Path, proto: bytes, rows: int) -> bytes:
     for number, content in sorted(_added(folder).items()):
         piece = content.replace(" ", SPACE)
         if known.get(piece, known.get(content)) == number:
+            if number not in (*CONTROL_IDS, UNK_ID) and _is_misplaced(model.pieces[number].type):
+                model.pieces[number].type = USER_DEFINED
+                changed = True
             continue
-        if number >= rows and content in _WITHOUT_A_ROW:
+        if number >= rows and MEDIA.fullmatch(content):
             continue
         if content in known:
             problems.append(f"{content!r} is token {number} there, and {known[content]} in it")
-        elif not UNK_ID < number < rows or number > len(model.pieces):
-            problems.append(
-                f"{content!r} is token {number}, and the embedding has {rows} rows, "
-                f"{len(model.pieces)} of them for tokens that are known"
-            )
+        elif not UNK_ID < number < rows:
+            problems.append(f"{content!r} is token {number}, and the embedding has {rows} rows")
+        elif number < len(model.pieces) and _is_text(model.pieces[number]):
+            problems.append(f"{content!r} is token {number}, {model.pieces[number].piece!r} in it")
         else:
-            if number == len(model.pieces):
-                model.pieces.add(score=0.0)
-            model.pieces[number].piece = content
+            for empty in range(len(model.pieces), number + 1):
+                model.pieces.add(piece=_unused(empty), score=0.0, type=UNUSED)
+            model.pieces[number].piece = piece
             model.pieces[number].type = USER_DEFINED
-            known[content] = number
+            known[piece] = number
             changed = True
     if problems:
         raise LoadError(
@@ -192,6 +277,16 @@ def _with_added(folder: pathlib.Path, proto: bytes, rows: int) -> bytes:
         return proto
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString()
+
+
+def _is_text(piece: Any) -> bool:
+    """Tell if a piece stands for text, so that no other token may take its place."""
+    return piece.type == BYTE or (piece.type == NORMAL and not _MARK.fullmatch(piece.piece))
+
+
+def _is_misplaced(kind: int) -> bool:
+    """Tell if text is never read as pieces of this type, or only by merging."""
+    return kind in (NORMAL, CONTROL, UNUSED)
 
 
 def _added(folder: pathlib.Path) -> dict[int, str]:

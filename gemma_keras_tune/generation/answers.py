@@ -17,8 +17,8 @@ import math
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict, Unpack, overload
 
 import keras
 import keras_hub
@@ -35,12 +35,15 @@ from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import context_length
 from gemma_keras_tune.gemma.packing import axes_of, pack
 from gemma_keras_tune.gemma.state import locked, state_of
-from gemma_keras_tune.gemma.templates import Template, TemplateSpec, get_template
+from gemma_keras_tune.gemma.templates import NO_TOOLS, Template, TemplateSpec, get_template
+from gemma_keras_tune.gemma.tools import parse_calls
 from gemma_keras_tune.generation import decoding
+from gemma_keras_tune.generation.samplers import resolve_sampler
 from gemma_keras_tune.pairs import Message
-from gemma_keras_tune.pairs.conversations import read_conversation
+from gemma_keras_tune.pairs.conversations import put_tools, read_conversation
+from gemma_keras_tune.pairs.tools import ToolCall, read_tools
 from gemma_keras_tune.pairs.unused import Unused
-from gemma_keras_tune.pairs.values import ReadingError, is_list
+from gemma_keras_tune.pairs.values import ReadingError, is_list, unreadable
 
 SHORT_CHUNK = 32
 LONG_CHUNK = 256
@@ -51,6 +54,7 @@ MAX_ROOM = 4
 STOPS_AT_ONCE = 64
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +62,7 @@ class Answer(ArrayEquality):
     """Answer of a model to one prompt.
 
     Attributes:
-        text: The answer, without its stop token.
+        text: The answer, without its stop token. Calls of tools stand in it as they were written.
         ids: `[tokens]` int32, the answer's token ids, without the stop token.
         stopped: Whether the model ended the answer itself, rather than `max_new_tokens`.
     """
@@ -67,19 +71,65 @@ class Answer(ArrayEquality):
     ids: np.ndarray
     stopped: bool
 
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools that can be read, each with `name` and `arguments`."""
+        return parse_calls(self.text)[0]
 
+    @property
+    def tool_problems(self) -> tuple[str, ...]:
+        """Malformed calls, each with what is wrong with it."""
+        return parse_calls(self.text)[1]
+
+    @property
+    def content(self) -> str:
+        """The text without the calls that can be read, and without white space around it."""
+        return parse_calls(self.text)[2].strip()
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of `generate` that do not decide what it returns."""
+
+    max_new_tokens: int
+    sampler: str | keras_hub.samplers.Sampler
+    temperature: float | None
+    seed: int | None
+    batch_size: int
+    strip: bool
+    adapter: str | Active | None
+    template: TemplateSpec
+
+
+@overload
+def generate(
+    model: keras.Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    tools: None = None,
+    **options: Unpack[_Options],
+) -> str | list[str]: ...
+@overload
+def generate(
+    model: keras.Model,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    tools: Tools,
+    **options: Unpack[_Options],
+) -> Answer | list[Answer]: ...
 def generate(
     model: keras.Model,
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
-    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    sampler: str | keras_hub.samplers.Sampler = "auto",
+    temperature: float | None = None,
     seed: int | None = None,
     batch_size: int = 8,
     strip: bool = True,
     adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
-) -> str | list[str]:
+    tools: Tools | None = None,
+) -> str | Answer | list[str] | list[Answer]:
     """Answer prompts with the template the model was tuned with.
 
     Args:
@@ -87,7 +137,11 @@ def generate(
         prompts: A user's text; or a conversation as a list of messages, each a dict with `role`
             and `content`; or a list of either.
         max_new_tokens: Longest answer, in tokens.
-        sampler: A KerasHub sampler or its name, such as `"greedy"`, `"top_k"` or `"top_p"`.
+        sampler: A KerasHub sampler or its name: `"greedy"`, `"top_k"`, `"top_p"` or `"random"`.
+            `"auto"` is greedy, or with a temperature above 0 top-p, as Google advises for Gemma:
+            0.95 of the 64 likeliest tokens.
+        temperature: A number of at least 0 that the logits are divided by. 0 is greedy. `None`
+            leaves it to the sampler.
         seed: Makes a random sampler repeat itself, for the same prompts and `batch_size`.
         batch_size: Rows that run at once.
         strip: Whether white space around an answer is left out.
@@ -95,15 +149,19 @@ def generate(
             for bit. Left out, it is the adapter that is on.
         template: Anything `get_template` takes. `"auto"` is the one the model was tuned with, or
             its family's.
+        tools: JSON schemas of tools that the model may call: `{"type": "function", "function":
+            {"name": …, "description": …, "parameters": …}}`, or the functions alone.
 
     Returns:
         The answers alone, without prompt or stop token: a string for one prompt, a list in the
-        same order for a list.
+        same order for a list. With `tools`, each is an `Answer`, whose `tool_calls` are the calls.
 
     Raises:
-        TemplateError: A prompt is no conversation, or the template does not fit the model.
+        TemplateError: A prompt is no conversation, the template does not fit the model or has no
+            format for tools, or a tool is no JSON schema.
         AdapterError: There is no such adapter.
-        GenerationError: A number is out of range, or a prompt does not fit into the context.
+        GenerationError: A number is out of range, there is no such sampler, or a prompt does not
+            fit into the context.
     """
     prompts = _listed(prompts)
     answers = generate_answers(
@@ -111,11 +169,15 @@ def generate(
         prompts,
         max_new_tokens=max_new_tokens,
         sampler=sampler,
+        temperature=temperature,
         seed=seed,
         batch_size=batch_size,
         adapter=adapter,
         template=template,
+        tools=tools,
     )
+    if tools is not None:
+        return answers[0] if _is_one(prompts) else answers
     texts = [answer.text.strip() if strip else answer.text for answer in answers]
     return texts[0] if _is_one(prompts) else texts
 
@@ -125,11 +187,13 @@ def generate_answers(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
-    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    sampler: str | keras_hub.samplers.Sampler = "auto",
+    temperature: float | None = None,
     seed: int | None = None,
     batch_size: int = 8,
     adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
+    tools: Tools | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers with their token ids, and whether the model ended them itself.
@@ -139,10 +203,12 @@ def generate_answers(
         prompts: As for `generate`.
         max_new_tokens: As for `generate`.
         sampler: As for `generate`.
+        temperature: As for `generate`.
         seed: As for `generate`.
         batch_size: As for `generate`.
         adapter: As for `generate`.
         template: As for `generate`.
+        tools: As for `generate`.
         progress: Called after every batch with the number of prompts answered in it.
 
     Returns:
@@ -157,10 +223,10 @@ def generate_answers(
         resolved = get_template(model, template)
         written = generate_ids(
             model,
-            encode_prompts(prompts, resolved, tokenizer),
+            encode_prompts(prompts, resolved, tokenizer, tools),
             stop_token_ids=resolved.stop_token_ids(tokenizer),
             max_new_tokens=max_new_tokens,
-            sampler=sampler,
+            sampler=resolve_sampler(sampler, temperature),
             seed=seed,
             batch_size=batch_size,
             progress=progress,
@@ -215,7 +281,7 @@ def generate_ids(
     if not rows:
         return results
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
-    state = SamplerState(keras_hub.samplers.get(sampler), seed, len(rows))
+    state = SamplerState(resolve_sampler(sampler), seed, len(rows))
     weights = weights_of(model)
     if shapes is None:
         calls = [([len(row) for row in rows], max_new_tokens)]
@@ -343,10 +409,13 @@ def _whole(seed: Any) -> int | list[int] | None:
     if seed is None:
         return None
     try:
-        return [operator.index(one) for one in seed] if np.ndim(seed) else operator.index(seed)
-    except TypeError:
+        found = [operator.index(one) for one in seed] if np.ndim(seed) else operator.index(seed)
+        np.asarray(found, np.uint32)  # as Keras keeps it
+        return found
+    except (TypeError, OverflowError):
         raise GenerationError(
-            f"`seed` must be an integer, or one for each row. Received: {seed!r:.80}"
+            "`seed` must be an integer from 0 to 4,294,967,295, or one for each row. Received: "
+            f"{seed!r:.80}"
         ) from None
 
 
@@ -366,6 +435,11 @@ def values_of(model: keras.Model, variables: Iterable[keras.Variable]) -> list[A
 
 def tokenizer_of(model: keras.Model) -> Any:
     """The model's tokenizer, or an error where it has none."""
+    if not isinstance(model, keras.Model):
+        raise GenerationError(
+            f"`model` must be a KerasHub Gemma. Received: {model!r:.80}",
+            next_step="Open it first: `model = gkt.load(…)`.",
+        )
     if getattr(model, "preprocessor", None) is None:
         raise TemplateError(
             "The model has no preprocessor, so there is no tokenizer to write prompts with.",
@@ -382,41 +456,64 @@ def _is_one(prompts: Any) -> bool:
 
 def _listed(prompts: Any) -> Any:
     """Prompts that may be a generator, an array or a column of a table, as a list."""
-    return prompts if isinstance(prompts, (str, Mapping, Message)) else list(prompts)
+    if isinstance(prompts, (str, Mapping, Message)):
+        return prompts
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise TemplateError(
+            "`prompts` must be a text, a conversation, or a list of either. Received: "
+            f"{prompts!r:.80}"
+        )
+    return list(prompts)
 
 
-def encode_prompts(prompts: Any, template: Template, tokenizer: Any) -> list[np.ndarray]:
+def encode_prompts(
+    prompts: Any, template: Template, tokenizer: Any, tools: Tools | None = None
+) -> list[np.ndarray]:
     """Token ids of every prompt, all broken prompts reported at once."""
     prompts = _listed(prompts)
     encoder = RowTokenizer(tokenizer)
-    rows, problems = [], []
+    rows = []
     unused = Unused("prompt")
+    problems: list[str] = []
+    next_step = _PROMPT_FORM
+    declared = read_tools(tools, "`tools`", unused, problems)
+    if problems:
+        raise TemplateError("Some tools cannot be used.", problems, _TOOL_FORM)
     for number, prompt in enumerate([prompts] if _is_one(prompts) else prompts, 1):
         unused.row = number
         try:
-            segments = template.segments(_messages(prompt, unused), generation_prompt=True)
+            messages = put_tools(_messages(prompt, unused), declared)
+            segments = template.segments(messages, generation_prompt=True)
         except TemplateError as error:
             problems += [f"prompt {number}: {text}" for text in error.problems or [error.headline]]
+            next_step = NO_TOOLS if error.next_step == NO_TOOLS else next_step
             continue
         rows.append(encoder.encode(segments)[0])
     if problems:
-        raise TemplateError(
-            "Some prompts cannot be answered.",
-            problems,
-            "A prompt is a string, or a list of messages with `role` and `content` that ends with "
-            "a user message.",
-        )
+        raise TemplateError("Some prompts cannot be answered.", problems, next_step)
     if lines := unused.lines():
         warn_of_pairs("The prompts have keys that hold something and are not used.", lines)
     return rows
 
 
+_TOOL_FORM = (
+    'A tool is `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`, '
+    "where `parameters` is a JSON schema."
+)
+_PROMPT_FORM = (
+    "A prompt is a string, or a list of messages with `role` and `content` that ends with a user "
+    "message or the result of a tool."
+)
+
+
 def _messages(prompt: Any, unused: Unused) -> tuple[Message, ...]:
     if isinstance(prompt, str):
-        return (Message("user", prompt),)
+        prompt = Message("user", prompt)
     if isinstance(prompt, Message):
+        if problem := unreadable(prompt.content):
+            raise TemplateError(f"it {problem}")
         return (prompt,)
-    if not isinstance(prompt, Sequence) and not is_list(prompt):
+    if isinstance(prompt, bytes) or not (isinstance(prompt, Sequence) or is_list(prompt)):
         raise TemplateError(f"a {type(prompt).__name__} is neither text nor a list of messages")
     try:
         return read_conversation(list(prompt), ends_with="user", unused=unused)
@@ -491,7 +588,7 @@ def choose_programs(
     there = [
         (size, chunk, buffer)
         for size, chunk, buffer, *rest in state_of(model).programs
-        if tuple(rest) == about and isinstance(size, int)
+        if tuple(rest) == about
     ]
     # Powers of two, so that calls with few prompts share programs.
     size = min(batch_size, 2 ** math.ceil(math.log2(max(len(lengths) for lengths, _ in calls))))
@@ -586,21 +683,51 @@ def _run_batch(
     stops: tuple[int, ...],
     state: SamplerState,
 ) -> list[np.ndarray]:
+    (written,) = write_batch(model, weights, rows, batch, stops, state, every=batch.new_tokens)
+    return written
+
+
+def write_batch(
+    model: keras.Model,
+    weights: list[Any],
+    rows: Sequence[Any],
+    batch: _Batch,
+    stops: tuple[int, ...],
+    state: SamplerState,
+    *,
+    every: int,
+) -> Iterator[list[np.ndarray]]:
+    """Answer the rows of a batch, some tokens at a time, all in one program.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM`.
+        weights: Its weights, as `weights_of` gives them.
+        rows: Token ids of each prompt.
+        batch: How they run.
+        stops: Ids at which a row ends.
+        state: The sampler, whose random state moves on.
+        every: Tokens to write before each yield, at most.
+
+    Yields:
+        The new ids of each row so far, `[tokens]` int32 each, also those after a stop token.
+    """
     program = _program(model, batch, state)
     tokens, starts = padded_rows(rows, batch)
-    end = batch.chunks * batch.chunk + 1
-    tokens, last, state.values = program(
-        weights,
-        state.values,
-        tokens,
-        starts,
-        np.arange(batch.size) >= len(rows),
-        np.int32(batch.chunks),
-        np.int32(batch.new_tokens),
-        padded_stops(stops),
-    )
-    written, last = np.asarray(tokens), np.asarray(last)
-    return [written[i, end : last[i] + 1] for i in range(len(rows))]
+    first = batch.chunks * batch.chunk
+    at, done = np.full(batch.size, first, np.int32), np.arange(batch.size) >= len(rows)
+    cache = decoding.empty_cache(model, batch.size, batch.buffer)
+    read, padded = 0, padded_stops(stops)
+    for new in (*range(every, batch.new_tokens, every), batch.new_tokens):
+        cache, *moved = program(
+            weights, cache, state.values, tokens, starts, at, done,
+            np.array([read, batch.chunks], np.int32), np.int32(first + new), padded,
+        )  # fmt: skip
+        # As NumPy's, they are of one kind in every call: else JAX would compile again.
+        state.values, tokens, at, done = keras.tree.map_structure(np.asarray, moved)
+        read = batch.chunks
+        yield [tokens[i, first + 1 : at[i] + 1] for i in range(len(rows))]
+        if done.all():
+            return
 
 
 def padded_rows(rows: Sequence[Any], batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -632,11 +759,11 @@ def _program(model: keras.Model, batch: _Batch, state: SamplerState) -> Callable
     def write(traced: keras.Model, weights: Any, *arguments: Any) -> Any:
         return decoding.write(traced, weights, sampler, chunk, *arguments)
 
-    return compiled(model, (batch.size, chunk, batch.buffer, state.key), write)
+    return _compiled(model, (batch.size, chunk, batch.buffer, state.key), write)
 
 
-def compiled(
-    model: keras.Model, about: tuple[Any, ...], function: Callable[..., Any], **options: Any
+def _compiled(
+    model: keras.Model, about: tuple[Any, ...], function: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Compile a function of a model, or return what was compiled before.
 
@@ -646,8 +773,7 @@ def compiled(
     Args:
         model: A KerasHub Gemma `CausalLM`.
         about: Key of the function. What is compiled holds for one LoRA of the model.
-        function: Takes the model, its packed weights, and more arrays.
-        **options: Options of `jax.jit`.
+        function: Takes the model, its packed weights, a cache to write over, and more arrays.
     """
     import jax
 
@@ -662,5 +788,5 @@ def compiled(
             with decoding.bound(traced, weights), lora_switched(traced, on=True):
                 return function(traced, weights, *arguments)
 
-        programs[key] = jax.jit(program, **options)
+        programs[key] = jax.jit(program, donate_argnums=1)  # the cache is large
     return programs[key]

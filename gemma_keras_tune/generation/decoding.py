@@ -11,12 +11,15 @@ weights takes most of its time. Every row goes on at its own pace.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
+from gemma_keras_tune.gemma.attention import keep_soft_cap, plain_attention
+from gemma_keras_tune.gemma.encoding import known_tokens
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.gemma.packing import axes_of, unpack
 
@@ -51,50 +54,67 @@ def write(
     weights: list[Any],
     sampler: Any,
     chunk: int,
+    cache: Any,
     random_state: Any,
     tokens: Any,
     starts: Any,
+    at: Any,
     done: Any,
     chunks: Any,
-    new_tokens: Any,
+    end: Any,
     stops: Any,
-) -> tuple[Any, Any, Any]:
-    """Read the prompts, then write until every row has stopped.
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Read what is left of the prompts, then write until every row has stopped, or to a place.
+
+    Called once it writes whole answers; called again with what it returned, it writes on.
 
     Args:
         model: The model, its variables bound to traced values.
         weights: The same values, packed.
         sampler: A sampler, or `None` for greedy.
         chunk: Tokens read at once.
+        cache: The key/value cache, which at first is `empty_cache`.
         random_state: Values of the sampler's variables.
-        tokens: `[batch, buffer]` int32, every prompt ending at `chunks * chunk`, its last token.
-            The buffer has room for the answers and `MAX_GUESSES` tokens more.
+        tokens: `[batch, buffer]` int32, every prompt ending at one place, its last token. The
+            buffer has room for the answers and `MAX_GUESSES` tokens more.
         starts: `[batch]` int32, where each prompt begins.
-        done: `[batch]` bool, rows that are only there to fill the batch.
-        chunks: Scalar, chunks to read.
-        new_tokens: Scalar, the longest answer.
+        at: `[batch]` int32, the place of each row's last token.
+        done: `[batch]` bool, rows that have stopped or only fill the batch.
+        chunks: `[2]` int32, the first chunk to read and the one after the last.
+        end: Scalar, the place of the last token to write.
         stops: `[stops]` int32.
 
     Returns:
-        Tokens with the answers, `[batch]` the place of the last one written, and the sampler's
-        variables.
+        Cache, random state, tokens, `at` and `done`, as they are now. Tokens after the last one
+        of a row mean nothing.
     """
-    cache = read_prompts(model, weights, chunk, tokens, starts, chunks)
-    first = chunks * chunk
-    state = (ops.full_like(starts, first), tokens, cache, done, random_state)
-    state = write_on(model, weights, sampler, state, starts, first + new_tokens, stops)
-    last, tokens, _, _, random_state = state
-    return tokens, last, random_state
+    cache = _read_prompts(model, weights, chunk, cache, tokens, starts, chunks)
+    state = at, tokens, cache, done, random_state
+    at, tokens, cache, done, random_state = _write_on(
+        model, weights, sampler, state, starts, end, stops
+    )
+    return cache, random_state, tokens, at, done
 
 
-def read_prompts(
-    model: keras.Model, weights: list[Any], chunk: int, tokens: Any, starts: Any, chunks: Any
+def empty_cache(model: keras.Model, rows: int, buffer: int) -> Any:
+    """Make the key/value cache of rows of which nothing has been read."""
+    return family_of(model).empty_cache(model, rows, buffer)
+
+
+def _read_prompts(
+    model: keras.Model,
+    weights: list[Any],
+    chunk: int,
+    cache: Any,
+    tokens: Any,
+    starts: Any,
+    chunks: Any,
 ) -> Any:
     """Read all but the last token of the prompts into a cache. Arguments as in `write`."""
     import jax
 
     rows, buffer = tokens.shape
-    step, cache = _step_and_cache(model, rows, buffer)
+    step = _step(model)
     mask = ops.arange(buffer)[None, :] >= starts[:, None]
 
     def read(index: Any, cache: Any) -> Any:
@@ -102,10 +122,10 @@ def read_prompts(
         with bound(model, weights):
             return step(part, cache, index * chunk, mask)[-1]
 
-    return jax.lax.fori_loop(0, chunks, read, cache)
+    return jax.lax.fori_loop(chunks[0], chunks[1], read, cache)
 
 
-def write_on(
+def _write_on(
     model: keras.Model,
     weights: list[Any],
     sampler: Any,
@@ -114,25 +134,11 @@ def write_on(
     end: Any,
     stops: Any,
 ) -> Any:
-    """Write until every row has stopped, or to a place.
-
-    Args:
-        model: As in `write`.
-        weights: As in `write`.
-        sampler: As in `write`.
-        state: `[batch]` the place of each row's last token, tokens, cache, which rows are done, and
-            the sampler's variables.
-        starts: As in `write`.
-        end: Scalar, the place of the last token to write.
-        stops: As in `write`.
-
-    Returns:
-        The new state. Tokens after the last one of a row mean nothing.
-    """
+    """Write as `write` does; the state is `at`, tokens, cache, `done` and random state."""
     import jax
 
     rows, buffer = state[1].shape
-    step = _row_by_row(_step_and_cache(model, 1, buffer)[0])
+    step = _row_by_row(_step(model))
     mask = ops.arange(buffer)[None, :] >= starts[:, None]
     ahead = ops.arange(guesses(sampler, rows, buffer) + 1)
 
@@ -143,7 +149,7 @@ def write_on(
     def one_pass(state: Any) -> Any:
         at, tokens, cache, done, random_state = state
         asked = _last_and_guessed(tokens, at, starts, len(ahead) - 1)
-        with bound(model, weights):
+        with bound(model, weights), plain_attention(model):
             logits, hidden, cache = step(asked, cache, at, mask)
             chosen, random_state = _choose(model, sampler, logits, hidden, random_state)
         places = at[:, None] + 1 + ahead
@@ -228,14 +234,28 @@ def _choose(
         hidden: `[batch, tokens, width]`, what the logits come from.
         random_state: Values of the sampler's variables.
     """
+    head = family_of(model).head(model)
+    known = _known(model, head.embedding.shape[0])
+    if known is not None:
+        logits = ops.where(known, logits, -math.inf)
     if sampler is not None:
         chosen, random_state = _drawn(sampler, logits[:, 0], random_state)
         return chosen[:, None], random_state
-    head = family_of(model).head(model)
     if keras.backend.is_float_dtype(head.embedding.dtype):
-        flat = head.largest(ops.reshape(hidden, (-1, hidden.shape[-1])))
+        flat = head.largest(ops.reshape(hidden, (-1, hidden.shape[-1])), known)
         return ops.reshape(flat, hidden.shape[:2]), random_state
     return ops.cast(ops.argmax(logits, axis=-1), "int32"), random_state
+
+
+def _known(model: keras.Model, rows: int) -> Any:
+    """Return the tokens an answer may hold: a model can have more rows than its tokenizer tokens.
+
+    Returns:
+        `[rows]` bool, or `None`: all.
+    """
+    preprocessor = getattr(model, "preprocessor", None)
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    return None if tokenizer is None else known_tokens(tokenizer, rows)
 
 
 def _drawn(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
@@ -258,23 +278,23 @@ def _draw(sampler: Any, logits: Any, random_state: Any) -> tuple[Any, Any]:
     return ops.cast(chosen, "int32"), kept
 
 
-def _step_and_cache(model: keras.Model, rows: int, buffer: int) -> tuple[Step, Any]:
-    """Return a forward pass over a key/value cache, and the empty cache.
+def _step(model: keras.Model) -> Step:
+    """Return a forward pass over a key/value cache.
 
-    The pass takes token ids `[batch, length]`, the cache, the first token's place and the mask of
-    real tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
+    It takes token ids `[batch, length]`, the cache, the first token's place and the mask of real
+    tokens `[batch, buffer]`; it returns logits `[batch, length, vocabulary]`, hidden states
     `[batch, length, hidden]` and the cache. Logits that are not used are never computed: XLA leaves
     them out.
     """
-    cache = family_of(model).empty_cache(model, rows, buffer)
+    keep_soft_cap(model.backbone)
     forward: Any = model.call_with_cache
     if "padding_mask" not in inspect.signature(forward).parameters:
-        return _gemma_step(model.backbone), cache
+        return _gemma_step(model.backbone)
 
     def step(ids: Any, cache: Any, index: Any, mask: Any) -> tuple[Any, Any, Any]:
         return forward(token_ids=ids, cache=cache, cache_update_index=index, padding_mask=mask)
 
-    return step, cache
+    return step
 
 
 def _gemma_step(backbone: Any) -> Step:

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras_tune.adapters.lora import lora_switched
+from gemma_keras_tune.gemma.attention import keep_soft_cap
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.families import backbone_inputs, family_of
 from gemma_keras_tune.gemma.head import soft_capped
@@ -41,6 +42,7 @@ class Scorer:
     """
 
     def __init__(self, model: keras.Model) -> None:
+        keep_soft_cap(model.backbone)
         self.model = model
         self.encoder = RowTokenizer(model.preprocessor.tokenizer)
         self.programs = 0

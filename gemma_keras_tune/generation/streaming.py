@@ -1,8 +1,7 @@
 """An answer piece by piece, while it is being written.
 
-The same computation as `generate`, cut in two programs: one reads the prompt into a key/value
-cache, one writes a few tokens and hands the cache back. Both are compiled once for a size of prompt
-and answer, and the cache stays on the device between them.
+The same program as `generate` runs for one prompt, called again after every few tokens. Between two
+calls the key/value cache stays on the device.
 """
 
 import contextlib
@@ -18,8 +17,9 @@ from gemma_keras_tune._support.memory import kept_memory
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.gemma.state import model_lock
 from gemma_keras_tune.gemma.templates import TemplateSpec, get_template
-from gemma_keras_tune.generation import answers, decoding
+from gemma_keras_tune.generation import answers
 from gemma_keras_tune.generation.answers import Prompt
+from gemma_keras_tune.generation.samplers import resolve_sampler
 
 
 def stream(
@@ -27,11 +27,13 @@ def stream(
     prompt: Prompt,
     *,
     max_new_tokens: int = 256,
-    sampler: str | keras_hub.samplers.Sampler = "greedy",
+    sampler: str | keras_hub.samplers.Sampler = "auto",
+    temperature: float | None = None,
     seed: int | None = None,
     every: int = 4,
     adapter: str | Active | None = ACTIVE,
     template: TemplateSpec = "auto",
+    tools: answers.Tools | None = None,
 ) -> Iterator[str]:
     """Answer one prompt, and give the answer while it is written.
 
@@ -43,10 +45,12 @@ def stream(
         prompt: A user's text, or a conversation, as for `generate`.
         max_new_tokens: Longest answer, in tokens.
         sampler: As for `generate`.
+        temperature: As for `generate`.
         seed: As for `generate`.
         every: Tokens in a piece, at least 1. Fewer come sooner, more cost less.
         adapter: As for `generate`. Others may be switched on while the answer is written.
         template: As for `generate`.
+        tools: As for `generate`. Calls come as the model writes them.
 
     Yields:
         Pieces of text. Together they are what `generate` gives with `strip=False`: without the
@@ -55,17 +59,19 @@ def stream(
     Raises:
         TemplateError: The prompt is no conversation, or the template does not fit the model.
         AdapterError: There is no such adapter.
-        GenerationError: A number is out of range, or the prompt does not fit into the context.
+        GenerationError: A number is out of range, there is no such sampler, or the prompt does not
+            fit into the context.
     """
     check_backend()
+    tokenizer: Any = answers.tokenizer_of(model)
     with use_adapter(model, adapter):
         resolved = get_template(model, template)
-    tokenizer: Any = answers.tokenizer_of(model)
-    row = answers.encode_prompts([prompt], resolved, tokenizer)[0]
+    row = answers.encode_prompts([prompt], resolved, tokenizer, tools)[0]
     answers.check_numbers([row], max_new_tokens=max_new_tokens, every=every)
     answers.check_context(model, [row], max_new_tokens)
     stops = resolved.stop_token_ids(tokenizer)
-    written = _written(model, row, stops, max_new_tokens, sampler, seed, every, adapter)
+    chosen = resolve_sampler(sampler, temperature)
+    written = _written(model, row, stops, max_new_tokens, chosen, seed, every, adapter)
     return _one_at_a_time(model, _pieces(written, tokenizer))
 
 
@@ -102,52 +108,24 @@ def _written(
     row: np.ndarray,
     stop_token_ids: Any,
     max_new_tokens: int,
-    sampler: Any,
+    sampler: keras_hub.samplers.Sampler,
     seed: int | None,
     every: int,
     adapter: str | Active | None,
 ) -> Iterator[np.ndarray]:
     """The answer so far, after each few tokens."""
     stops = tuple(sorted({int(i) for i in stop_token_ids}))
-    state = answers.SamplerState(keras_hub.samplers.get(sampler), seed, 1)
-    state.values = [np.array(value) for value in state.values]  # the program writes over them
+    state = answers.SamplerState(sampler, seed, 1)
     calls = [([len(row)], max_new_tokens)]
     shapes = answers.choose_programs(model, calls, state.sampler, 1)
     batch = answers.batches([row], shapes, max_new_tokens)[0]
-    read, write = _programs(model, batch, state)
     with use_adapter(model, adapter):
         weights = answers.weights_of(model)
-    tokens, starts = answers.padded_rows([row], batch)
-    first = batch.chunks * batch.chunk
-    padded = answers.padded_stops(stops)
-    ends = (*range(first + every, first + max_new_tokens, every), first + max_new_tokens)
     with contextlib.closing(state), kept_memory():
-        cache = read(weights, tokens, starts, np.int32(batch.chunks))
-        held = (np.full(1, first, np.int32), tokens, cache, np.zeros(1, bool), state.values)
-        for end in ends:
-            held = write(weights, held, starts, np.int32(end), padded)
-            last, tokens, _, done, values = held
-            state.values = [np.array(value) for value in values]
-            answer = np.asarray(tokens)[0, first + 1 : np.asarray(last)[0] + 1]
-            ids, stopped = answers.cut(answer, stops)
+        for (written,) in answers.write_batch(
+            model, weights, [row], batch, stops, state, every=every
+        ):
+            ids, stopped = answers.cut(written, stops)
             yield ids
-            if stopped or bool(np.asarray(done)[0]):
+            if stopped:
                 break
-
-
-def _programs(model: keras.Model, batch: Any, state: Any) -> Any:
-    """The two programs for a size: one reads the prompt, one writes on."""
-    sampler, chunk = None if state.is_greedy else state.sampler, batch.chunk
-
-    def read(traced: Any, weights: Any, tokens: Any, starts: Any, chunks: Any) -> Any:
-        return decoding.read_prompts(traced, weights, chunk, tokens, starts, chunks)
-
-    def write(traced: Any, weights: Any, held: Any, starts: Any, end: Any, stops: Any) -> Any:
-        return decoding.write_on(traced, weights, sampler, held, starts, end, stops)
-
-    size = (chunk, batch.buffer)
-    # The state is written over in place: the cache is large.
-    return (
-        answers.compiled(model, ("read", *size, state.key), read),
-        answers.compiled(model, ("write", *size, state.key), write, donate_argnums=1),
-    )

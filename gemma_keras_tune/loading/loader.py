@@ -1,12 +1,15 @@
 """Load a KerasHub model from a name, a folder or a file."""
 
+import copy
 import difflib
+import functools
+import json
 import os
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import keras
@@ -14,6 +17,7 @@ import keras_hub
 
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.json import read_json_object
+from gemma_keras_tune.adapters.neighbours import ADAPTER_CONFIG, what_was_meant
 from gemma_keras_tune.errors import LoadError, TemplateError
 from gemma_keras_tune.formats.gemma_jax.reader import checkpoint_folder, load_gemma_jax
 from gemma_keras_tune.formats.hugging_face.reader import (
@@ -22,6 +26,7 @@ from gemma_keras_tune.formats.hugging_face.reader import (
     is_plain,
     load_hugging_face,
 )
+from gemma_keras_tune.gemma.attention import keep_soft_cap
 from gemma_keras_tune.gemma.building import set_attention_scale, without_values
 from gemma_keras_tune.gemma.families import FAMILIES, Family, broken_weights, family_of
 from gemma_keras_tune.gemma.quantization import (
@@ -34,6 +39,7 @@ from gemma_keras_tune.gemma.quantization import (
 )
 from gemma_keras_tune.gemma.state import is_instruct, mark_origin
 from gemma_keras_tune.gemma.templates import attach_template, read_sidecar, read_template
+from gemma_keras_tune.gemma.vocabularies import repair_marks
 from gemma_keras_tune.loading import hubs, package
 
 PACKAGE_PREFIX = "package://"
@@ -42,6 +48,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_flo
 
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
 _KERAS_WEIGHTS = ("model.weights.h5", "model.weights.json")
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _LITERT = (".litertlm", ".tflite", ".task")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
 _MODEL_FILES = (".safetensors", ".h5", ".json", "Modelfile", "tokenizer.model")
@@ -95,6 +102,13 @@ def load(
     if dtype not in DTYPES:
         raise LoadError(f"`dtype` must be one of {DTYPES}. Received: {dtype!r}")
     dtype = _automatic_dtype() if dtype == "auto" else dtype
+    model = _opened(source, dtype)
+    _repair_tokens(model, os.fspath(source))
+    _warn_of_overflow(model, dtype)
+    return model
+
+
+def _opened(source: str | os.PathLike[str], dtype: str) -> keras.Model:
     name = os.fspath(source)
     if name.startswith(PACKAGE_PREFIX):
         return _load_package(name, dtype)
@@ -153,12 +167,31 @@ def _checked(model: keras.Model) -> keras.Model:
             "its `keras_hub.models.…CausalLM`.",
         )
     set_attention_scale(model.backbone)
+    keep_soft_cap(model.backbone)
     if model.preprocessor is None:
         raise LoadError(
             f"The {type(model).__name__} has no preprocessor, and so no tokenizer.",
             next_step="Pass `preprocessor=` when building it, or load it from a preset.",
         )
     return model
+
+
+def _repair_tokens(model: keras.Model, source: str) -> None:
+    tokenizer = model.preprocessor.tokenizer
+    proto = repair_marks(tokenizer.proto, source)
+    if proto is not tokenizer.proto:
+        tokenizer.set_proto(proto)
+
+
+def _warn_of_overflow(model: keras.Model, dtype: str) -> None:
+    family = family_of(model)
+    if family.overflows and dtype in ("float16", "mixed_float16"):
+        warnings.warn(
+            f"{family.title} in {dtype} can leave the range of float16, in training above all: the "
+            "loss is then NaN, and training stops. Load it with dtype='bfloat16' or 'float32'.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 # The embedded model.
@@ -212,6 +245,13 @@ def _load_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     else:
         model = _load_config_folder(path, dtype)
     _refuse_broken(_checked(model), str(path))
+    if (path / ADAPTER_CONFIG).is_file():
+        warnings.warn(
+            f"{path} holds an adapter beside the model, and it is not on: put it on with "
+            "`load_adapter(model, folder)`.",
+            UserWarning,
+            stacklevel=4,
+        )
     mark_origin(model, str(path), _bring_template(model, path))
     return model
 
@@ -262,7 +302,7 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     try:
         if "registered_name" not in config:
             return load_hugging_face(path, config, family, dtype=dtype)
-        model = _load_preset(path.resolve(), family, dtype)
+        model = _load_preset(path.resolve(), config, family, dtype)
     except LoadError:
         raise
     except Exception as error:
@@ -275,17 +315,37 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     return model
 
 
-def _load_preset(path: pathlib.Path, family: Family, dtype: str) -> keras.Model:
+def _load_preset(
+    path: pathlib.Path, config: Mapping[str, Any], family: Family, dtype: str
+) -> keras.Model:
     """Load a KerasHub preset; where it is to be quantized, a layer at a time."""
-    build = family.causal_lm_class.from_preset
     if not is_quantizing():
-        whole: keras.Model = build(str(path), dtype=dtype)
-        return whole
-    model: keras.Model = without_values(lambda: build(str(path), load_weights=False, dtype=dtype))
+        return _open_preset(str(path), config, family, dtype)
+    build = functools.partial(_open_preset, str(path), config, family, dtype, load_weights=False)
+    model = without_values(build)
     quantize_while_filled(model.backbone)
     files = (path / name for name in _KERAS_WEIGHTS)
     model.backbone.load_weights(str(next(file for file in files if file.is_file())))
     return model
+
+
+def _open_preset(
+    source: str, config: Mapping[str, Any], family: Family, dtype: str, **options: Any
+) -> keras.Model:
+    """Open a KerasHub preset, its weights in a dtype.
+
+    A preset that was saved quantized names a policy for each layer, and KerasHub 0.32 puts one
+    `dtype` for all in their place: its codes then fit no layer. So each policy is given the dtype.
+    """
+    opened = functools.partial(family.causal_lm_class.from_preset, **options)
+    policies: Any = copy.deepcopy((config.get("config") or {}).get("dtype"))
+    # Of Keras's policies, those of quantized layers alone have a mode.
+    if '"mode"' not in json.dumps(policies):
+        return cast(keras.Model, opened(source, dtype=dtype))
+    policies["config"]["default_policy"] = dtype
+    for policy in policies["config"]["policy_map"].values():
+        policy["config"]["source_name"] = dtype
+    return cast(keras.Model, opened(source, dtype=policies))
 
 
 def _causal_lms() -> list[Any]:
@@ -299,14 +359,12 @@ def _folder_config(path: pathlib.Path) -> Mapping[str, Any]:
         litert = [file for file in sorted(path.iterdir()) if file.suffix in _LITERT]
         if litert and not others:
             raise _made_for_litert(litert[0])
-        adapter = (path / "adapter_config.json").is_file()
         raise LoadError(
             f"The folder {path} holds no model: config.json is missing.",
             next_step=(
                 f"Pass one of its files, such as {others[0]}" if others
-                else "It is an adapter: load its base model, then `load_adapter(model, folder)`."
-                if adapter
-                else "Pass a folder with a KerasHub preset or a Hugging Face model."
+                else what_was_meant(path, "model")
+                or "Pass a folder with a KerasHub preset or a Hugging Face model."
             ),
         )  # fmt: skip
     return _parsed(file)
@@ -349,7 +407,7 @@ def _check_files(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         missing += _missing_weights(path, *_KERAS_WEIGHTS)
     else:
         missing = [] if any((path / name).is_file() for name in (WEIGHTS, INDEX)) else [WEIGHTS]
-        if not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        if not any((path / name).is_file() for name in _TOKENIZERS):
             missing.append("tokenizer.model")
     if not missing:
         return
@@ -363,8 +421,18 @@ def _check_files(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(name, present, 1)
         problems.append(f"{name} is missing" + (f"; there is {close[0]}" if close else ""))
     raise LoadError(
-        f"The model in {path} is incomplete.", problems, next_step="Copy or download it again."
+        f"The model in {path} is incomplete.",
+        problems,
+        next_step=_near(path, missing) or "Copy or download it again.",
     )
+
+
+def _near(path: pathlib.Path, missing: Sequence[str]) -> str | None:
+    """Say where the missing files are, if the folder is an adapter's or one of a trainer."""
+    if missing == ["tokenizer.model"]:
+        above = [name for name in _TOKENIZERS if (path.parent / name).is_file()]
+        return f"Copy it from the folder above: {path.parent / above[0]}" if above else None
+    return what_was_meant(path, "model")
 
 
 def _missing_weights(path: pathlib.Path, single: str, index: str) -> list[str]:
@@ -439,7 +507,7 @@ def _load_handle(source: str, handle: str, dtype: str) -> keras.Model:
         if scheme == "hf" and "registered_name" not in config:
             model = _load_folder(pathlib.Path(hubs.download_folder(rest)), dtype)
         else:
-            model = family.causal_lm_class.from_preset(source, dtype=dtype)
+            model = _open_preset(source, config, family, dtype)
             _refuse_broken(_checked(model), source)
             # A model tuned here may have been uploaded; KerasHub's own presets have no record.
             record = hubs.download_record(scheme, rest) if source == handle else None

@@ -48,7 +48,7 @@ class PairChecks:
         seen = 0
         last = len(messages) - 1
         for place, message in enumerate(messages):
-            content = message.content
+            content = message.written
             if message.role == "assistant" and message.trained:
                 self._prompts.append(seen)
                 self._answers.append((hash(content) & 0xFFFFFFFE) | (place == last))

@@ -8,10 +8,17 @@ where it changes what a message means.
 import dataclasses
 import difflib
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from gemma_keras_tune.pairs.tools import (
+    ToolCall,
+    declared_arguments,
+    read_calls,
+    read_result,
+)
 from gemma_keras_tune.pairs.unused import Meaning, Unused, meaning_of
 from gemma_keras_tune.pairs.values import (
     ReadingError,
@@ -25,7 +32,7 @@ from gemma_keras_tune.pairs.values import (
     shorten,
 )
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Reasoning = Literal["refuse", "keep", "drop"]
 
 # In lower case. The reader takes them in any case.
@@ -41,10 +48,12 @@ ROLES: dict[str, Role] = {
     "bot": "assistant",
     "ai": "assistant",
 }
-_TOOL_ROLES = (
-    "tool", "function", "function_call", "function_response", "observation", "tool_call",
-    "tool_calls", "tool_response", "tool_result", "ipython",
+_RESULT_ROLES = (
+    "tool", "function", "function_response", "observation", "tool_response", "tool_result",
+    "ipython",
 )  # fmt: skip
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+_CALL_KEYS = ("tool_calls", "toolcalls", "function_call", "functioncall")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
 TEXT_TYPES = ("text", "input_text", "output_text")
@@ -56,7 +65,7 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: `"system"`, `"user"` or `"assistant"`.
+        role: `"system"`, `"user"`, `"assistant"` or `"tool"`.
         content: The text, exactly as it came.
         trained: Whether the model is taught to write it; of an answer alone.
     """
@@ -64,6 +73,66 @@ class Message:
     role: Role
     content: str
     trained: bool = True
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Calls of tools that an answer makes."""
+        return ()
+
+    @property
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """JSON schemas of the tools that a conversation may use; of the system message alone."""
+        return ()
+
+    @property
+    def name(self) -> str | None:
+        """Name of the tool that gave a result."""
+        return None
+
+    @property
+    def tool_call_id(self) -> str | None:
+        """The `id` of the call that a result belongs to."""
+        return None
+
+    @property
+    def data(self) -> Any:
+        """A tool's result that is a structure, of which `content` is the JSON text."""
+        return None
+
+    @property
+    def written(self) -> str:
+        """All that the message says: its text, and calls and tools as JSON."""
+        return self.content
+
+    def to_config(self) -> dict[str, Any]:
+        """Convert the message to JSON data that is read as this message."""
+        config: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            config["tool_calls"] = [call.to_config() for call in self.tool_calls]
+        if self.role == "tool":
+            config |= {"name": self.name, "content": self.data or self.content}
+        return config
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToolMessage(Message):
+    """A message with tools, calls of tools or the result of a call.
+
+    A class of its own, as each field costs time where a million messages have none.
+    """
+
+    tool_calls: tuple[ToolCall, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
+    name: str | None = None
+    tool_call_id: str | None = dataclasses.field(default=None, compare=False)
+    data: Any = dataclasses.field(default=None, hash=False)
+
+    @property
+    def written(self) -> str:
+        """All that the message says: its text, and calls and tools as JSON."""
+        calls = [call.to_config()["function"] for call in self.tool_calls]
+        more = [json.dumps(v, ensure_ascii=False, default=str) for v in (calls, self.tools) if v]
+        return "\n".join([self.content, *more] if self.content else more)
 
 
 @dataclasses.dataclass(slots=True)
@@ -137,16 +206,27 @@ def find_disorder(messages: Sequence[Any], ends_with: str = "assistant") -> str 
     start = 1 if messages and messages[0].role == "system" else 0
     if len(messages) == start:
         return "there is no user message"
+    before = "assistant"
     for place, message in enumerate(messages[start:], start + 1):
-        expected = "assistant" if (place - start) % 2 == 0 else "user"
-        if message.role == "system":
+        role = message.role
+        if role == "system":
             return f"message {place} is a system message, which may only come first, once"
-        if message.role != expected:
-            if place == start + 1:
-                return "the assistant speaks first"
-            return f"message {place} is a second {message.role} turn in a row"
-    if messages[-1].role == ends_with:
+        if role == "tool" and before in ("user", "assistant"):
+            return f"message {place} is the result of a tool, and message {place - 1} calls none"
+        if before == "call" and role != "tool":
+            return f"message {place - 1} calls a tool, and message {place} is not the result"
+        if before == "tool" and role == "user":
+            return f"message {place} is a user turn, and the result before it has no answer"
+        if role == "assistant" and place == start + 1:
+            return "the assistant speaks first"
+        if role == before != "tool":
+            return f"message {place} is a second {role} turn in a row"
+        before = "call" if getattr(message, "tool_calls", ()) else role
+    ended = "user" if messages[-1].role == "tool" else messages[-1].role
+    if ended == ends_with:
         return None
+    if messages[-1].role == "tool":
+        return "the last message is the result of a tool, with no answer to learn"
     if ends_with == "assistant":
         return "the last turn is the user's, with no answer to learn"
     return "the last turn is the assistant's, with nothing to answer"
@@ -222,7 +302,48 @@ def read_messages(value: Any, label: str, notes: Notes) -> list[Message]:
         message = _message(turn, where, notes)
         if message is not None:
             messages.append(message)
-    return messages
+    return _named(messages, notes) if any(m.role == "tool" for m in messages) else messages
+
+
+def _named(messages: list[Message], notes: Notes) -> list[Message]:
+    """Give each result the name of the tool that was called: by its id, or by its place."""
+    calls: Sequence[ToolCall] = ()
+    place = 0
+    named = []
+    for number, message in enumerate(messages, 1):
+        if message.role != "tool":
+            calls, place = message.tool_calls, 0
+        else:
+            name = next(
+                (c.name for c in calls if c.id and c.id == message.tool_call_id), message.name
+            )
+            if name is None and message.tool_call_id is None and place < len(calls):
+                name = calls[place].name
+            if name is None and calls:
+                notes.problems.append(
+                    f"message {number} is the result of no call before it: give it the `name` of "
+                    "the tool, or the `id` of its call as `tool_call_id`"
+                )
+            assert isinstance(message, ToolMessage)
+            message, place = dataclasses.replace(message, name=name), place + 1
+        named.append(message)
+    return named
+
+
+def put_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Put the tools of a conversation into its system message, an empty one if it has none."""
+    if not tools:
+        return list(messages)
+    first = messages[0] if messages and messages[0].role == "system" else Message("system", "")
+    system = ToolMessage("system", first.content, tools=tuple(tools))
+    rest = messages[1:] if messages and messages[0] is first else messages
+    return [system, *(_declared(message, tools) for message in rest)]
+
+
+def _declared(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
+    if not isinstance(message, ToolMessage) or not message.tool_calls:
+        return message
+    return dataclasses.replace(message, tool_calls=declared_arguments(message.tool_calls, tools))
 
 
 def _turns(value: Any, label: str, notes: Notes) -> Sequence[Any]:
@@ -321,8 +442,13 @@ def _any_message(
     before = len(notes.problems)
     role = _pick(turn, keys.roles, label, notes)
     trained, thought = _look_at_others(turn, keys.others, role, label, notes)
-    if _role_name(role) in _TOOL_ROLES:
-        notes.problems.append(f"{label} has the role {role!r}: it {Meaning.TOOLS.value}")
+    called = [key for key in _CALL_KEYS if not is_blank(turn.get(key))]
+    if _role_name(role) in (*_RESULT_ROLES, *_CALL_ROLES) or called:
+        message = _tool_message(turn, keys, role, called, trained, label, notes)
+        if message is None or not thought or message.role != "assistant":
+            return message
+        text = "\n\n".join([*thought, *([message.content] if message.content else [])])
+        return dataclasses.replace(message, content=text)
     if len(notes.problems) > before:
         return None
     if not keys.roles or not keys.contents:
@@ -341,8 +467,57 @@ def _any_message(
     return Message(known, text, trained)
 
 
+def _tool_message(
+    turn: Mapping[Any, Any],
+    keys: "_Keys",
+    role: Any,
+    called: Sequence[str],
+    trained: bool,
+    label: str,
+    notes: Notes,
+) -> Message | None:
+    """Read an answer that calls tools, or the result of a call."""
+    before = len(notes.problems)
+    where = f"{label} ({_decoded(role)})"
+    content = _pick(turn, keys.contents, label, notes)
+    if _role_name(role) in _RESULT_ROLES:
+        given = (turn.get("name"), turn.get("tool_call_id"))
+        name, call = (None if is_blank(value) else str(value) for value in given)
+        if isinstance(content, Mapping) and set(content) == {"name", "response"}:
+            name, content = str(content["name"]), content["response"]
+        text, data = read_result(content) if not _is_parts(content) else (
+            read_content(content, where, notes)[0], None
+        )  # fmt: skip
+        if is_blank(content):
+            notes.problems.append(f"{where} is empty: write what the tool returned")
+        message = ToolMessage("tool", text, name=name, tool_call_id=call, data=data)
+    else:
+        if _role_name(role) in _CALL_ROLES:
+            calls, text = read_calls(content, where, notes.problems), ""
+        else:
+            if ROLES.get(_role_name(role)) != "assistant":
+                notes.problems.append(f"{where} calls a tool, which only an assistant does")
+            name = f"`{called[0]}` of {label}"
+            calls = read_calls(turn[called[0]], name, notes.problems)
+            text = "" if is_blank(content) else read_content(content, where, notes)[0]
+        message = ToolMessage("assistant", text, trained, tool_calls=calls)
+    return message if len(notes.problems) == before else None
+
+
+def _is_parts(content: Any) -> bool:
+    return (
+        is_list(content)
+        and len(content) > 0
+        and all(isinstance(part, Mapping) and "type" in part for part in content)
+    )
+
+
 def _written_message(message: Message, label: str, notes: Notes) -> Message | None:
     known = _known_role(message.role, label, notes)
+    if isinstance(message, ToolMessage):
+        return message
+    if known == "tool":
+        return ToolMessage("tool", message.content)
     if known is None or (known == "system" and is_empty(message.content)):
         return None
     text = read_text(message.content, f"{label} ({message.role})", notes.problems)
@@ -379,12 +554,12 @@ def _role_name(role: Any) -> str:
     return role.strip().lower() if isinstance(role, str) else ""
 
 
-_KNOWN_ROLES = {*ROLES, *_TOOL_ROLES}
+_KNOWN_ROLES = {*ROLES, *_RESULT_ROLES, *_CALL_ROLES}
 
 
 def _known_role(role: Any, label: str, notes: Notes) -> Role | None:
     known = ROLES.get(role) if isinstance(role, str) else None
-    known = known or ROLES.get(_role_name(role))
+    known = known or ROLES.get(_role_name(role)) or ("tool" if role == "tool" else None)
     if known is None:
         notes.problems.append(
             f"{label} has the unknown role {shorten(_decoded(role))} (known: {', '.join(ROLES)})"
@@ -422,7 +597,7 @@ def _look_at_others(
     thoughts: list[str] = []
     for key, meaning in others:
         value = turn[key]
-        if is_blank(value):
+        if is_blank(value) or _is_read_with_calls(key, role):
             continue
         if meaning is Meaning.WEIGHT:
             flag = read_flag(value)
@@ -440,6 +615,13 @@ def _look_at_others(
             assert meaning is not None
             notes.problems.append(f"`{key}` of {label} {meaning.value}")
     return trained, thoughts
+
+
+def _is_read_with_calls(key: Any, role: Any) -> bool:
+    """Tell whether a key of a message is one of a call or its result."""
+    if _role_name(role) in _RESULT_ROLES:
+        return key in ("name", "tool_call_id")
+    return key in _CALL_KEYS
 
 
 def read_flag(value: Any) -> bool | None:

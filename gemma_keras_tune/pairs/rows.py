@@ -15,6 +15,7 @@ from gemma_keras_tune.pairs.conversations import (
     find_messages,
     is_message,
     may_hold_messages,
+    put_tools,
     read_content,
     read_flag,
     read_messages,
@@ -24,6 +25,7 @@ from gemma_keras_tune.pairs.schemas import (
     PREFERRED_KEYS,
     SCHEMAS,
     SYSTEM_KEYS,
+    TOOL_KEYS,
     Schema,
     describe_missing,
     describe_unknown,
@@ -32,6 +34,7 @@ from gemma_keras_tune.pairs.schemas import (
     spell_keys,
 )
 from gemma_keras_tune.pairs.sources import Broken
+from gemma_keras_tune.pairs.tools import read_tools
 from gemma_keras_tune.pairs.unused import Meaning, Unused, meaning_of
 from gemma_keras_tune.pairs.values import (
     ReadingError,
@@ -53,7 +56,8 @@ class Pair:
     """One row to train on: a conversation that ends with the assistant's answer.
 
     Attributes:
-        messages: At most one system message, first; then user and assistant in turn.
+        messages: At most one system message, first; then user and assistant in turn. After an
+            answer that calls tools come their results, and the next answer.
         row: The row's number in its source, from 1.
         line: The line it begins on, from 1, where the source is a file of lines.
         file: The file's name, where the source is a folder.
@@ -72,12 +76,12 @@ class Pair:
     @property
     def prompt(self) -> str:
         """Text of the user's last message."""
-        return self.messages[-2].content
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
 
     @property
     def response(self) -> str:
-        """Text of the last message, the assistant's."""
-        return self.messages[-1].content
+        """Text of the last message, the assistant's; calls of tools as JSON."""
+        return self.messages[-1].written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +103,14 @@ class _Layout:
         schema: The schema they fit.
         names: The row's own spelling of plain keys.
         system: The keys of system messages.
+        tools: The keys of the tools that a conversation may use.
         others: The keys that are left, with what they mean.
     """
 
     schema: Schema
     names: Mapping[str, Any]
     system: tuple[Any, ...]
+    tools: tuple[Any, ...]
     others: tuple[tuple[Any, Meaning | None], ...]
 
 
@@ -156,7 +162,7 @@ class RowReader:
         wanted = (*layout.schema.keys, *layout.schema.below)
         used_names = [layout.names[key] for key in wanted if key in layout.names]
         meant = [key for key, meaning in layout.others if meaning is not None]
-        return tuple(dict.fromkeys((*used_names, *layout.system, *meant)))
+        return tuple(dict.fromkeys((*used_names, *layout.system, *layout.tools, *meant)))
 
     def _read_list(self, record: Sequence[Any], unused: Unused) -> tuple[Message, ...]:
         first = record[0] if record else None
@@ -231,9 +237,14 @@ class RowReader:
             system = tuple(names[key] for key in SYSTEM_KEYS if key in names)
         if missing:
             raise ReadingError([describe_missing(key, keys) for key in missing])
-        used = {*system, *(names[key] for key in (*schema.keys, *schema.below) if key in names)}
+        tools = tuple(names[key] for key in TOOL_KEYS if key in names)
+        used = {
+            *system,
+            *tools,
+            *(names[key] for key in (*schema.keys, *schema.below) if key in names),
+        }
         others = tuple((key, self._meaning(key)) for key in keys if key not in used)
-        return _Layout(schema, names, system, others)
+        return _Layout(schema, names, system, tools, others)
 
     def _preferred(self, keys: tuple[Any, ...], names: Mapping[str, Any]) -> Schema:
         found = preference_schema(names)
@@ -289,12 +300,15 @@ class RowReader:
         below = [layout.names[key] for key in schema.below if key in layout.names]
         labels = (f"`{prompt_key}`", f"`{answer_key}`")
         optional = (*below, *layout.system)
+        tool_keys = layout.tools
 
         def read(record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
             prompt, answer = record[prompt_key], record[answer_key]
             plain = type(prompt) is str and type(answer) is str
             for key in optional:
                 plain = plain and is_empty(record[key])
+            for key in tool_keys:
+                plain = plain and is_blank(record[key])
             if plain and not layout.others:
                 found = _plain_pair(prompt, answer, labels, [])
                 if found is not None:
@@ -307,7 +321,8 @@ class RowReader:
                     return found
             prompt = _join_below(record, prompt_key, below, notes)
             system = _system(record, layout.system, notes)
-            return _pair_messages(prompt, answer, labels, system, thoughts, notes)
+            tools = _tools(record, tool_keys, notes)
+            return _pair_messages(prompt, answer, labels, system, thoughts, notes, tools)
 
         return read
 
@@ -319,6 +334,7 @@ class RowReader:
             thoughts = _look_at_others(record, layout.others, notes)
             messages = read_messages(record[key], label, notes)
             messages = _put_system(messages, _system(record, layout.system, notes), notes)
+            messages = put_tools(messages, _tools(record, layout.tools, notes))
             return check_conversation(_with_thoughts(messages, thoughts), label, notes.problems)
 
         return read
@@ -410,6 +426,7 @@ def _pair_messages(
     system: Message | None,
     thoughts: Sequence[str],
     notes: Notes,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[Message, ...]:
     asked = find_messages(prompt, labels[0])
     if asked is not None:
@@ -424,7 +441,7 @@ def _pair_messages(
     else:
         answers = [Message("assistant", _answer_text(answer, labels[1], notes))]
     messages = _put_system(_join_turns(prompts, answers), system, notes)
-    messages = _with_thoughts(messages, thoughts)
+    messages = put_tools(_with_thoughts(messages, thoughts), tools)
     return check_conversation(messages, labels[asked is None], notes.problems)
 
 
@@ -450,7 +467,7 @@ def _join_turns(prompts: list[Message], answers: list[Message]) -> list[Message]
     asked = [message for message in prompts if message.role != "system"]
     said = [message for message in answers if message.role != "system"]
     repeated = len(said) >= len(asked) and all(
-        (a.role, a.content.strip()) == (b.role, b.content.strip())
+        (a.role, a.written.strip()) == (b.role, b.written.strip())
         for a, b in zip(asked, said, strict=False)
     )
     if not repeated:
@@ -466,6 +483,18 @@ def _with_thoughts(messages: list[Message], thoughts: Sequence[str]) -> list[Mes
     last = messages[-1]
     content = "\n\n".join([*thoughts, last.content])
     return [*messages[:-1], dataclasses.replace(last, content=content)]
+
+
+def _tools(
+    record: Mapping[Any, Any], keys: tuple[Any, ...], notes: Notes
+) -> tuple[Mapping[str, Any], ...]:
+    """Read the tools of a row from the first key that has some."""
+    filled = [key for key in keys if not is_blank(record[key])]
+    for key in filled[1:]:
+        notes.unused.add(f"`{key}` beside `{filled[0]}`", record[key])
+    if not filled:
+        return ()
+    return read_tools(record[filled[0]], f"`{filled[0]}`", notes.unused, notes.problems)
 
 
 def _system(record: Mapping[Any, Any], keys: tuple[Any, ...], notes: Notes) -> Message | None:

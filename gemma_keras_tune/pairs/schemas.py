@@ -51,6 +51,7 @@ SCHEMAS = (
 )
 # Read where a row has one of them and its conversation does not begin with a system message.
 SYSTEM_KEYS = ("system", "system_prompt", "systeminstruction", "system_instruction")
+TOOL_KEYS = ("tools", "functions", "available_tools")  # JSON schemas
 # Of the preferred answer. The prompt is that of any schema, or in the answer.
 PREFERRED_KEYS = (
     "chosen", "chosen_messages", "chosen_response", "chosen_answer", "preferred_output",
@@ -62,7 +63,7 @@ def known_schemas() -> str:
     """List the keys a row may have, one schema a line, as error messages show them."""
     lines = [f"    {schema}" for schema in SCHEMAS]
     lines.append("    each with system, system_prompt or systemInstruction for a system message, "
-                 "if you like")  # fmt: skip
+                 "and tools for JSON schemas, if you like")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ def _opening(pair: Pair) -> int:
     for message in pair.messages:
         if message.role == "assistant":
             break
-        parts += (message.role, message.content)
+        parts += (message.role, message.written)
     return hash(tuple(parts))
 
 

@@ -15,8 +15,8 @@ class Meaning(enum.Enum):
     """The ways in which a key changes what a row or a message means, with the reason to refuse."""
 
     TOOLS = (
-        "holds tool calls or tools, which are not trained yet: leave the row out, or write the "
-        "calls into the text yourself"
+        "holds tool calls or tools in a form that is not read: give `tools` beside `messages`, "
+        "calls as `tool_calls` of the assistant and results as messages of the role `tool`"
     )
     MEDIA = "holds images, audio, video or files, and this library tunes text alone"
     REASONING = (
@@ -45,8 +45,8 @@ def _keys(text: str, meaning: Meaning) -> dict[str, Meaning]:
 # Keys in lower case, without underscores, hyphens and spaces.
 _MEANINGS = {
     **_keys(
-        "tools toolcalls toolcall toolcallid toolresults toolresult tooluse toolchoice functions "
-        "function functioncall functioncalls functionresponse availabletools",
+        "tools toolcalls toolcall toolcallid toolresults toolresult toolresponses tooluse "
+        "functions function functioncall functioncalls functionresponse availabletools",
         Meaning.TOOLS,
     ),
     **_keys("inlinedata filedata attachments files pixelvalues inputfeatures", Meaning.MEDIA),

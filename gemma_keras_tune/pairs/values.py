@@ -32,9 +32,9 @@ def read_text(value: Any, label: str, problems: list[str]) -> str:
             problems.append(f"{label} is not UTF-8: byte 0x{byte:02x} at byte {error.start + 1}")
             return ""
     if isinstance(value, str):
-        if value and not value.isspace() and not _unreadable(value):
+        if value and not value.isspace() and not unreadable(value):
             return str(value)
-        problems.append(f"{label} {_unreadable(value) or 'is empty'}")
+        problems.append(f"{label} {unreadable(value) or 'is empty'}")
     elif is_missing(value):
         problems.append(f"{label} is missing (its value is {value!r})")
     else:
@@ -42,7 +42,7 @@ def read_text(value: Any, label: str, problems: list[str]) -> str:
     return ""
 
 
-def _unreadable(text: str) -> str | None:
+def unreadable(text: str) -> str | None:
     """Say why text from a file or a JSON escape is not Unicode text."""
     try:
         text.encode()

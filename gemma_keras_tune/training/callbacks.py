@@ -2,24 +2,28 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from gemma_keras_tune.errors import TrainingError
+from gemma_keras_tune.training.optimizer import follows_schedule
 
 # Keras's callbacks that save the model, or load it, in Keras's own way.
 _SAVING = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
+# Those that set the learning rate, which Keras refuses where it follows a schedule.
+_SETTING_RATE = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
 
-def callback_problems(callbacks: Any, method: str) -> list[str]:
-    """Name the callbacks that cannot work, because of the way they save and load the model.
+def callback_problems(callbacks: Any, method: str, optimizer: Any = "auto") -> list[str]:
+    """Name the callbacks that cannot work with LoRA, or with the optimizer of a run.
 
     Args:
         callbacks: As `tune` takes them.
         method: `"lora"` or `"full"`.
+        optimizer: As `tune` takes it.
 
     Returns:
         One line for each.
@@ -31,6 +35,12 @@ def callback_problems(callbacks: Any, method: str) -> list[str]:
         name = type(callback).__name__
         if not isinstance(callback, keras.callbacks.Callback):
             problems.append(f"`callbacks` must hold Keras callbacks. Received: {callback!r}")
+        elif isinstance(callback, _SETTING_RATE) and follows_schedule(optimizer):
+            problems.append(
+                f"`callbacks`: {name} sets the learning rate, and the optimizer follows a "
+                "schedule. Pass `optimizer=keras.optimizers.AdamW(5e-4)`, whose rate it can set; "
+                f"or leave {name} out, and pass a Keras schedule as `learning_rate`"
+            )
         elif not isinstance(callback, _SAVING):
             continue
         elif method == "lora":
@@ -115,7 +125,9 @@ class HeldValues(keras.callbacks.Callback):
             error: The reason; it gets a note where the values are lost.
         """
         # That a variable is without a value can be told by its private `_value` alone.
-        empty = [(v, value) for v, value in self._values if v._value is None]
+        empty = [
+            (v, value) for v, value in self._values if v._value is None or v._value.is_deleted()
+        ]
         for variable, value in empty:
             if not value.is_deleted():
                 variable.assign(value)
@@ -154,6 +166,26 @@ class FiniteLoss(keras.callbacks.Callback):
         )
 
 
+class Interruptible(keras.callbacks.Callback):
+    """Raises a held interrupt between two steps, where the model has the weights of whole steps.
+
+    Within a step it would lose them: Keras gives the old ones away, and has not yet got the new.
+
+    Args:
+        raise_held: As `held_interrupts` yields it.
+    """
+
+    def __init__(self, raise_held: Callable[[], None]) -> None:
+        super().__init__()
+        self._raise_held = raise_held
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Raise the interrupt, if there was one."""
+        self._raise_held()
+
+    on_test_batch_begin = on_train_batch_begin
+
+
 class TuningProgress(keras.callbacks.Callback):
     """Draws a progress bar over the whole run: loss, tokens a second, time left.
 
@@ -178,6 +210,7 @@ class TuningProgress(keras.callbacks.Callback):
         self.seconds = 0.0
         self.done = 0
         self.rates: list[tuple[float, int]] = []
+        self._bar: Any = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Open the bar."""
@@ -210,4 +243,9 @@ class TuningProgress(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close the bar."""
         self.seconds = time.perf_counter() - self._begin
-        self._bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, where there is one."""
+        if self._bar is not None:
+            self._bar.close()

@@ -15,9 +15,11 @@ import keras
 from keras import ops
 
 from gemma_keras_tune._support.backend import check_backend
+from gemma_keras_tune._support.interrupts import held_interrupts
 from gemma_keras_tune._support.memory import free_memory, kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import GemmaTuneError, LoraError, PlanError
+from gemma_keras_tune.gemma.attention import keep_soft_cap
 from gemma_keras_tune.gemma.families import (
     backbone_inputs,
     decoder_blocks,
@@ -26,7 +28,7 @@ from gemma_keras_tune.gemma.families import (
 )
 from gemma_keras_tune.gemma.recomputation import recomputed
 from gemma_keras_tune.gemma.state import training
-from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues
+from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues, Interruptible
 from gemma_keras_tune.training.losses import token_cross_entropy
 from gemma_keras_tune.training.memory import CheckedStep, StepOptions, step_bytes, what_helps
 from gemma_keras_tune.training.optimizer import (
@@ -74,6 +76,7 @@ class TuningModel(keras.Model):
         self._free_memory = free_memory()
         _check_trainable(model)
         family_of(model).head(model).check_floating(LoraError)
+        keep_soft_cap(model.backbone)
         self.backbone = model.backbone
         # A function is not tracked. Of a tracked task Keras would draw a batch, to build its
         # preprocessor.
@@ -175,6 +178,9 @@ class TuningModel(keras.Model):
         It waits for answers that other threads are writing with the model. Until it returns, calls
         of other threads that need the model raise a `TrainingError`.
 
+        A Ctrl-C, or the stop button of a notebook, takes effect after the step that runs: the model
+        has the weights of that step. A second one takes effect at once.
+
         Raises:
             TrainingError: A loss or gradient was not finite: the weights are those before that
                 step. Or another thread trains the model.
@@ -183,9 +189,10 @@ class TuningModel(keras.Model):
         call = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = keras.tree.flatten(call.arguments.get("callbacks") or [])
         held = HeldValues()
-        call.arguments["callbacks"] = [held, FiniteLoss(), *callbacks]
         try:
-            with training(self.gemma), kept_memory():
+            with training(self.gemma), kept_memory(), held_interrupts() as raise_held:
+                ours = [held, FiniteLoss(), Interruptible(raise_held)]
+                call.arguments["callbacks"] = [*ours, *callbacks]
                 return super().fit(*call.args, **call.kwargs)
         except BaseException as error:
             held.put_back(error)

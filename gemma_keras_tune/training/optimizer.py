@@ -213,6 +213,14 @@ def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
+def follows_schedule(optimizer: Any) -> bool:
+    """Tell if the learning rate of an optimizer, as `tune` takes it, follows a schedule."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return True  # `make_optimizer` makes it
+    rate = inner_optimizer(optimizer).get_config()["learning_rate"]
+    return not isinstance(rate, (int, float))
+
+
 def batches_per_step(optimizer: keras.optimizers.Optimizer) -> int:
     """Count the batches whose gradients an optimizer accumulates for one step."""
     return inner_optimizer(optimizer).gradient_accumulation_steps or 1

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import keras
 
 from gemma_keras_tune.adapters.active import adapter_config
-from gemma_keras_tune.adapters.lora import TARGET_GROUPS, LoraConfig, is_lora_on
+from gemma_keras_tune.adapters.lora import TARGET_GROUPS, LoraConfig, check_targets, is_lora_on
 from gemma_keras_tune.errors import LoraError, PairsError, PlanError
 from gemma_keras_tune.gemma.families import context_length, family_of
 from gemma_keras_tune.gemma.state import locked
@@ -49,7 +49,44 @@ def make_plan(
         LoadError: The model cannot be opened.
     """
     resolved = resolve_settings(settings, validation_data=validation_data)
-    return prepare_run(load(model), pairs, validation_data, resolved).plan
+    return prepare_run(open_model(model, resolved), pairs, validation_data, resolved).plan
+
+
+def open_model(model: keras.Model | str, settings: Mapping[str, Any]) -> keras.Model:
+    """Load a model by its name, after the names in the settings have been looked at.
+
+    Args:
+        model: A KerasHub Gemma, or anything `load` takes.
+        settings: Every setting, as `resolve_settings` gives it.
+
+    Returns:
+        The model.
+
+    Raises:
+        TemplateError: As `check_names`.
+        LoraError: As `check_names`.
+        LoadError: The model cannot be opened.
+    """
+    if not isinstance(model, keras.Model):
+        check_names(settings)
+    return load(model)
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse names of templates and layers that no model has, before one is loaded.
+
+    Args:
+        settings: Every setting, as `resolve_settings` gives it.
+
+    Raises:
+        TemplateError: There is no such template, or its placeholders are wrong.
+        LoraError: No Gemma has layers of such a name.
+    """
+    if isinstance(settings["template"], str) and settings["template"] != "auto":
+        get_template(None, settings["template"])
+    targets = settings["target_modules"]
+    if settings["method"] == "lora" and targets not in ("auto", None):
+        check_targets(targets)
 
 
 @dataclasses.dataclass(frozen=True)

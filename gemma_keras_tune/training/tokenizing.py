@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune.errors import PairsError, warn_of_pairs
+from gemma_keras_tune.errors import PairsError, TemplateError, warn_of_pairs
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Segment, Template, get_template
 from gemma_keras_tune.pairs import Pair, read_pairs
@@ -118,10 +118,11 @@ def tokenize_pairs(
     encoder = RowTokenizer(model.preprocessor.tokenizer)
     limit = _Limit(max_length, overlong)
     spool = _Spool()
-    pairs = iter(source)
+    refused = _Refused()
+    pairs = refused.written(iter(source), template, on_pair)
     while True:
         places = _Places()
-        segments = _segments(itertools.islice(pairs, _ROWS_AT_ONCE), template, places, on_pair)
+        segments = _segments(itertools.islice(pairs, _ROWS_AT_ONCE), places)
         encoded = encoder.encode_rows(segments)
         if not places.rows:
             break
@@ -129,6 +130,8 @@ def tokenize_pairs(
     errors = PairsErrors()
     with errors.collect():
         source.raise_for_problems()
+    with errors.collect():
+        refused.raise_for_problems(template)
     with errors.collect():
         limit.raise_for_problems()
     errors.raise_all()
@@ -158,17 +161,44 @@ class _Places:
 
 
 def _segments(
-    pairs: Iterable[Pair],
-    template: Template,
-    places: _Places,
-    on_pair: Callable[[Pair], None] | None,
+    rows: Iterable[tuple[Pair, Sequence[Segment]]], places: _Places
 ) -> Iterator[Sequence[Segment]]:
     """Yield the segments of each pair, and note its place."""
-    for pair in pairs:
-        if on_pair:
-            on_pair(pair)
+    for pair, segments in rows:
         places.add(pair)
-        yield template.segments(pair.messages)
+        yield segments
+
+
+class _Refused:
+    """Writes pairs with a template, and remembers those that it cannot write."""
+
+    def __init__(self) -> None:
+        self._found = Findings()
+        self._next_steps: dict[str | None, None] = {}
+
+    def written(
+        self, pairs: Iterable[Pair], template: Template, on_pair: Callable[[Pair], None] | None
+    ) -> Iterator[tuple[Pair, Sequence[Segment]]]:
+        for pair in pairs:
+            if on_pair:
+                on_pair(pair)
+            try:
+                segments = template.segments(pair.messages)
+            except TemplateError as error:
+                texts = error.problems or (error.headline,)
+                self._found.add(pair.row, pair.line, pair.file, texts)
+                self._next_steps[error.next_step] = None
+                continue
+            yield pair, segments
+
+    def raise_for_problems(self, template: Template) -> None:
+        if rows := len(self._found.row_numbers()):
+            raise PairsError(
+                f"{rows:,} row{'s' * (rows > 1)} cannot be written with the template "
+                f"{template.name!r}.",
+                self._found.lines(),
+                "\n".join(step for step in self._next_steps if step) or None,
+            )
 
 
 class _Spool:

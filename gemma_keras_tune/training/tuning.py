@@ -1,5 +1,6 @@
 """`tune`: plan, then the public steps in order."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune._support.compilation import compilation_cache
+from gemma_keras_tune._support.interrupts import held_interrupts
 from gemma_keras_tune._support.pictures import history_figure
 from gemma_keras_tune.adapters.active import adapter_config
 from gemma_keras_tune.adapters.lora import (
@@ -17,7 +19,6 @@ from gemma_keras_tune.adapters.lora import (
     lora_config,
 )
 from gemma_keras_tune.gemma.templates import attach_template
-from gemma_keras_tune.loading.loader import load
 from gemma_keras_tune.training.callbacks import BestWeights, TuningProgress
 from gemma_keras_tune.training.model import TuningModel
 from gemma_keras_tune.training.optimizer import (
@@ -27,7 +28,7 @@ from gemma_keras_tune.training.optimizer import (
     schedule_from_config,
 )
 from gemma_keras_tune.training.planning import Plan, resolve_settings
-from gemma_keras_tune.training.preparing import Run, prepare_run
+from gemma_keras_tune.training.preparing import Run, open_model, prepare_run
 from gemma_keras_tune.training.settings import Settings, takes_settings
 
 
@@ -83,6 +84,10 @@ def tune(
     The loss is the cross entropy of the responses' tokens alone, the stop token among them; the
     learning rate rises linearly, then falls along a cosine; the optimizer is AdamW.
 
+    A model that has an adapter, from `load_adapter` or an earlier run, is tuned further with it. A
+    Ctrl-C, or the stop button of a notebook, ends the run after the step that is running, and the
+    model keeps what it learned until then, with LoRA on.
+
     Args:
         model: A KerasHub Gemma `CausalLM`, or anything `load` takes. It is tuned in place.
         pairs: Anything `read_pairs` takes.
@@ -108,17 +113,18 @@ def tune(
     resolved = resolve_settings(
         settings, plan, callbacks=callbacks, validation_data=validation_data
     )
-    model = load(model)
+    model = open_model(model, resolved)
     run = prepare_run(model, pairs, validation_data, resolved)
     if verbose:
         print(run.plan)
-    prepare_weights(model, run.plan, verbose)
-    attach_template(model, run.template)
+    with held_interrupts():
+        prepare_weights(model, run.plan, verbose)
+        attach_template(model, run.template)
     prepared = time.perf_counter() - begin
     progress = TuningProgress(
         run.plan.batches, run.plan.tokens * run.plan.epochs, disable=not verbose
     )
-    with compilation_cache():
+    with contextlib.closing(progress), compilation_cache():
         trainer = _train(
             model, run, settings.get("optimizer", "auto"),
             [progress, *callbacks, *_stopping(run.plan)],

@@ -6,6 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import keras
+import pytest
+import tensorflow as tf
+
+from gemma_keras_tune._support import backend
+
 JAX = importlib.metadata.version("jax")
 JAXLIB = importlib.metadata.version("jaxlib")
 PLUGINS = ("jax_cuda12_plugin", "jax_rocm60_plugin", "libtpu")
@@ -16,6 +23,10 @@ from gemma_keras_tune import testing
 model = testing.tiny_model("gemma3", num_layers=1)
 for _ in range(2):
     gkt.load(model)
+"""
+SAY_MEMORY = """
+import os, sys
+print(*(v for k, v in os.environ.items() if "_CLIENT_" in k), file=sys.stderr)
 """
 OURS = "JAX runs on the CPU, though a plugin for an accelerator is installed"
 JAXS = "JAX plugin jax_cuda12_plugin version 0.0.1 is installed, but it is not compatible"
@@ -64,3 +75,46 @@ def test_an_accelerator_that_is_not_used_is_told_once_and_so_is_what_jax_says(tm
 def test_nothing_is_told_where_the_cpu_is_chosen(tmp_path):
     install(tmp_path, "jax_cuda12_plugin")
     assert OURS not in said(USE, tmp_path, JAX_PLATFORMS="cpu")
+
+
+def test_a_module_that_pip_has_replaced_is_told_with_both_versions(tmp_path):
+    loaded = "import pyarrow; pyarrow.__version__ = '18.1.0'\n"
+    text = said(loaded + USE, tmp_path)
+    installed = importlib.metadata.version("pyarrow")
+    assert text.count(f"pyarrow 18.1.0 is loaded, {installed} is installed. Restart it") == 1
+    assert "numpy" not in text
+
+
+def test_jax_takes_most_of_a_gpu_unless_the_user_says_how_it_allocates(tmp_path):
+    install(tmp_path, "jax_cuda12_plugin")
+    use = USE + SAY_MEMORY
+    assert said(use, tmp_path).endswith("0.92\n")
+    assert said(use, tmp_path, XLA_PYTHON_CLIENT_PREALLOCATE="false").endswith("\nfalse\n")
+
+
+class Accelerator:
+    platform, device_kind = "gpu", "NVIDIA T4"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_accelerator_that_is_not_used_is_told(monkeypatch, recwarn, count):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator()] * count)
+    backend._check_devices()
+    said = [str(w.message) for w in recwarn]
+    assert len(said) == count - 1
+    assert all("One of 2 devices (NVIDIA T4) is used" in text for text in said)
+    assert all("keras.distribution.DataParallel())" in text for text in said)
+
+
+def test_a_distribution_uses_all_accelerators(monkeypatch, recwarn):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator()] * 2)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: "data parallel")
+    backend._check_devices()
+    assert not list(recwarn)
+
+
+def test_tensorflow_sees_no_accelerator(monkeypatch):
+    hidden = []
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda d, kind: hidden.append((kind, d)))
+    backend._keep_tensorflow_off()
+    assert hidden == [("GPU", []), ("TPU", [])]

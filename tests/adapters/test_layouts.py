@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
@@ -154,6 +155,62 @@ def test_all_that_cannot_be_done_is_listed_at_once(model, tmp_path):
     problems = read_adapter(folder, model).problems
     assert len(problems) == len(refused)
     assert all(any(name in text for text in problems) for name in refused)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens", "lm_head", "model.embed_tokens.modules_to_save.default"]
+)
+def test_an_embedding_that_was_not_trained_is_no_part_of_it(name, dtype, model, tmp_path):
+    """PEFT's `save_embedding_layers`, and `modules_to_save` that no step moved."""
+    folder, updates = peft(model, tmp_path, modules_to_save=[name.split(".")[-1]]
+                           if name == "lm_head" else None)  # fmt: skip
+    embedding = np.asarray(model.backbone.token_embedding.embeddings).astype(dtype)
+    beside(folder, name, embedding)
+    assert_adds(read_adapter(folder, model), updates)
+    other = embedding.copy()
+    other[[7, 9]] *= 1.5
+    beside(folder, name, other)
+    (problem,) = read_adapter(folder, model).problems
+    assert f"{name}.weight: the embedding was trained too (2 of {len(other):,} rows" in problem
+    beside(folder, name, np.concatenate([embedding, embedding[:2]]))
+    (problem,) = read_adapter(folder, model).problems
+    assert "tokens were added, or it was trained on another base" in problem
+
+
+def beside(folder, name, value):
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{name}.weight": value}, file)
+
+
+def test_only_factors_are_read_whole(model, tmp_path, monkeypatch):
+    folder, updates = peft(model, tmp_path)
+    embedding = np.asarray(model.backbone.token_embedding.embeddings)
+    beside(folder, "model.embed_tokens", embedding)
+    read = []
+    stock = safetensors.safe_open
+
+    class Watched:
+        def __init__(self, *given):
+            self.file = stock(*given)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *given):
+            return self.file.__exit__(*given)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Watched)
+    assert_adds(read_adapter(folder, model), updates)
+    assert len(read) == 2 * len(updates) and all("lora_" in name for name in read)
 
 
 def test_a_path_that_is_no_adapter_says_what_to_pass(model, tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ import pytest
 from gemma_keras_tune.errors import EvaluationError
 from gemma_keras_tune.evaluation.checks import (
     CHECKS,
+    CallsNoTool,
+    CallsTool,
     Contains,
     Exact,
     Function,
@@ -42,7 +44,22 @@ def outcome(check, text, **about):
 
 
 ORDER = {"type": "object", "required": ["type"], "properties": {"n": {"type": "integer"}}}
+CALL = "<start_function_call>call:f{a:<escape>X<escape>,m:{n:1,o:2}}<end_function_call>"
+OTHER = "<start_function_call>call:g{}<end_function_call>"
+GEMMA4_CALL = '<|tool_call>call:f{a:<|"|>X<|"|>,m:{n:1,o:2}}<tool_call|>'
+BROKEN_CALL = "<start_function_call>call:f{a:X}<end_function_call>"
+WHOLE = {"m": {"o": 2, "n": 1}, "a": "X"}
 PASSES = [
+    (CallsTool("f"), f"Let me look. {CALL}"),
+    (CallsTool("f", WHOLE), CALL),
+    (CallsTool("f", WHOLE), GEMMA4_CALL),
+    (CallsTool("f", WHOLE), OTHER + CALL),
+    (CallsTool("g", {}), OTHER),
+    (CallsTool("f", {**WHOLE, "a": "x"}, ignore_case=True), CALL),
+    (CallsTool("f", {"m": {"n": 1.0}}, "subset"), CALL),
+    (CallsTool("f", {"required": ["a"]}, match="schema"), CALL),
+    (CallsNoTool(), "It is sunny."),
+    (CallsNoTool(False), CALL),
     (Exact("Paris"), " Paris\n"),
     (Exact("paris", ignore_case=True), "PARIS"),
     (Exact("STRASSE", ignore_case=True), "Straße"),
@@ -91,6 +108,18 @@ PASSES = [
     (Function(lambda prompt, text: Outcome(prompt == "a prompt", "why", 0.7)), "x"),
 ]
 FAILS = [
+    (CallsTool("f"), "It is sunny.", "it calls no tool"),
+    (CallsTool("f"), OTHER, 'it calls "g"'),
+    (CallsTool("f", {"a": "X"}), CALL, 'the arguments are {"a": "X", "m": {"n": 1, "o": 2}}'),
+    (CallsTool("f", {**WHOLE, "m": {"n": True, "o": 2}}), CALL, "the arguments are"),
+    (CallsTool("f", {"m": {"n": 2}}, "subset"), CALL, "the arguments are"),
+    (CallsTool("f", {"required": ["b"]}, "schema"), CALL, "'b' is a required property"),
+    (CallsTool("f", only=True), CALL + OTHER, "it makes 2 calls"),
+    (CallsTool("f"), CALL + BROKEN_CALL, "a malformed call: <start_function_call>call:f{a:X}"),
+    (CallsNoTool(), CALL, 'it calls "f"'),
+    (CallsNoTool(), BROKEN_CALL, "a malformed call"),
+    (CallsNoTool(False), "It is sunny.", "it calls no tool"),
+    (CallsNoTool(False), BROKEN_CALL, "a malformed call"),
     (Exact("Paris"), "paris", 'it is not "Paris"'),
     (Exact("a b"), "a  b", "it is not"),
     (Exact("a", space="keep"), "a ", "it is not"),
@@ -304,6 +333,15 @@ WRONG = [
     ({"safe": 0}, "safe: `threshold` must be a number over 0 and up to 1"),
     ({"safe": {"policy": "import os"}}, "safe has no option policy"),
     ({"function": "os.system"}, "the check 'os.system' is a Python function, which a file names"),
+    ({"calls_tool": 3}, "calls_tool: `tool` must be"),
+    ({"calls_tool": {"tool": ""}}, "calls_tool: `tool` must be"),
+    ({"calls_tool": {"tool": "f", "match": "like"}}, "`match` must be 'equal', 'subset' or 'sch"),
+    ({"calls_tool": {"tool": "f", "arguments": 3}}, "`arguments` must be a dictionary"),
+    (
+        {"calls_tool": {"tool": "f", "arguments": {"type": 3}, "match": "schema"}},
+        "this is no JSON schema",
+    ),
+    ({"calls_no_tool": "yes"}, "calls_no_tool: `expected` must be true or false"),
     ({"exakt": "a"}, "there is no check 'exakt'; checks are exact, one_of, contains"),
     ({"exact": "a", "stops": True}, 'a check is one name and what it needs, like {"exact"'),
     ("exact", "a check is one name and what it needs"),

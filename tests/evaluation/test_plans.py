@@ -9,6 +9,8 @@ import yaml
 
 from gemma_keras_tune.errors import EvaluationError, ExportError
 from gemma_keras_tune.evaluation.checks import (
+    CallsNoTool,
+    CallsTool,
     Contains,
     Exact,
     Function,
@@ -27,6 +29,14 @@ from gemma_keras_tune.evaluation.plans import Case, TestPlan
 from gemma_keras_tune.pairs import Message
 
 TALK = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
+TOOL = {"name": "f", "description": "F", "parameters": {"properties": {"a": {"type": "array"}}}}
+TOOL_TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": [2]}}]},
+    {"role": "tool", "content": {"b": [None, 1]}},
+    {"role": "assistant", "content": "x"},
+    {"role": "user", "content": "Again"},
+]
 CHECKS = (
     Exact("Paris", ignore_case=True),
     OneOf(["🍕", "🍝"]),
@@ -40,6 +50,8 @@ CHECKS = (
     Refuses(False, languages=["en"], forms=["no way"]),
     Stops(),
     Safe(0.25),
+    CallsTool("f", only=True),
+    CallsNoTool(False),
 )
 PLAN = TestPlan(
     [
@@ -47,6 +59,7 @@ PLAN = TestPlan(
         Case("two", 'Line 1\nline 2, "quoted"', "boundary", CHECKS),
         Case("three", TALK, "failure", Refuses(), 5, 0.8, ("a", "b"), 2.5, "see, here"),
         Case("vier", "Größe? 😀", "success", Number(4), tags="maß", weight=3),
+        Case("four", TOOL_TALK, "success", CallsTool("f", {"a": [1]}, "subset"), tools=[TOOL]),
     ],
     name="all",
 )
@@ -58,7 +71,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, suffix):
     again = TestPlan.from_file(path)
     assert [case.to_config() for case in again] == [case.to_config() for case in PLAN]
     assert [case.checks for case in again] == [case.checks for case in PLAN]
-    assert [case.row for case in again] == [1, 2, 3, 4]
+    assert [case.row for case in again] == [1, 2, 3, 4, 5]
     assert again.name == "all"
     assert [p.name for p in tmp_path.iterdir()] == [path.name], "nothing else is left behind"
 
@@ -67,7 +80,7 @@ def test_a_file_is_not_replaced_unasked(tmp_path):
     path = PLAN.to_file(tmp_path / "plan.jsonl")
     with pytest.raises(EvaluationError, match="already exists"):
         PLAN.to_file(path)
-    assert len(TestPlan.from_file(PLAN.to_file(path, overwrite=True))) == 4
+    assert len(TestPlan.from_file(PLAN.to_file(path, overwrite=True))) == 5
     with pytest.raises(EvaluationError, match="A test plan's file ends in"):
         PLAN.to_file(tmp_path / "plan.txt")
 
@@ -165,7 +178,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 
 def test_missing_folders_are_made_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
     path = PLAN.to_file(tmp_path / "new" / "er" / "plan.jsonl")
-    assert len(TestPlan.from_file(path)) == 4
+    assert len(TestPlan.from_file(path)) == 5
     before = path.read_bytes()
 
     def full(descriptor):

@@ -2,21 +2,26 @@
 
 import importlib.util
 import json
+import math
+import types
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
 from _quantized import quantize
+from safetensors.numpy import save_file
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.adapters.active import use_adapter
 from gemma_keras_tune.adapters.lora import get_factors, lora_linears, set_factors
 from gemma_keras_tune.exporting.receipts import read_receipt, record_answers
-from gemma_keras_tune.formats.hugging_face.reader import _with_config
+from gemma_keras_tune.formats.hugging_face.reader import INDEX, WEIGHTS, read_tensors
+from gemma_keras_tune.formats.keras_preset import largest_variable, write_preset
 from gemma_keras_tune.formats.weights import DTYPES, merged_weights, shape_problems
-from gemma_keras_tune.gemma.families import family_of
+from gemma_keras_tune.gemma.building import empty_backbone
+from gemma_keras_tune.gemma.families import FAMILIES, family_of
 
 
 def tuned(**sizes):
@@ -147,6 +152,45 @@ def test_a_preset_is_cut_into_shards_and_the_bar_goes_to_its_end(tmp_path, capsy
     assert "writing out: 100%" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma3n", "gemma4"])
+def test_a_variable_larger_than_a_file_of_weights_is_saved(family, dtype, tmp_path):
+    """KerasHub's limit of 5 GB, lowered to a kilobyte."""
+    model = testing.tiny_model(family, dtype=dtype)
+    assert largest_variable(model) > 1024
+    write_preset(model, tmp_path, shard_size=1024)
+    found = gkt.load(tmp_path, dtype=dtype)
+    assert_same(values_of(found), values_of(model))
+
+
+# Rows and width of the largest variable, at the real sizes: the inputs of each layer, or the
+# embedding.
+REAL = {
+    "gemma3n": ("embed_tokens_per_layer", dict(
+        num_hidden_layers=35, hidden_size_per_layer_input=256, vocab_size_per_layer_input=262_144,
+        intermediate_size=[24] * 35, activation_sparsity_pattern=[0.0] * 35,
+        num_kv_shared_layers=15,
+        layer_types=[*["sliding_attention"] * 4, "full_attention"] * 7, text_vocab_size=262_400,
+    ), 262_144 * 35 * 256),
+    "gemma3": ("embed_tokens", dict(
+        vocabulary_size=262_208, hidden_dim=5376, num_layers=1), 262_208 * 5376),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", REAL)
+def test_what_real_sizes_need_is_computed_without_memory(family, dtype):
+    name, sizes, count = REAL[family]
+    table = FAMILIES[family]
+    backbone = empty_backbone(table, {**table.tiny, **sizes}, dtype)
+    model = types.SimpleNamespace(backbone=backbone)
+    size = largest_variable(model)
+    assert size == count * (4 if dtype == "float32" else 2)
+    assert any(math.prod(weight.variable.shape) == count and name in weight.hugging_face
+               for weight in table.weights(backbone))  # fmt: skip
+
+
 def test_broken_weights_are_all_named():
     model = testing.tiny_model("gemma3")
     for index in (0, 1):
@@ -236,6 +280,14 @@ def test_a_quantized_preset_answers_alike(mode, int8, tmp_path):
     path = gkt.export(model, tmp_path / "out", format="keras", **options)
     verdict = gkt.verify(path)
     assert verdict.passed and not verdict.skipped
+    for dtype in ("auto", "bfloat16"):
+        loaded = gkt.load(path, dtype=dtype)
+        for found, expected in zip(loaded.backbone.weights, model.backbone.weights, strict=True):
+            if "int" in str(expected.dtype):
+                np.testing.assert_array_equal(found, expected, err_msg=found.path)
+            elif dtype == "bfloat16":
+                assert str(found.dtype) in ("bfloat16", "float32"), found.path
+    assert keras.config.dtype_policy().name == "float32"
     gkt.enable_lora(model, rank=2, verbose=0)
     try:
         for save in (gkt.save_preset, lambda m, p: gkt.export(m, p, format="keras", verbose=0)):
@@ -306,11 +358,10 @@ def test_the_cap_that_the_task_of_gemma4_brings_leaves_with_it(name, tmp_path):
 
 
 def test_an_index_beside_a_single_file_is_not_followed(tmp_path):
-    for name in ("model.safetensors", "model.safetensors.index.json", "tokenizer.model"):
-        (tmp_path / name).write_bytes(b"x")
-    with _with_config(tmp_path, {"a": 1}) as place:
-        found = {file.name for file in place.iterdir()}
-    assert found == {"config.json", "model.safetensors", "tokenizer.model"}
-    (tmp_path / "model.safetensors").unlink()
-    with _with_config(tmp_path, {"a": 1}) as place:
-        assert (place / "model.safetensors.index.json").exists()
+    save_file({"model.norm.weight": np.zeros(2, "float32")}, tmp_path / WEIGHTS)
+    save_file({"model.norm.weight": np.zeros(3, "float32")}, tmp_path / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": "other.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert read_tensors(tmp_path)["model.norm.weight"].shape == (2,)
+    (tmp_path / WEIGHTS).unlink()
+    assert read_tensors(tmp_path)["model.norm.weight"].shape == (3,)

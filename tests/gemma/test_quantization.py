@@ -37,7 +37,7 @@ def kernels(model):
 def test_every_source_is_quantized_as_keras_quantizes(source, mode, exports):
     _, paths = exports
     loaded = gkt.load(paths[source], quantize=mode)
-    whole = gkt.load(paths["keras"])
+    whole = gkt.load(paths[source])
     quantization.quantize_rest(whole, mode)
     assert family_of(loaded).head(loaded).is_floating
     for (path, ours), theirs in zip(kernels(loaded).items(), kernels(whole).values(), strict=True):

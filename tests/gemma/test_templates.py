@@ -68,7 +68,7 @@ def test_gemma4_has_a_system_role_of_its_own():
         "<|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n"
         "<|turn>model\nHello.<turn|>\n<|turn>user\nBye<turn|>\n<|turn>model\n"
     )
-    assert TEMPLATES["gemma4"].stop_tokens == ("<turn|>", "<eos>")
+    assert TEMPLATES["gemma4"].stop_tokens == ("<turn|>", "<|tool_response>", "<eos>")
 
 
 def test_large_gemma4_gets_an_empty_thought_before_the_last_answer_only():

@@ -504,3 +504,58 @@ def test_seeds_of_numpy_are_seeds():
     assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
     with pytest.raises(GenerationError, match="`seed` must be an integer"):
         generate(model, "one", max_new_tokens=8, sampler="top_p", seed=1.5)
+
+
+@pytest.mark.slow
+def test_a_temperature_draws_and_zero_does_not(model):
+    def ask(**options):
+        return generate(model, "Hello", max_new_tokens=8, template="plain", strip=False, **options)
+
+    greedy = ask()
+    assert ask(temperature=0) == ask(temperature=0.0, sampler="greedy") == greedy
+    hot = ask(temperature=5.0, seed=1)
+    stock = keras_hub.samplers.TopPSampler(p=0.95, k=64, temperature=5.0)
+    assert hot == ask(sampler=stock, seed=1) != greedy
+    streamed = stream(model, "Hello", max_new_tokens=8, template="plain", temperature=5.0, seed=1)
+    assert "".join(streamed) == hot
+    named = keras_hub.samplers.TopKSampler(temperature=5.0)
+    assert ask(sampler="top_k", temperature=5.0, seed=1) == ask(sampler=named, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(sampler="topk"), "Do you mean 'top_k'"),
+        (dict(sampler=3), "Received: 3"),
+        (dict(temperature=-1), "`temperature` must be"),
+        (dict(temperature=float("nan")), "`temperature` must be"),
+        (dict(temperature="hot"), "`temperature` must be"),
+        (dict(temperature=True), "`temperature` must be"),
+        (dict(sampler="greedy", temperature=1.0), "contradict"),
+        (dict(sampler="top_k", temperature=0), "contradict"),
+        (dict(sampler=keras_hub.samplers.TopKSampler(), temperature=0.5), "its own temperature"),
+        (dict(seed=-1), "`seed` must be an integer from 0"),
+        (dict(seed=2**40), "`seed` must be an integer from 0"),
+    ],
+)
+def test_samplers_that_are_none_are_told_by_name(model, options, words):
+    for ask in (generate, lambda *args, **kwargs: list(stream(*args, **kwargs))):
+        with pytest.raises(GenerationError, match=words):
+            ask(model, "Hello", template="plain", **options)
+
+
+def test_what_is_no_prompt_or_no_model_is_told_in_words(model):
+    for nothing in (None, 5, b"bytes"):
+        with pytest.raises(TemplateError, match="`prompts` must be a text, a conversation, or a"):
+            generate(model, nothing)
+        with pytest.raises(TemplateError, match="prompt 1: a"):
+            stream(model, nothing)
+    for ask in (generate, stream):
+        for wrong in (None, "package://gemma3_270m"):
+            with pytest.raises(
+                GenerationError, match=r"`model` must be a KerasHub Gemma.*\n.*load"
+            ):
+                ask(wrong, "Hello")
+        for half in ("Hello \ud83d", [{"role": "user", "content": "Hello \ud83d"}]):
+            with pytest.raises(TemplateError, match="half a surrogate pair at character 7"):
+                ask(model, half)

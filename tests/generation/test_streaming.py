@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import keras_hub
 import numpy as np
 import pytest
@@ -60,20 +61,36 @@ def test_it_ends_at_the_stop_token_and_does_not_print_it(model: Any) -> None:
     assert "".join(pieces) == str(tokenizer.detokenize(answer.ids[:first])), stop
 
 
+def programs_made(caplog: pytest.LogCaptureFixture, call: Any) -> list[str]:
+    """Every program, however small, that JAX compiles in a call."""
+    caplog.clear()
+    with jax.log_compiles():
+        call()
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
+
+
 @pytest.mark.slow
-def test_two_programs_serve_every_prompt_and_both_adapters(model: Any) -> None:
+def test_one_program_serves_generate_and_stream_all_prompts_and_both_adapters(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_model("gemma3", num_layers=1)
+    gkt.enable_lora(model, 2, verbose=0)
+
+    def stream(prompt: str, **options: Any) -> str:
+        return "".join(gkt.stream(model, prompt, max_new_tokens=13, **options))
+
+    assert programs_made(caplog, lambda: whole(model, "one"))
     with gkt.lora_disabled(model):
         expected = whole(model, "another and longer prompt")
-    list(gkt.stream(model, "one", max_new_tokens=13))
-    made = compiled_programs(model)
+    assert compiled_programs(model) == 1
+    assert not programs_made(caplog, lambda: stream("one"))
     with gkt.lora_disabled(model):
-        base = "".join(gkt.stream(model, "another and longer prompt", max_new_tokens=13))
-    assert compiled_programs(model) == made
+        base = stream("another and longer prompt")
     assert base == expected
     # Named, it is on for this answer alone, whatever is switched while it is written.
     named = gkt.stream(model, "another and longer prompt", max_new_tokens=13, adapter=None)
     assert next(named) + "".join(named) == base
-    assert gkt.adapters.active(model) == "default" and compiled_programs(model) == made
+    assert gkt.adapters.active(model) == "default" and compiled_programs(model) == 1
     with pytest.raises(gkt.errors.AdapterError, match="'other'"):
         gkt.stream(model, "one", adapter="other")
 

@@ -56,6 +56,21 @@ def pieces(model: Any, name: str | None) -> str:
     return "".join(stream)
 
 
+def used(model: Any, name: str | None) -> str:
+    with gkt.adapters.use(model, name):
+        answers = gkt.generate(model, ["Say something."] * 2, max_new_tokens=6, strip=False)
+    assert answers[0] == answers[1]
+    return answers[0]
+
+
+def evaluated(model: Any) -> tuple[str, str]:
+    """What an evaluation sees of the base and of the adapter that is on."""
+    case = gkt.Case(prompt="Say something.", kind="success", checks=[gkt.checks.Exact("x")])
+    report = gkt.evaluate(model, [case], max_new_tokens=6, retention=False, few_shot=0, verbose=0)
+    seen = report.cases[0].variants
+    return seen["base"][0].text, seen["tuned"][0].text
+
+
 @pytest.fixture(scope="module")
 def expected(model: Any) -> dict[str | None, str]:
     """What each answers where one thread asks."""
@@ -74,24 +89,41 @@ def wrong(run: Any, tasks: list[Any], expected: dict[str | None, str]) -> list[A
 def test_each_call_answers_with_its_own_adapter(
     model: Any, expected: dict[str | None, str]
 ) -> None:
-    tasks = [(name, how) for name in NAMES for how in (ask, ask, ask, pieces) for _ in range(9)]
+    tasks = [(name, how) for name in NAMES for how in (ask, ask, used, pieces) for _ in range(9)]
     random.Random(0).shuffle(tasks)
     assert wrong(lambda task: task[1](model, task[0]), tasks, expected) == []
     assert gkt.adapters.active(model) is None
+
+
+@pytest.mark.slow
+def test_evaluations_go_on_while_others_answer(model: Any, expected: dict[str | None, str]) -> None:
+    gkt.adapters.set(model, "one")
+    before = [(name, how) for name in NAMES for how in (ask, used, pieces) for _ in range(4)]
+    random.Random(0).shuffle(before)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        evaluations = [threads.submit(evaluated, model) for _ in range(3)]
+        answers = [threads.submit(how, model, name) for name, how in before]
+        assert [a.result() for a in answers] == [expected[name] for name, _ in before]
+        want = (expected[None].strip(), expected["one"].strip())
+        assert [tuple(t.strip() for t in e.result()) for e in evaluations] == [want] * 3
+    assert gkt.adapters.active(model) == "one"
+    gkt.adapters.set(model, None)
 
 
 def test_adapters_come_and_go_while_others_answer(
     folders: dict[str, pathlib.Path], model: Any, expected: dict[str | None, str]
 ) -> None:
     def run(task: Any) -> str:
-        name, change = task
-        if change:
-            own = f"own {threading.get_ident()}"
-            gkt.load_adapter(model, folders["one"], name=own)
-            gkt.adapters.remove(model, own)
-        return ask(model, name)
+        name, how = task
+        if how is not None:
+            return how(model, name)
+        own = f"own {threading.get_ident()}"
+        gkt.load_adapter(model, folders[name or "two"], name=own)
+        answer = ask(model, own)
+        gkt.adapters.remove(model, own)
+        return answer if name else ask(model, None)
 
-    tasks = [(name, change) for name in NAMES for change in (True, False, False, False)] * 4
+    tasks = [(name, how) for name in NAMES for how in (None, ask, used, pieces)] * 4
     random.Random(0).shuffle(tasks)
     assert wrong(run, tasks, expected) == []
     assert gkt.adapters.list(model) == ("one", "two")

@@ -136,19 +136,6 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "look", "arguments"
 @pytest.mark.parametrize(
     ("messages", "key"),
     [
-        ([user("Hi"), assistant("Let me look.", tool_calls=CALL)], "`tool_calls` of message 2"),
-        ([user("Hi"), assistant(None, tool_calls=CALL)], "`tool_calls` of message 2"),
-        ([user("Hi"), assistant("x", function_call={"name": "f"})], "`function_call` of message 2"),
-        ([user("Hi"), {"role": "tool", "content": "5"}, assistant("x")], "message 2 of `messages`"),
-        (
-            [
-                {"from": "human", "value": "Hi"},
-                {"from": "function_call", "value": "{}"},
-                {"from": "observation", "value": "5"},
-                {"from": "gpt", "value": "x"},
-            ],
-            "message 3 of `messages` has the role 'observation'",
-        ),
         (
             [user("Hi"), {"role": "model", "parts": [{"functionCall": {"name": "f"}}]}],
             "`functionCall` in a part of message 2",
@@ -172,12 +159,155 @@ def test_an_answer_in_parts_that_are_no_text_is_refused():
     )
 
 
-def test_tools_of_a_row_are_refused_by_name():
-    row = {"messages": [user("Hi"), assistant("x")], "tools": [{"name": "f"}]}
-    assert refusal(row).startswith("`tools` holds tool calls or tools, which are not trained yet")
-    assert refusal({**row, "tools": json.dumps(row["tools"])}).startswith("`tools` holds")
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks"}}
+
+
+def tools_of(pair):
+    return [tool["function"]["name"] for tool in pair.messages[0].tools]
+
+
+@pytest.mark.parametrize(
+    "tools", [[TOOL], [TOOL["function"]], json.dumps([TOOL]), np.array([TOOL]), [json.dumps(TOOL)],
+              [{"function_declarations": [TOOL["function"]]}]],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["tools", "functions", "Tools"])
+def test_tools_of_a_row(tools, key):
+    for row in ({"messages": [user("Hi"), assistant("x")]}, {"prompt": "Hi", "completion": "x"}):
+        (pair,) = read_pairs([{**row, key: tools}])
+        assert tools_of(pair) == ["look"]
+        assert [(m.role, m.content) for m in pair.messages[1:]] == [
+            ("user", "Hi"),
+            ("assistant", "x"),
+        ]
+    (pair,) = read_pairs([{**row, key: tools, "system": "Be brief."}])
+    assert tools_of(pair) == ["look"] and pair.messages[0].content == "Be brief."
+
+
+def test_empty_tools_are_none():
+    row = {"messages": [user("Hi"), assistant("x")]}
     for empty in (None, [], "[]", float("nan"), ""):
         assert one({**row, "tools": empty}) == [("user", "Hi"), ("assistant", "x")]
+
+
+def calls_of(*messages):
+    (pair,) = read_pairs([{"messages": messages, "tools": [TOOL]}])
+    return [
+        (m.content, [(c.name, c.arguments) for c in m.tool_calls], m.name)
+        for m in pair.messages[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"function": {"name": "look", "arguments": '{"at": "x", "n": [1]}'}},
+        {"function": {"name": "look", "arguments": {"at": "x", "n": [1]}}, "id": "1"},
+        {"name": "look", "arguments": {"at": "x", "n": np.array([1])}},
+        {"name": "look", "arguments": "{'at': 'x', 'n': [1]}"},
+    ],
+)
+def test_calls_of_an_answer(given):
+    for calls in ([given], given, np.array([given])):
+        read = calls_of(user("Hi"), assistant("Let me look.", tool_calls=calls))
+        assert read[1] == ("Let me look.", [("look", {"at": "x", "n": [1]})], None)
+    assert calls_of(user("Hi"), assistant(None, tool_calls=[given]))[1][0] == ""
+    legacy = assistant(None, function_call={"name": "f"})
+    assert calls_of(user("Hi"), legacy)[1] == ("", [("f", {})], None)
+
+
+def test_results_are_named_by_id_or_place():
+    two = [{**CALL[0], "id": name, "function": {"name": name}} for name in "ab"]
+    tail = assistant("x")
+    by_id = [{"role": "tool", "tool_call_id": n, "content": n.upper()} for n in "ba"]
+    read = calls_of(user("Hi"), assistant("", tool_calls=two), *by_id, tail)
+    assert read[2:] == [("B", [], "b"), ("A", [], "a"), ("x", [], None)]
+    by_place = [{"role": "tool", "content": {"n": 1}}, {"role": "function", "content": "2"}]
+    read = calls_of(user("Hi"), assistant("", tool_calls=two), *by_place, tail)
+    assert read[2:4] == [('{"n": 1}', [], "a"), ("2", [], "b")]
+    parts = [{"role": "tool", "name": "z", "content": [{"type": "text", "text": "2"}]}]
+    read = calls_of(user("Hi"), assistant("", tool_calls=two), *parts, tail)
+    assert read[2] == ("2", [], "z")
+
+
+def test_calls_and_results_as_sharegpt_has_them():
+    turns = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "look", "arguments": {"at": 1}}'},
+        {"from": "observation", "value": '{"seen": true}'},
+        {"from": "gpt", "value": "x"},
+    ]
+    (pair,) = read_pairs([{"conversations": turns, "tools": json.dumps([TOOL])}])
+    assert [m.role for m in pair.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert pair.messages[2].tool_calls[0].arguments == {"at": 1}
+    assert pair.messages[3].name == "look" and pair.messages[3].content == '{"seen": true}'
+
+
+def test_what_arrow_fills_in_is_left_out():
+    schema = {"type": "object", "properties": {"at": {"type": "string", "enum": None}, "n": None}}
+    tool = {"type": "function", "function": {"name": "look", "parameters": schema, "strict": None}}
+    call = {"function": {"name": "look", "arguments": {"at": None, "other": None}}}
+    row = {"messages": [user("Hi"), assistant("", tool_calls=[call])], "tools": [tool]}
+    (pair,) = read_pairs([row])
+    assert pair.messages[0].tools[0]["function"]["parameters"]["properties"] == {
+        "at": {"type": "string"}
+    }
+    assert pair.messages[2].tool_calls[0].arguments == {"at": None}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([user("Hi"), assistant("", tool_calls=CALL), user("?"), assistant("x")], "not the result"),
+        ([user("Hi"), {"role": "tool", "content": "5"}, assistant("x")], "message 1 calls none"),
+        (
+            [user("Hi"), assistant("", tool_calls=CALL), {"role": "tool", "content": "5"}],
+            "the result of a tool, with no answer to learn",
+        ),
+        ([user("Hi"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
+         "`arguments` of call 1 of `tool_calls` of message 2"),
+        ([user("Hi"), assistant("", tool_calls=[{"name": "f", "arguments": [1]}])], "a dictionary"),
+        ([user("Hi"), assistant("", tool_calls=[{"name": "f{}"}])], "needs a `name`"),
+        ([user("Hi"), assistant("", tool_calls="look")], "broken JSON"),
+        ([user("Hi", tool_calls=CALL), assistant("x")], "which only an assistant does"),
+        (
+            [user("Hi"), assistant("", tool_calls=CALL),
+             {"role": "tool", "tool_call_id": "9", "content": "5"}, assistant("x")],
+            "message 3 is the result of no call before it",
+        ),
+        (
+            [user("Hi"), assistant("", tool_calls=CALL), {"role": "tool", "content": ""},
+             assistant("x")],
+            "write what the tool returned",
+        ),
+    ],
+)  # fmt: skip
+def test_calls_that_cannot_be_read_are_named(messages, words):
+    assert words in refusal({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ("look", "broken JSON"),
+        ([3], "tool 1 of `tools` must be a JSON schema"),
+        ([{"description": "x"}], "tool 1 of `tools` needs a `name`"),
+        ([TOOL, TOOL], "tool 2 of `tools` has the name 'look', which another one has"),
+        ([{"name": "f", "parameters": {"type": "array"}}], "must have the type 'object'"),
+        ([{"name": "f", "parameters": "x"}], "`parameters` must be a JSON schema"),
+        ([{"name": "f", "description": 3}], "`description` must be text"),
+    ],
+)
+def test_tools_that_cannot_be_read_are_named(tools, words):
+    assert words in refusal({"messages": [user("Hi"), assistant("x")], "tools": tools})
+
+
+def test_keys_of_tools_that_are_not_used_are_told():
+    row = {"messages": [user("Hi"), assistant("x")], "tool_choice": "auto",
+           "tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}  # fmt: skip
+    source = read_pairs([row])
+    assert len(list(source)) == 1
+    assert source.unused == {"`strict` of tools": 1, "`tool_choice`": 1}
 
 
 @pytest.mark.parametrize("key", ["images", "image", "image_url", "videos", "audio", "pixel_values"])
@@ -677,7 +807,7 @@ def check_row(row, options):
         assert structured or not REPR.search(text), text
         if structured:
             json.loads(text)
-    used = [found for m in pair.messages for found in re.findall(r"word\d+word", m.content)]
+    used = [found for m in pair.messages for found in re.findall(r"word\d+word", m.written)]
     assert used and set(used) <= set(given)
     if set(given) - set(used):
         assert told, (given, used, source.unused)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import signal
 import warnings
 from contextlib import nullcontext
 
@@ -250,3 +251,42 @@ def test_a_named_optimizer_follows_a_schedule_and_a_plan_file_repeats_it(tmp_pat
     again = gkt.tune(tiny("gemma3"), pairs, plan=path, verbose=0)
     assert again.plan == plan
     np.testing.assert_allclose(again.history["loss"], result.history["loss"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_the_weights_of_whole_steps(monkeypatch):
+    """It comes where Keras has given the old weights away and has not yet got the new ones."""
+    model = testing.tiny_model("gemma3", num_layers=1)
+    options = dict(epochs=3, batch_size=2, verbose=0)
+    steps = []
+
+    def interrupt_third_step(trainer, force=False):
+        make(trainer, force)
+        step = trainer.train_function
+
+        def run(*arguments):
+            found = step(*arguments)
+            steps.append(1)
+            if len(steps) == 3:
+                signal.raise_signal(signal.SIGINT)
+            return found
+
+        trainer.train_function = run
+
+    class Factors(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.jax_state_sync()
+            seen.append(np.asarray(lora_linears(model)[0].layer.lora_kernel_a))
+
+    seen = []
+    with monkeypatch.context() as patched:
+        make = gkt.TuningModel.make_train_function
+        patched.setattr(gkt.TuningModel, "make_train_function", interrupt_third_step)
+        with pytest.raises(KeyboardInterrupt):
+            gkt.tune(model, testing.tiny_pairs(8), callbacks=[Factors()], **options)
+    assert len(steps) == len(seen) == 3
+    np.testing.assert_array_equal(lora_linears(model)[0].layer.lora_kernel_a, seen[-1])
+    assert not np.array_equal(seen[-1], seen[0])
+    assert gkt.adapters.active(model) == "default"
+    assert isinstance(gkt.generate(model, "Hello", max_new_tokens=4), str)
+    assert gkt.tune(model, testing.tiny_pairs(8), **options).plan.steps == 12

@@ -21,9 +21,12 @@ from gemma_keras_tune.evaluation.checks.text import (
     Regex,
     TextCheck,
 )
+from gemma_keras_tune.evaluation.checks.tools import CallsNoTool, CallsTool
 from gemma_keras_tune.evaluation.values import shown
 
 __all__ = [
+    "CallsNoTool",
+    "CallsTool",
     "Check",
     "Contains",
     "Exact",
@@ -45,7 +48,7 @@ CHECKS: dict[str, type[Any]] = {
     kind.name: kind
     for kind in (
         Exact, OneOf, Contains, NotContains, Regex, JsonSchema, JsonFields, Number, Length,
-        Refuses, Stops, Safe,
+        Refuses, Stops, Safe, CallsTool, CallsNoTool,
     )
 }  # fmt: skip
 

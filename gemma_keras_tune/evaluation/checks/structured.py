@@ -62,8 +62,24 @@ class JsonSchema(JsonCheck):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("schema", isinstance(self.schema, (Mapping, bool)), "a JSON schema")
-        if problem := _no_json(self.schema) or _schema_problem(self.schema):
+        if problem := not_json(self.schema) or _schema_problem(self.schema):
             raise EvaluationError(f"json_schema: this is no JSON schema: {problem}")
+
+    def problem(self, value: Any) -> str:
+        """Explain why a value is not valid; empty if it is."""
+        from referencing.exceptions import Unresolvable
+
+        try:
+            errors = list(self._validator().iter_errors(value))
+        except (ValueError, OverflowError, RecursionError) as error:
+            return f"it is not JSON: {error}"
+        except Unresolvable as error:
+            return f"the schema refers to {error.ref!r}, which is not in it"
+        except TimeoutError:
+            return f"a pattern of the schema took over {base.PATTERN_SECONDS:g} s"
+        except (regex.error, re.error) as error:
+            return f"a pattern of the schema cannot be used: {error}"
+        return "; ".join(f"{e.json_path}: {e.message}"[: base.MAX_SHOWN] for e in errors[:5])
 
     def _validator(self) -> Any:
         from jsonschema.validators import extend
@@ -80,21 +96,12 @@ class JsonSchema(JsonCheck):
 
     def check(self, prompt: str, response: Answer) -> Outcome:
         """Validate the response against the schema."""
-        from referencing.exceptions import Unresolvable
-
         try:
             value = self._parse(response.text)
-            errors = list(self._validator().iter_errors(value))
-        except (ValueError, OverflowError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             return Outcome(False, f"it is not JSON: {error}")
-        except Unresolvable as error:
-            return Outcome(False, f"the schema refers to {error.ref!r}, which is not in it")
-        except TimeoutError:
-            return Outcome(False, f"a pattern of the schema took over {base.PATTERN_SECONDS:g} s")
-        except (regex.error, re.error) as error:
-            return Outcome(False, f"a pattern of the schema cannot be used: {error}")
-        said = [f"{e.json_path}: {e.message}"[: base.MAX_SHOWN] for e in errors[:5]]
-        return Outcome(not errors, "; ".join(said))
+        problem = self.problem(value)
+        return Outcome(not problem, problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +121,13 @@ class JsonFields(JsonCheck):
     def __post_init__(self) -> None:
         good = isinstance(self.fields, Mapping) and all(isinstance(k, str) for k in self.fields)
         self._require("fields", good and bool(self.fields), "a dictionary of paths and values")
-        if problem := _no_json(self.fields):
+        if problem := not_json(self.fields):
             raise EvaluationError(f"json_fields: `fields` is no JSON: {problem}")
         super().__post_init__()
 
     def describe(self) -> str:
         """Write the check in words."""
-        wanted = ", ".join(f"{k} = {_json(v)}" for k, v in self.fields.items())
+        wanted = ", ".join(f"{k} = {json_text(v)}" for k, v in self.fields.items())
         return f"is JSON with {wanted}{' (case ignored)' if self.ignore_case else ''}"
 
     def check(self, prompt: str, response: Answer) -> Outcome:
@@ -135,16 +142,17 @@ class JsonFields(JsonCheck):
     def _problem(self, value: Any, path: str, wanted: Any) -> str:
         try:
             found = _value_at(value, path)
-            if _canonical(found, self.ignore_case) == _canonical(wanted, self.ignore_case):
+            if canonical(found, self.ignore_case) == canonical(wanted, self.ignore_case):
                 return ""
-            return f"{path} is {_json(found)}, not {_json(wanted)}"
+            return f"{path} is {json_text(found)}, not {json_text(wanted)}"
         except LookupError:
             return f"{path} is missing"
         except RecursionError:
             return f"{path} is nested too deeply"
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """Write a value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= base.MAX_SHOWN else text[: base.MAX_SHOWN - 1] + "…"
 
@@ -153,7 +161,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _no_json(value: Any) -> str:
+def not_json(value: Any) -> str:
     """Explain why a value, such as one of YAML, is no JSON; empty if it is."""
     left, count = [value], 0
     while left:
@@ -186,16 +194,16 @@ def _value_at(value: Any, path: str) -> Any:
     return _value_at(found, rest) if dot else found
 
 
-def _canonical(value: Any, ignore_case: bool) -> Any:
+def canonical(value: Any, ignore_case: bool) -> Any:
     """Make equal JSON equal in Python: 1 equals 1.0, but true is no number."""
     if isinstance(value, bool):
         return ("bool", value)
     if isinstance(value, str):
         return value.casefold() if ignore_case else value
     if isinstance(value, Mapping):
-        return {k: _canonical(v, ignore_case) for k, v in value.items()}
+        return {k: canonical(v, ignore_case) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_canonical(v, ignore_case) for v in value]
+        return [canonical(v, ignore_case) for v in value]
     return value
 
 

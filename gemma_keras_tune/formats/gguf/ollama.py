@@ -10,6 +10,7 @@ Format: https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
 import dataclasses
 import json
 import pathlib
+import warnings
 from typing import Any
 
 import keras
@@ -26,6 +27,11 @@ _TERMS = "Gemma is provided under the Gemma Terms of Use: https://ai.google.dev/
 _SYSTEM, _PROMPT, _ANSWER, _NEXT = "\ue000", "\ue001", "\ue002", "\ue003"
 _FIELDS = {_SYSTEM: "{{ .System }}", _PROMPT: "{{ .Prompt }}"}
 
+_NO_TOOLS = (
+    "The Modelfile writes no tools and no calls: Ollama's template language cannot write them as "
+    "the model was tuned. To serve tools, give the GGUF file to llama.cpp "
+    "(`llama-server --jinja`), which reads the template in it."
+)
 
 # Ollama would sample, punish what was said before, and forget everything beyond 4,096 tokens. So it
 # answers as `generate` does, and as far back as the shortest context of a Gemma reaches.
@@ -58,7 +64,10 @@ def write(
     Raises:
         ExportError: The template is a Python function, or GGUF cannot carry the model.
     """
-    text = modelfile(get_template(model))
+    template = get_template(model)
+    text = modelfile(template)
+    if template.tool_format:
+        warnings.warn(_NO_TOOLS, UserWarning, stacklevel=4)
     gguf_writer.write(model, folder, dtype=dtype, progress=progress, **options)
     (folder / MODELFILE).write_text(text, encoding="utf-8")
 

@@ -40,15 +40,18 @@ from gemma_keras_tune.gemma.families import (
     split,
 )
 from gemma_keras_tune.gemma.state import mark_origin
-from gemma_keras_tune.gemma.tables import SENTENCEPIECE
 from gemma_keras_tune.gemma.templates import Template, attach_template
 from gemma_keras_tune.gemma.vocabularies import (
     CONTROL,
     CONTROL_IDS,
+    MEDIA,
+    NORMAL,
     SPACE,
     UNK_ID,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
+    byte_type,
     scores_of_merges,
     sentencepiece_model,
 )
@@ -66,6 +69,11 @@ _MIN_PAIR, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 _CHUNK_VALUES = 1 << 20
 # Values handed over at a time of a larger embedding: XLA goes over all of it for each.
 _BLOCK_VALUES = 1 << 24
+# Towers for images and sounds that Ollama keeps in the same file, and their projectors.
+_TOWERS = {"v": "vision", "a": "audio", "mm": "projector"}
+# llama.cpp's converter says so of a tokenizer.json that comes without a tokenizer.model.
+_MERGES_ALONE = "gpt2"
+_OUTPUT = "output.weight"
 # The frequencies of the rotary embedding are computed, not learnt.
 _COMPUTED = (ROPE_FACTORS,)
 _SPLIT_COUNT = "split.count"
@@ -227,6 +235,7 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     """
     file = read_header(path)
     family = _family(file)
+    file = _without_copy_of_embedding(_without_towers(file), family)
     try:
         config = backbone_config(file, family)
         proto = tokenizer_proto(file)
@@ -246,6 +255,53 @@ def load_gguf(path: str | os.PathLike[str], *, dtype: str = "float32") -> keras.
     mark_origin(model, str(path), instruct=is_instruct(file))
     _attach_template(file, model)
     return model
+
+
+def _without_towers(file: GgufFile) -> GgufFile:
+    """Leave out what sees and hears, with a warning."""
+    found = collections.Counter(
+        tower for name in file.tensors if (tower := _TOWERS.get(name.partition(".")[0]))
+    )
+    if not found:
+        return file
+    left = ", ".join(f"{tower} ({count} tensors)" for tower, count in found.items())
+    warnings.warn(
+        f"{file.path}: the text model alone was loaded, and {left} left out: this library tunes "
+        "text.",
+        UserWarning,
+        stacklevel=5,
+    )
+    kept = {
+        name: info for name, info in file.tensors.items() if name.partition(".")[0] not in _TOWERS
+    }
+    return dataclasses.replace(file, tensors=kept)
+
+
+def _without_copy_of_embedding(file: GgufFile, family: Family) -> GgufFile:
+    """Leave out a head that is the embedding; refuse another, which KerasHub cannot compute."""
+    head, embedding = (file.tensors.get(n) for n in (_OUTPUT, family.gguf_name("embed_tokens")))
+    if head is None or embedding is None:
+        return file
+    if (head.shape, head.kind) != (embedding.shape, embedding.kind) or not _same(head, embedding):
+        raise LoadError(
+            f"{file.path}: the head, {_OUTPUT}, is not the embedding, {embedding.name}: KerasHub "
+            "ties them, and cannot compute this model.",
+            next_step="Convert it again from a model whose head is tied.",
+        )
+    kept = {name: info for name, info in file.tensors.items() if name != _OUTPUT}
+    return dataclasses.replace(file, tensors=kept)
+
+
+def _same(one: TensorInfo, other: TensorInfo) -> bool:
+    """Compare the bytes of two tensors, some at a time."""
+    with one.path.open("rb") as first, other.path.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for start in range(0, one.size, _CHUNK_VALUES):
+            count = min(_CHUNK_VALUES, one.size - start)
+            if first.read(count) != second.read(count):
+                return False
+    return True
 
 
 def _without_vocabulary(file: GgufFile) -> GgufFile:
@@ -307,9 +363,12 @@ def tokenizer_proto(file: GgufFile) -> bytes:
     for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if number == UNK_ID:
             kind = UNKNOWN
-        elif kind == CONTROL and number not in CONTROL_IDS:
+        elif number in CONTROL_IDS:
+            kind = CONTROL
+        elif kind == CONTROL:
             kind = USER_DEFINED
         text = token.decode("utf-8")
+        kind = byte_type(text, kind) if kind == NORMAL else kind
         pieces.append(text.replace(" ", SPACE) if kind == USER_DEFINED else text)
         kinds.append(kind)
     return sentencepiece_model(pieces, scores, kinds)
@@ -431,9 +490,16 @@ _NUMBERS = {
 
 def _family(file: GgufFile) -> Family:
     name = str(file.metadata.get("general.architecture", "none"))
-    if str(file.metadata.get("general.type", "model")) != "model":
+    kind = str(file.metadata.get("general.type", "model"))
+    if kind == "mmproj" or name == "clip":
+        beside = "".join(f": {model}" for model in _models_beside(file.path)[:1])
         raise LoadError(
-            f"{file.path} holds no model. Received: general.type={file.metadata['general.type']!r}",
+            f"{file.path} sees or hears for a model, and holds no text model.",
+            next_step=f"Pass the GGUF file of the text model that it belongs to{beside}",
+        )
+    if kind != "model":
+        raise LoadError(
+            f"{file.path} holds no model. Received: general.type={kind!r}",
             next_step="Load the base model, then the adapter onto it.",
         )
     family = FAMILIES.get(name)
@@ -443,6 +509,11 @@ def _family(file: GgufFile) -> Family:
             next_step=f"GGUF files of {', '.join(f.title for f in FAMILIES.values())} can be read.",
         )
     return family
+
+
+def _models_beside(path: pathlib.Path) -> list[pathlib.Path]:
+    files = sorted(path.parent.glob("*.gguf"))
+    return [file for file in files if file != path and is_model(file) and not is_later_part(file)]
 
 
 def _assign(file: GgufFile, weights: Sequence[Weight], idle: Iterable[str]) -> None:
@@ -555,34 +626,62 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
 def _vocabulary(file: GgufFile) -> tuple[list[bytes], list[float], list[int]]:
     prefix = "tokenizer.ggml."
     kind = file.metadata.get(prefix + "model")
-    if kind not in _TOKENIZERS:
+    if kind not in (*_TOKENIZERS, _MERGES_ALONE):
         raise LoadError(
             f"{file.path} must hold a SentencePiece tokenizer: {prefix}model one of "
             f"{_TOKENIZERS}. Received: {kind!r}",
             next_step="Convert the model again from the original with its tokenizer.model.",
         )
+    merges = file.metadata.get(prefix + "merges")
     names = ("tokens", "scores", "token_type")
     parts: dict[str, Any] = {name: file.metadata.get(prefix + name) for name in names}
-    problems = _vocabulary_problems(
-        parts, file.tensors[_family(file).gguf_name("embed_tokens")].shape[0]
-    )
+    if merges is not None and parts["scores"] is None:
+        del parts["scores"]
+    rows = file.tensors[_family(file).gguf_name("embed_tokens")].shape[0]
+    problems = _vocabulary_problems(parts) or _misfits(parts, rows, kind)
     if problems:
         raise LoadError(
             f"{file.path}: the tokenizer is incomplete.",
             [f"{prefix}{problem}" for problem in problems],
             next_step=BROKEN,
         )
-    merges = file.metadata.get(prefix + "merges")
-    scores = parts["scores"].tolist()
-    if kind != SENTENCEPIECE and merges is not None and len(set(scores)) == 1:
-        scores = _scores_of_merges(file, parts["tokens"], merges)
-    return parts["tokens"], scores, parts["token_type"].tolist()
+    tokens, count = parts["tokens"], _tokens_with_a_row(parts, rows)
+    scores = parts["scores"].tolist() if "scores" in parts else None
+    if merges is not None and (scores is None or _say_nothing(scores)):
+        scores = _scores_of_merges(file, tokens, merges)
+    assert scores is not None
+    return tokens[:count], scores[:count], parts["token_type"].tolist()[:count]
+
+
+def _misfits(parts: Mapping[str, Any], rows: int, kind: str) -> list[str]:
+    count = _tokens_with_a_row(parts, rows)
+    if not UNK_ID < count <= rows:
+        return [f"tokens are {count}, for {rows} rows of the embedding"]
+    if kind == _MERGES_ALONE and not {b"<0x00>", SPACE.encode()} <= set(parts["tokens"]):
+        return ["tokens are spelled in the bytes of GPT-2, as no Gemma's are"]
+    return []
+
+
+def _tokens_with_a_row(parts: Mapping[str, Any], rows: int) -> int:
+    """Count the tokens without those at the end that fill up, or are of media and have no row."""
+    tokens, types = parts["tokens"], parts["token_type"]
+    count = len(tokens)
+    while count > rows and MEDIA.fullmatch(tokens[count - 1].decode("utf-8", "replace")):
+        count -= 1
+    while count and types[count - 1] == UNUSED:
+        count -= 1
+    return count
+
+
+def _say_nothing(scores: Sequence[float]) -> bool:
+    """Tell if scores are one number for all, or Ollama's, which are the ids."""
+    return len(set(scores)) == 1 or scores == list(range(len(scores)))
 
 
 def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> list[float]:
     """Scores for a file that has the merges alone.
 
-    llama.cpp's converter reads Gemma 4's tokenizer.json, which has no scores.
+    llama.cpp's converter reads a tokenizer.json where there is no tokenizer.model; it has none.
     """
     pairs = [merge.decode("utf-8").split(" ") for merge in merges if isinstance(merge, bytes)]
     if not isinstance(merges, list) or [len(pair) for pair in pairs] != [2] * len(merges):
@@ -595,11 +694,12 @@ def _scores_of_merges(file: GgufFile, tokens: Sequence[bytes], merges: Any) -> l
     )
 
 
-def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:
+def _vocabulary_problems(parts: Mapping[str, Any]) -> list[str]:
     missing = [f"{name} is missing" for name, part in parts.items() if part is None]
     if missing:
         return missing
-    tokens, scores, types = parts["tokens"], parts["scores"], parts["token_type"]
+    tokens, types = parts["tokens"], parts["token_type"]
+    scores = parts.get("scores", np.zeros(1))
     problems = []
     if not isinstance(tokens, list) or not all(isinstance(token, bytes) for token in tokens):
         problems.append("tokens must be strings")
@@ -612,8 +712,6 @@ def _vocabulary_problems(parts: Mapping[str, Any], rows: int) -> list[str]:
     lengths = {name: len(part) for name, part in parts.items()}
     if len(set(lengths.values())) > 1:
         return [f"tokens, scores and types differ in number: {lengths}"]
-    if not UNK_ID < len(tokens) <= rows:
-        return [f"tokens are {len(tokens)}, for {rows} rows of the embedding"]
     if len(set(tokens)) < len(tokens):
         return ["tokens holds some twice"]
     return []

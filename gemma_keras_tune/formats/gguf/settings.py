@@ -26,6 +26,12 @@ ROPE_FACTORS = "rope_freqs.weight"
 # A factor beyond it slows a rotary frequency to a standstill; converters write 1e30.
 _STANDSTILL, _STOPPED = 1e20, 1e30
 _ROPE_KEYS = {FULL: "rope.freq_base", SLIDING: "rope.freq_base_swa"}
+# Ollama's converters spell these keys otherwise.
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "rope.freq_base": ("rope.global.freq_base",),
+    "rope.freq_base_swa": ("rope.local.freq_base", "rope.freq_base_local"),
+    "attention.key_length": ("head_dim",),
+}
 
 
 class Header(Protocol):
@@ -72,7 +78,7 @@ def sizes(model: keras.Model, family: Family) -> dict[str, Any]:
             value = None if value is None and default == 0 else float(value or 0)
         found[key] = value
     factor = family.ropes[FULL].factor
-    if factor and given[factor] != 1:
+    if factor and (given[factor] != 1 or given["num_layers"] in family.gguf.stretched):
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(given[factor])}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -244,7 +250,10 @@ def _read_ropes(values: "_Metadata", family: Family, config: dict[str, Any]) -> 
         scaling = values.metadata.get(name, "none")
         if scaling not in ("none", "linear"):
             values.problems.append(f"{name} must be 'linear', not {scaling!r}")
-        config[factor] = float(values.number("rope.scaling.factor", 1.0))
+        layers = config[_setting(family, "block_count")]
+        config[factor] = float(
+            values.number("rope.scaling.factor", family.gguf.stretched.get(layers, 1.0))
+        )
 
 
 def _local(values: "_Metadata", family: Family, layers: int) -> list[bool]:
@@ -328,7 +337,10 @@ class _Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         name = f"{self.prefix}.{key}"
-        value = self.metadata.get(name, default)
+        value: Any = self.metadata.get(name)
+        if value is None:
+            others = (self.metadata.get(f"{self.prefix}.{k}") for k in _SPELLINGS.get(key, ()))
+            value = next((other for other in others if other is not None), default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not numeric or not math.isfinite(value):
             what = "is missing" if value is None else f"must be a number, not {value!r}"

@@ -1,20 +1,17 @@
-"""Hugging Face folders: their weights read back into KerasHub models.
+"""Hugging Face folders: their text model read back into KerasHub models.
 
-KerasHub reads what Hugging Face publishes: Gemma 1 to 3, and the models of 3n and 4 that see and
-hear. What it does not know are the text models of 3n and 4 (`gemma3n_text`, `gemma4_text`); it
-takes any matrix for any other with as many values, and passes over settings it has no argument for.
-So text models are built by `settings` and filled by the family's table, each weight checked before
-the first is taken, and KerasHub's reading of the others is compared with both.
+KerasHub's own reader takes any matrix for any other with as many values, passes over settings it
+has no argument for, and wants the files of processors for models that see or hear. So the text
+model of a folder, whoever saved it, is built by `settings` and filled by the family's table, each
+weight checked before the first is taken. Towers for images and sounds are left out with a warning.
 """
 
 import collections
-import contextlib
 import dataclasses
-import json
 import pathlib
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,27 +19,39 @@ import numpy as np
 
 from gemma_keras_tune._support.json import read_json_object
 from gemma_keras_tune.errors import LoadError
-from gemma_keras_tune.formats.hugging_face.settings import (
-    backbone_arguments,
-    check_reading,
-    completed,
-)
+from gemma_keras_tune.formats.hugging_face.settings import backbone_arguments
 from gemma_keras_tune.formats.weights import shape_problems
 from gemma_keras_tune.gemma.building import causal_lm, empty_backbone
 from gemma_keras_tune.gemma.families import Family, Weight, family_of, joined_shape, split
+from gemma_keras_tune.gemma.state import name_as_media_model
 from gemma_keras_tune.gemma.vocabularies import folder_vocabulary
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _AGAIN = "Copy or download the folder again."
-_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|model\.)")
+# transformers 4 and 5, Unsloth, Axolotl and mlx-lm put different ones before the same names.
+_PREFIX = re.compile(r"^((model|language_model)\.)+")
 _HEAD = "lm_head.weight"
-# Tensors beside the text model, and those computed and not learnt. The head is the embedding.
-_BESIDE = re.compile(
-    r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*"
-    r"|.*rotary_emb\.inv_freq|.*lm_head\.weight"
+_TOWER = re.compile(r"(?:model\.)?(\w*(?:vision|image|audio|multi_modal)\w*)\..*")
+# Computed, or the same as the embedding.
+_BESIDE = re.compile(r".*rotary_emb\.inv_freq|.*lm_head\.weight")
+_BEFORE_MERGING = re.compile(
+    r"base_model\..*|.*\.(lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer|modules_to_save|"
+    r"original_module)\b.*"
 )
+# The tensors that tell a quantization, and the way back to floats.
+_QUANTIZED: Mapping[str, tuple[str, str]] = {
+    "bitsandbytes": (
+        r".*\.(SCB|absmax|nested_absmax|quant_map|quant_state\..*)",
+        "In transformers, `model.dequantize()` and `save_pretrained` write such a model in floats.",
+    ),
+    "gptq": (r".*\.g_idx", ""),
+    "awq": (r".*\.(qweight|qzeros)", ""),
+    "compressed-tensors": (r".*\.(weight_packed|weight_shape)", ""),
+    "fp8": (r".*\.(weight_scale|weight_scale_inv|input_scale|activation_scale)", ""),
+    "mlx": (r".*\.(scales|biases)", "`mlx_lm.convert --dequantize` writes it in floats."),
+}
 _ROWS = 4096
 
 
@@ -92,7 +101,7 @@ def read_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     ]
     if problems:
         raise LoadError(f"The weights in {folder} are damaged.", problems, _AGAIN)
-    return {_text_name(name): tensor for name, tensor in found.items()}
+    return _by_text_name(folder, found)
 
 
 def _placed(folder: pathlib.Path) -> tuple[dict[str, str], list[str]]:
@@ -126,8 +135,13 @@ def _header(file: pathlib.Path) -> Iterator[Tensor]:
             yield Tensor(file, name, tuple(part.get_shape()), part.get_dtype())
 
 
-def _text_name(name: str) -> str:
-    return _PREFIX.sub("model.", name)
+def _by_text_name(folder: pathlib.Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = {name: _PREFIX.sub("model.", name) for name in found}
+    counts = collections.Counter(named.values())
+    twice = [name for name, text in named.items() if counts[text] > 1]
+    if twice:
+        raise LoadError(f"{folder} holds weights twice, under different prefixes.", twice, _AGAIN)
+    return {named[name]: tensor for name, tensor in found.items()}
 
 
 def _check_tensors(
@@ -153,7 +167,7 @@ def _check_tensors(
             if name in known or parts[0].used
         },
         {tensor.name: tensor.shape for tensor in tensors.values()},
-        {known[name] for name in known if name in idle or _BESIDE.fullmatch(name)},
+        {known[name] for name in known if name in idle or _is_beside(name)},
     )
     problems += [
         f"{tensor.name} is {tensor.dtype}: quantized weights cannot be read"
@@ -170,23 +184,38 @@ def _check_tensors(
         )
 
 
+def _is_beside(name: str) -> bool:
+    return bool(_TOWER.fullmatch(name) or _BESIDE.fullmatch(name))
+
+
 def _head_problems(
     config: Mapping[str, Any], embedding: str, tensors: Mapping[str, Tensor]
 ) -> list[str]:
     """KerasHub's Gemmas write with the embedding they read with."""
+    tied, head = _is_tied(config), _head(tensors)
+    if head is None:
+        return [] if tied else [f"tie_word_embeddings is false, and {_HEAD} is missing"]
+    if _same(head, tensors[embedding]):
+        return []
+    said = "" if tied else "tie_word_embeddings is false, and "
+    return [f"{said}{_HEAD} is not the embedding: KerasHub ties them, and cannot compute this"]
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config") or {}
-    if config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False:
-        return []
-    head = next((tensor for name, tensor in tensors.items() if name.endswith(_HEAD)), None)
-    if head is not None and _same(head, tensors[embedding]):
-        return []
-    return [f"tie_word_embeddings is false, and {_HEAD} is not the embedding: KerasHub ties them"]
+    return config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is not False
+
+
+def _head(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    return next((tensor for name, tensor in tensors.items() if name.endswith(_HEAD)), None)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Compare two matrices bit by bit, a few rows at a time."""
     from safetensors import safe_open
 
+    if one == other:
+        return True
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     with safe_open(one.file, "np") as first, safe_open(other.file, "np") as second:
@@ -215,51 +244,83 @@ def load_hugging_face(
             fit them.
     """
     tensors = read_tensors(folder)
-    sees = config["model_type"] == family.hugging_face.media_type
-    text = config.get("text_config") or {} if sees else config
+    _refuse_unmerged(folder, tensors)
+    _refuse_quantized(folder, config, tensors.values())
+    text = config.get("text_config") or config
     _check_depth(folder, text, tensors)
-    if not sees:
-        return _load_text_model(folder, family, config, tensors, dtype)
-    backbone_arguments(folder, family, text)  # before anything is built
-    whole = {**config, "text_config": completed(family, text)}
-    with _with_config(folder, whole) as place:
-        model: keras.Model = family.causal_lm_class.from_preset(str(place), dtype=dtype)
-    check_reading(folder, family, text, model.backbone.get_config())
-    _check_tensors(folder, config, model, tensors)
-    return model
-
-
-@contextlib.contextmanager
-def _with_config(folder: pathlib.Path, config: Mapping[str, Any]) -> Iterator[pathlib.Path]:
-    """A folder with the same files and another `config.json`.
-
-    Beside a single file of weights, which is the one that is checked, an index is left out:
-    KerasHub would follow it.
-    """
-    left_out = {"config.json"} | ({INDEX} if (folder / WEIGHTS).is_file() else set())
-    with tempfile.TemporaryDirectory(prefix="gemma_keras_tune") as name:
-        place = pathlib.Path(name)
-        for file in folder.iterdir():
-            if file.name not in left_out:
-                (place / file.name).symlink_to(file.resolve())
-        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        yield place
-
-
-def _load_text_model(
-    folder: pathlib.Path,
-    family: Family,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    dtype: str,
-) -> keras.Model:
-    backbone = empty_backbone(family, backbone_arguments(folder, family, config), dtype)
-    _check_tensors(folder, config, backbone, tensors)
+    backbone = empty_backbone(family, backbone_arguments(folder, family, text), dtype)
     weights = family.weights(backbone)
-    proto = folder_vocabulary(folder, weights[0].matrix_shape[0])
-    model = causal_lm(family, backbone, proto)
+    head = _head(tensors)
+    if head is not None and _is_tied(config):
+        # Of two names of one matrix, some tools keep this one.
+        tensors.setdefault(weights[0].text_name, head)
+    _check_tensors(folder, config, backbone, tensors)
+    model = causal_lm(family, backbone, folder_vocabulary(folder, weights[0].matrix_shape[0]))
     _assign(weights, tensors)
+    if config["model_type"] == family.hugging_face.media_type:
+        name_as_media_model(model)
+    _warn_of_towers(folder, tensors)
     return model
+
+
+def _refuse_unmerged(folder: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    found = [tensor.name for name, tensor in tensors.items() if _BEFORE_MERGING.fullmatch(name)]
+    if found:
+        raise LoadError(
+            f"{folder} was saved before its LoRA was merged into the weights.",
+            found,
+            "Merge and save again: in PEFT `model.merge_and_unload().save_pretrained(...)`, in "
+            "Unsloth `model.save_pretrained_merged(...)`. Or save the adapter alone, load its base "
+            "model here, and put it on with `load_adapter`.",
+        )
+
+
+def _refuse_quantized(
+    folder: pathlib.Path, config: Mapping[str, Any], tensors: Iterable[Tensor]
+) -> None:
+    """Refuse quantized weights under the name of their format, by the settings or the tensors."""
+    for kind, signs in (*_stated_quantization(config), *_seen_quantizations(tensors)):
+        way_back = _QUANTIZED.get(kind, ("", ""))[1]
+        raise LoadError(
+            f"The weights in {folder} are quantized ({kind}), a format this library does not read.",
+            signs,
+            f"Load the model they were made from, in bfloat16 or float32. {way_back}".rstrip(),
+        )
+
+
+def _stated_quantization(config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    for settings in (config, config.get("text_config") or {}):
+        for name in ("quantization_config", "quantization"):
+            stated = settings.get(name)
+            if stated:
+                # mlx writes the size of its groups and no name.
+                kind = stated.get("quant_method", "mlx") if isinstance(stated, dict) else "unknown"
+                yield str(kind), [f"config.json: {name} is {stated!r}"]
+
+
+def _seen_quantizations(tensors: Iterable[Tensor]) -> Iterator[tuple[str, list[str]]]:
+    tensors = tuple(tensors)
+    for kind, (pattern, _) in _QUANTIZED.items():
+        found = [tensor.name for tensor in tensors if re.fullmatch(pattern, tensor.name)]
+        if found:
+            yield kind, found
+    odd = [f"{tensor.name} is {tensor.dtype}" for tensor in tensors if "F8" in tensor.dtype]
+    if odd:
+        yield "fp8", odd
+
+
+def _warn_of_towers(folder: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    found = collections.Counter(
+        match[1] for name in tensors if (match := _TOWER.fullmatch(name)) is not None
+    )
+    if found:
+        left = ", ".join(f"{tower} ({count} tensors)" for tower, count in found.items())
+        warnings.warn(
+            f"{folder}: the text model alone was loaded, and {left} left out: this library tunes "
+            "text.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _check_depth(

@@ -205,8 +205,6 @@ def _rope(theta: float, *given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _not_computed(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
     """Name settings that KerasHub has no argument for."""
-    if config.get("quantization_config"):
-        yield "quantization_config: quantized weights cannot be read"
     if config.get("attention_bias"):
         yield "attention_bias is true, and KerasHub's attention has none"
     for name, known in family.hugging_face.activations.items():
@@ -255,47 +253,3 @@ def _ropes_not_computed(family: Family, ropes: Mapping[str, Mapping[str, Any]]) 
             yield f"rope_type of {kind} is {rope['rope_type']!r}, and KerasHub computes {known}"
         elif rope["rope_type"] == "proportional" and rope.get("factor", 1.0) != 1.0:
             yield f"factor of {kind} is {rope['factor']!r}, and KerasHub's is 1"
-
-
-def check_reading(
-    folder: pathlib.Path, family: Family, config: Mapping[str, Any], given: Mapping[str, Any]
-) -> None:
-    """Compare what KerasHub's own reader made of a config with what the config means.
-
-    Args:
-        folder: The folder, for the message.
-        family: The family.
-        config: The settings of the text model.
-        given: What the backbone was built from.
-
-    Raises:
-        LoadError: KerasHub computes another model. Every difference is named.
-    """
-    theirs = {ours: name for name, ours in family.hugging_face.fields.items()}
-    meant = backbone_arguments(folder, family, config)
-    problems = [
-        f"{theirs.get(name, name)} is {value!r}, and KerasHub computes with {given[name]!r}"
-        for name, value in meant.items()
-        if name in given and name != "image_size" and given[name] != value
-    ]
-    if problems:
-        raise LoadError(
-            f"KerasHub cannot compute the {family.title} that config.json in {folder} describes.",
-            problems,
-            _OTHER,
-        )
-
-
-def completed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A text model's settings with those that KerasHub's reader wants to find written out.
-
-    Args:
-        family: The family.
-        config: The settings, as published or as transformers 5 saves them.
-
-    Returns:
-        The settings, more of them.
-    """
-    ropes = _ropes(family, config)
-    written = {name: ropes[kind]["rope_theta"] for kind, name in _ROPE_FIELDS.items()}
-    return _filled(family, config) | written
