@@ -58,9 +58,7 @@ _INSTRUCT = re.compile(r"(^|[-_./])(it|instruct|shieldgemma)($|[-_./])", re.IGNO
 _BFLOAT16_CAPABILITY = 8.0
 
 
-def load(
-    source: Any, *, dtype: str = "auto", quantize: Quantization | None = None
-) -> keras.Model:
+def load(source: Any, *, dtype: str = "auto", quantize: Quantization | None = None) -> keras.Model:
     """Load a Gemma from a preset, a hub, a folder, a file or a package.
 
     Args:

@@ -91,8 +91,11 @@ def test_what_cannot_be_quantized_is_refused_by_name():
         gkt.load(testing.tiny_model("gemma3", num_layers=1), quantize="int8")
 
 
-def test_quantized_kernels_are_not_trained(exports):
+def test_quantized_kernels_are_neither_trained_nor_saved_as_other_ones(exports, tmp_path):
     model = gkt.load(exports[1]["keras"], quantize="int8")
+    with pytest.raises(gkt.errors.ExportError, match="round the activations too"):
+        gkt.save_preset(model, tmp_path / "preset")
+    assert not (tmp_path / "preset").exists()
     model.trainable = True
     with pytest.raises(gkt.errors.LoraError, match="Quantized kernels cannot be trained"):
         gkt.TuningModel(model)
