@@ -72,8 +72,8 @@ def write_preset(
     alone = _int8_of_weights_alone(model)
     if alone:
         raise ExportError(
-            "A preset does not say that weights alone are in int8: KerasHub would open it and round "
-            "the activations too.",
+            "A preset does not say that weights alone are in int8: KerasHub would round "
+            "the activations too when it opens it.",
             alone,
             "Save the adapter with `save_adapter`, and keep the unquantized model as its base.",
         )
