@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import functools
 import json
 import os
 import pathlib
@@ -316,30 +315,33 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
 def _load_preset(
     path: pathlib.Path, config: Mapping[str, Any], family: Family, dtype: str
 ) -> keras.Model:
-    """Load a KerasHub preset; where it is to be quantized, a layer at a time."""
-    if not is_quantizing():
+    """Load a KerasHub preset; where it is to be quantized and is not, a layer at a time."""
+    if not is_quantizing() or _is_quantized(config):
         return _open_preset(str(path), config, family, dtype)
-    build = functools.partial(_open_preset, str(path), config, family, dtype, load_weights=False)
-    model = without_values(build)
-    quantize_while_filled(model.backbone)
+    build = family.backbone_class.from_preset
+    backbone = without_values(lambda: build(str(path), load_weights=False, dtype=dtype))
+    quantize_while_filled(backbone)
     files = (path / name for name in _KERAS_WEIGHTS)
-    model.backbone.load_weights(str(next(file for file in files if file.is_file())))
-    return model
+    backbone.load_weights(str(next(file for file in files if file.is_file())))
+    preprocessor = family.preprocessor_class.from_preset(str(path))
+    return cast(keras.Model, family.causal_lm_class(backbone=backbone, preprocessor=preprocessor))
 
 
-def _open_preset(
-    source: str, config: Mapping[str, Any], family: Family, dtype: str, **options: Any
-) -> keras.Model:
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    """Tell if a preset was saved quantized: of Keras's policies, those alone have a mode."""
+    return '"mode"' in json.dumps((config.get("config") or {}).get("dtype"))
+
+
+def _open_preset(source: str, config: Mapping[str, Any], family: Family, dtype: str) -> keras.Model:
     """Open a KerasHub preset, its weights in a dtype.
 
     A preset that was saved quantized names a policy for each layer, and KerasHub 0.32 puts one
     `dtype` for all in their place: its codes then fit no layer. So each policy is given the dtype.
     """
-    opened = functools.partial(family.causal_lm_class.from_preset, **options)
-    policies: Any = copy.deepcopy((config.get("config") or {}).get("dtype"))
-    # Of Keras's policies, those of quantized layers alone have a mode.
-    if '"mode"' not in json.dumps(policies):
+    opened = family.causal_lm_class.from_preset
+    if not _is_quantized(config):
         return cast(keras.Model, opened(source, dtype=dtype))
+    policies = copy.deepcopy(config["config"]["dtype"])
     policies["config"]["default_policy"] = dtype
     for policy in policies["config"]["policy_map"].values():
         policy["config"]["source_name"] = dtype
