@@ -578,6 +578,8 @@ def _check_fit(family: Family, linears: tuple[Linear, ...], rank: int) -> None:
             problems.append(
                 f"{linear.path}: quantized to {mode}, which KerasHub computes wrongly here"
             )
+        elif mode == "int4" and isinstance(linear.layer, keras.layers.Dense):
+            problems.append(f"{linear.path}: LoRA on a Dense layer in int4 is not supported")
         elif rank > min(matrix_shape(linear)):
             problems.append(f"{linear.path}: the rank can be at most {min(matrix_shape(linear))}")
     if problems:
