@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from gemma_keras_tune._support.files import check_file, check_free
 from gemma_keras_tune._support.interrupts import ENDING
 from gemma_keras_tune._support.numbers import NOT_NEGATIVE, Rule, integer
+from gemma_keras_tune.gemma.quantization import MODES
 from gemma_keras_tune.training.settings import SETTINGS
 
 
@@ -148,6 +149,9 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--dtype", default="auto", help="to load the model in; default: %(default)s"
+    )
+    command.add_argument(
+        "--quantize", choices=MODES, help="load the linear layers quantized, for LoRA"
     )
     command.add_argument(
         "--from-adapter", metavar="DIR", help="go on from this adapter, with its rank and layers"
@@ -295,6 +299,11 @@ def _add_preview(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="tune the embedded Gemma 3 270M on business e-mails")
     demo.add_argument("--out", metavar="DIR", help="write what it made there")
+    demo.add_argument("--quantize", choices=MODES, help="load the linear layers quantized")
+    demo.add_argument(
+        "--rematerialize", action="store_const", const=True, default="auto",
+        help="compute activations again in the backward pass",
+    )  # fmt: skip
     demo.set_defaults(run=_demo)
 
 
@@ -372,7 +381,11 @@ def _load(options: argparse.Namespace, adapter: str | None) -> Any:
             f"There is no adapter: {adapter} does not exist.",
             next_step="Pass the folder that `tune --adapter` wrote, or another one in PEFT's form.",
         )
-    model = gkt.load(options.model, dtype=getattr(options, "dtype", "auto"))
+    model = gkt.load(
+        options.model,
+        dtype=getattr(options, "dtype", "auto"),
+        quantize=getattr(options, "quantize", None),
+    )
     if adapter:
         gkt.load_adapter(model, adapter)
     return model
@@ -510,7 +523,10 @@ def _preview(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from gemma_keras_tune.demo import process_started, run_demo
 
-    run_demo(options.out, started=process_started())
+    run_demo(
+        options.out, started=process_started(), quantize=options.quantize,
+        rematerialize=options.rematerialize,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Any
 
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune.errors import ExportError
+from gemma_keras_tune.gemma.quantization import Quantization
+from gemma_keras_tune.training.settings import Auto
 
 MODEL = "package://gemma3_270m"
 FOLDER = importlib.resources.files(__name__)
@@ -129,6 +131,8 @@ def run_demo(
     model: Any = MODEL,
     verbose: int = 1,
     started: float | None = None,
+    quantize: Quantization | None = None,
+    rematerialize: bool | Auto = "auto",
 ) -> dict[str, Any]:
     """Tune Gemma 3 270M on the demo's pairs, save it, and put it to the demo's test plan.
 
@@ -138,6 +142,8 @@ def run_demo(
         model: Anything `load` takes, or a model.
         verbose: 1 prints what happens and the table; 0 is silent.
         started: Seconds since the epoch at which the clock began, by default now.
+        quantize: As `load` takes it. On a quantized base the adapter alone is saved.
+        rematerialize: As `tune` takes it.
 
     Returns:
         What is in `demo.json`: `seconds` from `started` to the saved preset and adapter, the two
@@ -153,10 +159,12 @@ def run_demo(
     started = time.time() if started is None else started
     folder = _prepare(out)
     say = print if verbose else _silent
-    gemma = gkt.load(model) if isinstance(model, str) else model
+    gemma = gkt.load(model, quantize=quantize) if isinstance(model, str) else model
     pairs = training_pairs()
-    result = gkt.tune(gemma, pairs, verbose=verbose, **RECIPE)
-    gkt.save_preset(gemma, folder / "preset")
+    result = gkt.tune(gemma, pairs, verbose=verbose, rematerialize=rematerialize, **RECIPE)
+    merged = folder / "preset" if quantize is None else None
+    if merged:
+        gkt.save_preset(gemma, merged)
     gkt.save_adapter(gemma, folder / "adapter")
     seconds = time.time() - started
     plan = test_plan()
@@ -175,7 +183,7 @@ def run_demo(
     base, tuned = (_grades(report, variant) for variant in ("base", "tuned"))
     summary = {
         "seconds": round(seconds, 1),
-        "preset": str(folder / "preset"),
+        "preset": merged and str(merged),
         "adapter": str(folder / "adapter"),
         "held_out": [
             {
@@ -193,7 +201,7 @@ def run_demo(
     if out is not None:
         _write(folder / "demo.json", summary)
         say(f"  {folder / 'demo.json'}")
-    say(f"  {summary['preset']}\n  {summary['adapter']}\n  {page}")
+    say("".join(f"  {path}\n" for path in (merged, summary["adapter"], page) if path).rstrip())
     return summary
 
 

@@ -14,7 +14,7 @@ from gemma_keras_tune.adapters.lora import is_lora_on, lora_linears
 from gemma_keras_tune.errors import ExportError
 from gemma_keras_tune.formats.weights import Progress, refuse_broken
 from gemma_keras_tune.gemma.building import scales_otherwise
-from gemma_keras_tune.gemma.families import quantizations
+from gemma_keras_tune.gemma.families import family_of, quantizations
 
 
 def write(
@@ -35,8 +35,8 @@ def write(
         progress: Called once, at the end: KerasHub writes all weights in one call.
 
     Raises:
-        ExportError: Another dtype was asked for, weights hold NaN or infinite values, or LoRA is on
-            a quantized base.
+        ExportError: Another dtype was asked for, weights hold NaN or infinite values, LoRA is on a
+            quantized base, or its weights alone are in int8.
     """
     if dtype != "auto":
         raise ExportError(
@@ -59,7 +59,7 @@ def write_preset(
         shard_size: Bytes of weights in one file at most.
 
     Raises:
-        ExportError: LoRA is on a quantized base.
+        ExportError: LoRA is on a quantized base, or its weights alone are in int8.
     """
     codes = quantizations(model) if is_lora_on(model) else {}
     if codes:
@@ -68,6 +68,14 @@ def write_preset(
             [f"{path}: {mode}" for path, mode in codes.items()],
             "Save the adapter with `save_adapter`, and the base within `lora_disabled(model)`. Or "
             "load the adapter onto the model before quantization, and save that.",
+        )
+    alone = _int8_of_weights_alone(model)
+    if alone:
+        raise ExportError(
+            "A preset does not say that weights alone are in int8: KerasHub would round "
+            "the activations too when it opens it.",
+            alone,
+            "Save the adapter with `save_adapter`, and keep the unquantized model as its base.",
         )
     if scales_otherwise(model.backbone):
         warnings.warn(
@@ -99,6 +107,12 @@ def largest_variable(model: keras.Model) -> int:
         Bytes.
     """
     return max(math.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.backbone.variables)
+
+
+def _int8_of_weights_alone(model: keras.Model) -> list[str]:
+    linears = family_of(model).linears(model)
+    int8 = (linear for linear in linears if linear.layer.quantization_mode == "int8")
+    return [linear.path for linear in int8 if linear.layer.inputs_quantizer is None]
 
 
 @contextlib.contextmanager

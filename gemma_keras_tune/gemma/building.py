@@ -11,12 +11,13 @@ import keras
 
 from gemma_keras_tune._support.quiet import quiet_stderr
 from gemma_keras_tune.gemma.families import Family, family_of
+from gemma_keras_tune.gemma.quantization import quantize_while_filled
 
 _Result = TypeVar("_Result")
 
 
 def empty_backbone(family: Family, arguments: Mapping[str, Any], dtype: str) -> keras.Model:
-    """Build a backbone whose variables have no values yet.
+    """Build a backbone whose variables have no values yet; quantized later, within `quantizing`.
 
     Args:
         family: The family.
@@ -28,6 +29,7 @@ def empty_backbone(family: Family, arguments: Mapping[str, Any], dtype: str) -> 
     """
     backbone = without_values(lambda: family.backbone_class(**arguments, dtype=dtype))
     set_attention_scale(backbone)
+    quantize_while_filled(backbone)
     return backbone
 
 

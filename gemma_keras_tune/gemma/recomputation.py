@@ -3,8 +3,8 @@
 In the backward pass each of them runs forward once more (Chen et al., 2016, arXiv:1604.06174; also
 called gradient checkpointing). Keras's `RematScope` must be open while a model is built, and fails
 on Gemma 3n, whose `training` it traces. And `jax.checkpoint` saves nothing on a CPU: XLA drops the
-barrier it sets, and repeats every layer at once. So a layer's class becomes a subclass of itself
-while the forward pass is traced, and its repetition computes with the slope that it waits for.
+barrier that it sets, and repeats every layer at once. So a layer's class becomes a subclass of
+itself while the forward pass is traced, and `_apart` keeps its repetition apart.
 """
 
 import contextlib
@@ -55,15 +55,13 @@ def _recomputed_call(layer: Any, call: Callable[..., Any], *given: Any) -> Any:
     seeds go in and come out, so that the forward pass and its repetition draw the same noise.
     """
     leaves, structure = jax.tree.flatten(given)
-    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+    arrays, fill = _picked(leaves, lambda leaf: isinstance(leaf, jax.Array))
     weights = {id(weight) for weight in layer.weights}
     seeds = [variable for variable in layer.variables if id(variable) not in weights]
     groups = (layer.trainable_variables, layer.non_trainable_variables)
 
     def forward(trained: list[Any], fixed: list[Any], arrays: list[Any]) -> tuple[Any, list[Any]]:
-        rest = iter(arrays)
-        filled = [next(rest) if here else leaf for here, leaf in zip(is_array, leaves, strict=True)]
-        args, kwargs = jax.tree.unflatten(structure, filled)
+        args, kwargs = jax.tree.unflatten(structure, fill(arrays))
         values = zip(groups[0] + groups[1], trained + fixed, strict=True)
         with keras.StatelessScope(state_mapping=list(values)) as scope:
             result = call(*args, **kwargs)
@@ -71,7 +69,6 @@ def _recomputed_call(layer: Any, call: Callable[..., Any], *given: Any) -> Any:
 
     with AutocastScope(None):  # the weights themselves, and no copies in what the layer computes in
         values = [[variable.value for variable in group] for group in groups]
-    arrays = [leaf for here, leaf in zip(is_array, leaves, strict=True) if here]
     result, states = _run_twice(forward, *values, arrays)
     for seed, state in zip(seeds, states, strict=True):
         seed.assign(state)
@@ -79,7 +76,7 @@ def _recomputed_call(layer: Any, call: Callable[..., Any], *given: Any) -> Any:
 
 
 def _run_twice(forward: Callable[..., Any], *inputs: Any) -> Any:
-    """Run a function, and run it again in the backward pass, where its trained inputs have slopes.
+    """Run a function of trained values, fixed values and arrays, and again in the backward pass.
 
     Python runs it once: in the backward pass, Keras would no longer know that it trains.
     """
@@ -90,23 +87,53 @@ def _run_twice(forward: Callable[..., Any], *inputs: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), flat)
 
     def backward(kept: tuple[Any, Any, Any], slopes: Any) -> tuple[Any, None, Any]:
-        trained, fixed, arrays = kept
-        repeated = _after(slopes, arrays)
-        _, pull = jax.vjp(lambda trained, arrays: run(trained, fixed, arrays), trained, repeated)
-        to_trained, to_arrays = pull(slopes)
-        # XLA would otherwise put these off, and hold the activations of every layer for them.
-        return to_trained, None, _after(to_trained, to_arrays)
+        leaves, structure = jax.tree.flatten(slopes)
+        steep, fill_slopes = _picked(leaves, _is_float)
 
-    twice = jax.custom_vjp(run)
-    twice.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
+        def pulled(trained: Any, fixed: Any, arrays: Any, steep: Any) -> Any:
+            smooth, fill = _picked(arrays, _is_float)
+            _, pull = jax.vjp(lambda t, smooth: run(t, fixed, fill(smooth)), trained, smooth)
+            return pull(jax.tree.unflatten(structure, fill_slopes(steep)))
+
+        to_trained, to_smooth = _apart(pulled, *kept, steep)
+        _, fill = _picked([_is_float(array) or None for array in kept[2]], bool)
+        return to_trained, None, fill(to_smooth)
+
+    twice = jax.custom_vjp(lambda *inputs: _apart(run, *inputs))
+    twice.defvjp(lambda *inputs: (_apart(run, *inputs), inputs), backward)
     return twice(*inputs)
 
 
-def _after(first: Any, arrays: list[Any]) -> list[Any]:
-    """Return the same arrays, but XLA takes them for others that are computed from `first`."""
-    zero = sum(0 * value.ravel()[0] for value in jax.tree.leaves(first) if _is_float(value))
-    zeros = (jnp.asarray(zero, array.dtype) if _is_float(array) else None for array in arrays)
-    return [a if none is None else a + none for a, none in zip(arrays, zeros, strict=True)]
+def _apart(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a function as a part of the program that waits for all its inputs.
+
+    On a CPU it is a branch that is always taken, which XLA cannot know: what the function holds
+    beside its results is then freed at its end, the transposed weights among them. Elsewhere XLA
+    keeps to a barrier.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*jax.lax.optimization_barrier(inputs))
+    shapes = jax.eval_shape(function, *inputs)
+    first = next(value for value in jax.tree.leaves(inputs[2:]) if _is_float(value))
+    always = 0 * first.ravel()[0] != 1
+
+    def never(*_: Any) -> Any:
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    return jax.lax.cond(always, function, never, *inputs)
+
+
+def _picked(
+    values: list[Any], where: Callable[[Any], bool]
+) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """Pick values of a list, and make a function that puts others in their places."""
+    picked = [where(value) for value in values]
+
+    def fill(others: list[Any]) -> list[Any]:
+        rest = iter(others)
+        return [next(rest) if here else value for here, value in zip(picked, values, strict=True)]
+
+    return [value for here, value in zip(picked, values, strict=True) if here], fill
 
 
 def _is_float(array: Any) -> bool:

@@ -25,9 +25,17 @@ from gemma_keras_tune.formats.hugging_face.reader import (
     load_hugging_face,
 )
 from gemma_keras_tune.gemma.attention import keep_soft_cap
-from gemma_keras_tune.gemma.building import set_attention_scale
+from gemma_keras_tune.gemma.building import set_attention_scale, without_values
 from gemma_keras_tune.gemma.families import FAMILIES, Family, broken_weights, family_of
 from gemma_keras_tune.gemma.foreign_templates import INSTRUCT_NAME, bring_chat_template
+from gemma_keras_tune.gemma.quantization import (
+    MODES,
+    Quantization,
+    is_quantizing,
+    quantize_rest,
+    quantize_while_filled,
+    quantizing,
+)
 from gemma_keras_tune.gemma.state import is_instruct, mark_origin
 from gemma_keras_tune.gemma.templates import (
     attach_template,
@@ -43,6 +51,7 @@ PACKAGE_MODELS = ("gemma3_270m",)
 DTYPES = ("auto", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 _KERAS_FILES = ("config.json", "tokenizer.json", "assets/tokenizer/vocabulary.spm")
+_KERAS_WEIGHTS = ("model.weights.h5", "model.weights.json")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _LITERT = (".litertlm", ".tflite", ".task")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
@@ -52,7 +61,7 @@ _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_confi
 _BFLOAT16_CAPABILITY = 8.0
 
 
-def load(source: Any, *, dtype: str = "auto") -> keras.Model:
+def load(source: Any, *, dtype: str = "auto", quantize: Quantization | None = None) -> keras.Model:
     """Load a Gemma from a preset, a hub, a folder, a file or a package.
 
     Args:
@@ -68,17 +77,22 @@ def load(source: Any, *, dtype: str = "auto") -> keras.Model:
             - a KerasHub Gemma, which is returned unchanged.
         dtype: `"auto"` or a Keras dtype for the weights. `"auto"` is bfloat16 if the accelerator
             computes in it, and float32 otherwise.
+        quantize: `"int8"` or `"int4"` (in blocks of 128 inputs) keeps the linear layers as Keras
+            quantizes them, weights only; the embedding and the norms stay in `dtype`. LoRA trains
+            on it; the adapter belongs on the unquantized model.
 
     Returns:
         A KerasHub `CausalLM` with preprocessor and tokenizer. A model tuned here brings the
         template it was tuned with.
 
     Raises:
-        LoadError: The model is not a Gemma, missing, damaged, out of reach or not permitted; the
-            message says which and what to do.
+        LoadError: The model is not a Gemma, missing, damaged, out of reach or not permitted, or
+            its family cannot be quantized; the message says which and what to do.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
     """
     check_backend()
+    if quantize is not None:
+        return _load_quantized(source, dtype, quantize)
     if isinstance(source, keras.Model):
         return _checked(source)
     if not isinstance(source, str | os.PathLike):
@@ -110,6 +124,22 @@ def _opened(source: str | os.PathLike[str], dtype: str) -> keras.Model:
     if path.is_file():
         return _load_file(path, dtype)
     raise _not_found(path)
+
+
+def _load_quantized(source: Any, dtype: str, mode: str) -> keras.Model:
+    problem = None
+    if mode not in MODES:
+        problem = f"`quantize` must be None or one of {MODES}. Received: {mode!r}"
+    elif isinstance(source, keras.Model):
+        problem = "`quantize` is for a model that is loaded. Received: a model that is there"
+    elif "float16" in dtype and "b" not in dtype:
+        problem = f"Keras computes with no quantized layers in {dtype!r}: pass 'bfloat16'."
+    if problem:
+        raise LoadError(problem)
+    with quantizing(mode):
+        model = load(source, dtype=dtype)
+        quantize_rest(model, mode)
+    return model
 
 
 def _automatic_dtype() -> str:
@@ -294,7 +324,7 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     try:
         if "registered_name" not in config:
             return load_hugging_face(path, config, family, dtype=dtype)
-        model = _open_preset(str(path.resolve()), config, family, dtype)
+        model = _load_preset(path.resolve(), config, family, dtype)
     except LoadError:
         raise
     except Exception as error:
@@ -307,6 +337,26 @@ def _load_config_folder(path: pathlib.Path, dtype: str) -> keras.Model:
     return model
 
 
+def _load_preset(
+    path: pathlib.Path, config: Mapping[str, Any], family: Family, dtype: str
+) -> keras.Model:
+    """Load a KerasHub preset; where it is to be quantized and is not, a layer at a time."""
+    if not is_quantizing() or _is_quantized(config):
+        return _open_preset(str(path), config, family, dtype)
+    build = family.backbone_class.from_preset
+    backbone = without_values(lambda: build(str(path), load_weights=False, dtype=dtype))
+    quantize_while_filled(backbone)
+    files = (path / name for name in _KERAS_WEIGHTS)
+    backbone.load_weights(str(next(file for file in files if file.is_file())))
+    preprocessor = family.preprocessor_class.from_preset(str(path))
+    return cast(keras.Model, family.causal_lm_class(backbone=backbone, preprocessor=preprocessor))
+
+
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    """Tell if a preset was saved quantized: of Keras's policies, those alone have a mode."""
+    return '"mode"' in json.dumps((config.get("config") or {}).get("dtype"))
+
+
 def _open_preset(source: str, config: Mapping[str, Any], family: Family, dtype: str) -> keras.Model:
     """Open a KerasHub preset, its weights in a dtype.
 
@@ -314,10 +364,9 @@ def _open_preset(source: str, config: Mapping[str, Any], family: Family, dtype: 
     `dtype` for all in their place: its codes then fit no layer. So each policy is given the dtype.
     """
     opened = family.causal_lm_class.from_preset
-    policies: Any = copy.deepcopy((config.get("config") or {}).get("dtype"))
-    # Of Keras's policies, those of quantized layers alone have a mode.
-    if '"mode"' not in json.dumps(policies):
+    if not _is_quantized(config):
         return cast(keras.Model, opened(source, dtype=dtype))
+    policies = copy.deepcopy(config["config"]["dtype"])
     policies["config"]["default_policy"] = dtype
     for policy in policies["config"]["policy_map"].values():
         policy["config"]["source_name"] = dtype
@@ -380,7 +429,7 @@ def _gemma_of(source: str, config: Mapping[str, Any]) -> Family:
 def _check_files(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     if "registered_name" in config:
         missing = [name for name in _KERAS_FILES if not (path / name).is_file()]
-        missing += _missing_weights(path, "model.weights.h5", "model.weights.json")
+        missing += _missing_weights(path, *_KERAS_WEIGHTS)
     else:
         missing = [] if any((path / name).is_file() for name in (WEIGHTS, INDEX)) else [WEIGHTS]
         if not any((path / name).is_file() for name in _TOKENIZERS):

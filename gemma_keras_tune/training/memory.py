@@ -9,6 +9,7 @@ import jax
 import keras
 
 from gemma_keras_tune._support.memory import free_memory
+from gemma_keras_tune.adapters.lora import kernel_shape
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.gemma.families import family_of
 from gemma_keras_tune.training.settings import Method
@@ -86,7 +87,7 @@ def activation_bytes(
     blocks = 1 + max(linear.block for linear in linears)
     width = family.head(model).embedding.shape[1]
     feed_forward = max(
-        (math.prod(n.layer.kernel.shape) // width for n in linears if n.target == "gate_proj"),
+        (math.prod(kernel_shape(n.layer)) // width for n in linears if n.target == "gate_proj"),
         default=4 * width,
     )
     backbone = model.backbone

@@ -20,7 +20,12 @@ from gemma_keras_tune._support.memory import free_memory, kept_memory
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears
 from gemma_keras_tune.errors import GemmaTuneError, LoraError, PlanError
 from gemma_keras_tune.gemma.attention import keep_soft_cap
-from gemma_keras_tune.gemma.families import backbone_inputs, decoder_blocks, family_of
+from gemma_keras_tune.gemma.families import (
+    backbone_inputs,
+    decoder_blocks,
+    family_of,
+    quantizations,
+)
 from gemma_keras_tune.gemma.recomputation import recomputed
 from gemma_keras_tune.gemma.state import training
 from gemma_keras_tune.training.callbacks import FiniteLoss, HeldValues, Interruptible
@@ -49,7 +54,8 @@ class TuningModel(keras.Model):
     Raises:
         PlanError: `rematerialize` is something else.
         LoraError: LoRA is on but base weights train too (as after `model.trainable = True`), or
-            nothing trains at all; or the embedding is quantized.
+            nothing trains at all; or the base is quantized and LoRA is
+            not on, or its embedding is quantized.
         BackendError: Keras does not run on JAX, or keeps floats in half precision.
 
     Example:
@@ -285,6 +291,11 @@ def _check_trainable(model: keras.Model) -> None:
             next_step="Call `enable_lora(model)`, or set `model.trainable = True`.",
         )
     if lora_config(model) is None:
+        if quantizations(model):
+            raise LoraError(
+                "Quantized kernels cannot be trained.",
+                next_step="Call `enable_lora(model)`, or load the model without `quantize`.",
+            )
         return
     factors = {
         id(factor)

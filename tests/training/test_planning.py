@@ -9,7 +9,8 @@ import pytest
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
 from gemma_keras_tune.training import planning
-from gemma_keras_tune.training.planning import resolve_settings, step_bytes
+from gemma_keras_tune.training.memory import step_bytes
+from gemma_keras_tune.training.planning import resolve_settings
 from gemma_keras_tune.training.shapes import Shape
 
 PLAIN = "{prompt}\n{response}"
@@ -126,8 +127,28 @@ def test_a_batch_is_cut_to_the_memory_that_is_free(model, free):
         assert (plan.batch_size, plan.gradient_accumulation_steps) == (rows, 8 // rows)
         assert "helps most" not in str(plan)
     free(step_bytes(model, 1, 50) - 1)
-    assert "helps most" in str(plan_settings(model, 100, 50))
+    short = plan_settings(model, 100, 50, rematerialize=False)
+    assert "helps most" in str(short)
     assert plan_settings(model, 100, 50, batch_size=16).batch_size == 16
+
+
+def test_activations_are_recomputed_where_one_row_would_not_fit(free):
+    model = testing.tiny_model("gemma3", num_layers=8)
+    once, again = (step_bytes(model, 1, 50, rematerialize=on) for on in (False, True))
+    assert again < 0.5 * once
+    free(once)
+    assert not plan_settings(model, 100, 50).rematerialize
+    assert plan_settings(model, 100, 50, rematerialize=True).rematerialize
+    free(once - 1)
+    plan = plan_settings(model, 100, 50)
+    assert plan.rematerialize and plan.memory_needed <= once - 1
+    assert plan.batch_size * plan.gradient_accumulation_steps == 8
+    assert "activations recomputed" in str(plan) and "helps most" not in str(plan)
+    short = plan_settings(model, 100, 50, rematerialize=False, batch_size=1)
+    assert "`rematerialize=True` (then about 0.0 GB) helps most" in str(short)
+    free(0)
+    assert plan_settings(model, 100, 50).batch_size == 1
+    assert "tokens (then about 0.0 GB) helps most" in str(plan_settings(model, 100, 50))
 
 
 def test_full_tuning_reckons_with_gradients_moments_and_what_is_accumulated(model, free):
