@@ -151,6 +151,23 @@ def _check_plugins(plugins: dict[str, re.Match[str]]) -> None:
     )
 
 
+def replicas() -> int:
+    """Return the number of parts that Keras splits each batch into: one for a device or group."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    mesh = distribution.device_mesh
+    return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)])
+
+
+def device_name() -> str:
+    """Return the kind of the device that models run on, with the number of those used."""
+    distribution = keras.distribution.distribution()
+    used = 1 if distribution is None else int(distribution.device_mesh.devices.size)
+    kind = jax.devices()[0].device_kind
+    return kind if used == 1 else f"{used} x {kind}"
+
+
 def _requirement(plugin: re.Match[str]) -> str:
     """Return the requirement of pip for the plugin that fits the installed JAX."""
     gpu, version = plugin["gpu"], plugin["version"]

@@ -13,11 +13,12 @@ from typing import Any, Literal, overload
 import keras
 import numpy as np
 
+from gemma_keras_tune._support.backend import replicas
 from gemma_keras_tune._support.numbers import integer
 from gemma_keras_tune.errors import PlanError
 from gemma_keras_tune.gemma.templates import Template, attach_template, get_template
 from gemma_keras_tune.training.settings import Overlong
-from gemma_keras_tune.training.shapes import Shape, choose_shapes, stratify
+from gemma_keras_tune.training.shapes import Shape, choose_shapes, indivisible, stratify
 from gemma_keras_tune.training.tokenizing import TokenizedPairs, places_within, tokenize_pairs
 
 
@@ -227,7 +228,7 @@ def make_batcher(
     if sequence_length != "auto":
         sizes["sequence_length"] = sequence_length
     checked = (integer(1).problem(name, size) for name, size in sizes.items())
-    wrong = [problem for problem in checked if problem]
+    wrong = [problem for problem in checked if problem] or indivisible(batch_size)
     if wrong:
         raise PlanError("The batches cannot be built.", wrong)
     shapes = choose_shapes(
@@ -235,6 +236,7 @@ def make_batcher(
         tokens.response_lengths,
         batch_size,
         sequence_length=None if sequence_length == "auto" else sequence_length,
+        parts=replicas(),
     )
     return Batcher(
         tokens,

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import msgspec
 
+from gemma_keras_tune._support.backend import device_name, replicas
 from gemma_keras_tune._support.files import write_text
 from gemma_keras_tune._support.memory import free_memory
 from gemma_keras_tune.adapters.lora import largest_rank
@@ -31,7 +32,7 @@ from gemma_keras_tune.training.settings import (
     check_settings,
     with_settings,
 )
-from gemma_keras_tune.training.shapes import Shape
+from gemma_keras_tune.training.shapes import Shape, indivisible
 
 TARGET_STEPS = 60
 MAX_EPOCHS = 30
@@ -70,7 +71,9 @@ class Plan(_Resolved):
         validation_dropped: Row numbers of those left out on request.
         validation_truncated: Row numbers of those cut on request.
         memory_needed: Rough bytes of one step beyond the weights.
-        memory_free: Bytes that were free for it, or `None` where nothing says.
+        memory_free: Bytes that were free for it on a device, or `None` where nothing says.
+        device: Kind of the device, with the number of those that share each batch.
+        dtype: Dtype that the model computes in.
         memory_help: The setting that would save most of them, in words.
     """
 
@@ -88,6 +91,8 @@ class Plan(_Resolved):
     validation_truncated: tuple[int, ...] = ()
     memory_needed: int = dataclasses.field(default=0, compare=False)
     memory_free: int | None = dataclasses.field(default=None, compare=False)
+    device: str = dataclasses.field(default="", compare=False)
+    dtype: str = dataclasses.field(default="", compare=False)
     memory_help: str = dataclasses.field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
@@ -155,7 +160,7 @@ class Plan(_Resolved):
                 f"  validated on {self.validation_pairs:,} other pairs after every epoch"
                 + (f"; stops after {_count(stop, 'epoch')} without a better loss" if stop else "")
             )
-        return "\n".join([*lines, *self._rows_left_out(), *self._shortage()])
+        return "\n".join([*lines, *self._rows_left_out(), self._memory()])
 
     def _what(self) -> str:
         if not self.rank:
@@ -201,14 +206,14 @@ class Plan(_Resolved):
             if rows
         ]
 
-    def _shortage(self) -> list[str]:
-        if self.memory_free is None or self.memory_needed <= self.memory_free:
-            return []
-        needed, free = self.memory_needed / 1e9, self.memory_free / 1e9
-        return [
-            f"  a step may need {needed:.1f} GB beyond the weights, and {free:.1f} GB are free: "
-            f"{self.memory_help} helps most"
-        ]
+    def _memory(self) -> str:
+        needed = f"a step may need {self.memory_needed / 1e9:.1f} GB beyond the weights"
+        line = f"  on {self.device} in {self.dtype}: {needed}"
+        if self.memory_free is None:
+            return line
+        line += f", {self.memory_free / 1e9:.1f} GB are free"
+        short = self.memory_needed > self.memory_free
+        return f"{line}: {self.memory_help} helps most" if short else line
 
 
 def _count(number: int, noun: str) -> str:
@@ -327,6 +332,7 @@ def resolve_settings(
         plan = None
     method = plan.method if plan else given.get("method", DEFAULTS["method"])
     problems += callback_problems(callbacks, method, given.get("optimizer", "auto"))
+    problems += indivisible(given.get("batch_size", plan.batch_size if plan else "auto"))
     checked = check_settings(given, problems)
     settings = _as_planned(checked, plan) if plan else {**DEFAULTS, **checked}
     split, stop = settings["validation_split"], settings["early_stopping"]
@@ -399,12 +405,15 @@ def plan_settings(
         "warmup_steps": _or(settings["warmup_steps"], min(round(0.05 * steps), steps - 1)),
         "weight_decay": _or(settings["weight_decay"], 0.01),
     }
+    share = rows // replicas()
     size: StepOptions = dict(method=method, accumulates=batches > 1, rematerialize=again)
     return Plan(
         **{**settings, **resolved},
-        memory_needed=step_bytes(model, rows, longest, **size),
+        memory_needed=step_bytes(model, share, longest, **size),
         memory_free=free_memory(),
-        memory_help=what_helps(model, rows, longest, **size),
+        memory_help=what_helps(model, share, longest, **size),
+        device=device_name(),
+        dtype=str(model.compute_dtype),
     )
 
 
@@ -439,18 +448,21 @@ def _batch(
     rows, steps, again = (
         settings[name] for name in ("batch_size", "gradient_accumulation_steps", "rematerialize")
     )
+    parts = replicas()
     wanted = (4 if pairs < 64 else 8 if pairs < 5_000 else 16) if rows == "auto" else rows
-    sizes = [wanted >> cut for cut in range(wanted.bit_length())] if rows == "auto" else [rows]
+    share = max(1, wanted // parts)  # rows of one replica
+    wanted = share * parts
+    shares = [share >> cut for cut in range(share.bit_length())] if rows == "auto" else [share]
     both = (False, True) if again == "auto" else (again,)
-    choices = [(size, rematerialize) for rematerialize in both for size in sizes]
+    choices = [(size, rematerialize) for rematerialize in both for size in shares]
     free = free_memory()
 
     def fits(size: int, rematerialize: bool) -> bool:
         needed = step_bytes(
             model, size, longest, method=settings["method"], rematerialize=rematerialize,
-            accumulates=size < wanted if steps == "auto" else steps > 1,
+            accumulates=size < share if steps == "auto" else steps > 1,
         )  # fmt: skip
         return free is None or needed <= free
 
     fit, again = next((choice for choice in choices if fits(*choice)), choices[-1])
-    return fit, _or(steps, max(1, wanted // fit)), again
+    return fit * parts, _or(steps, max(1, share // fit)), again

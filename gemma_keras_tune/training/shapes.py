@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
+
+from gemma_keras_tune._support.backend import replicas
 
 MAX_SHAPES = 4
 LENGTH_STEP = 8
@@ -33,6 +36,7 @@ def choose_shapes(
     *,
     max_shapes: int = MAX_SHAPES,
     sequence_length: int | None = None,
+    parts: int = 1,
 ) -> tuple[Shape, ...]:
     """Choose the few static shapes that waste the least on padding.
 
@@ -46,6 +50,7 @@ def choose_shapes(
         batch_size: Rows in a batch.
         max_shapes: Most shapes to use.
         sequence_length: Use this one length for all rows, instead of choosing.
+        parts: Parts that every batch is split into, one for each replica of the model.
 
     Returns:
         Shapes in order of length; a row belongs to the first one long enough for it.
@@ -60,10 +65,10 @@ def choose_shapes(
         inside = np.flatnonzero(group == index)
         if not len(inside):
             continue
-        rows = min(batch_size, len(inside)) if len(bounds) == 1 else batch_size
+        rows = min(batch_size, _round_up(len(inside), parts)) if len(bounds) == 1 else batch_size
         strata = stratify(inside, response_lengths, rows)
         positions = int(np.where(strata >= 0, response_lengths[strata], 0).max(axis=1).sum())
-        shapes.append(Shape(rows, int(length), _round_up(positions, LENGTH_STEP)))
+        shapes.append(Shape(rows, int(length), _round_up(positions, math.lcm(LENGTH_STEP, parts))))
     return tuple(shapes)
 
 
@@ -80,6 +85,21 @@ def stratify(rows: np.ndarray, response_lengths: np.ndarray, batch_size: int) ->
     slots = np.full(batches * batch_size, -1, np.int32)
     slots[len(slots) - len(rows) :] = rows[np.argsort(response_lengths[rows], kind="stable")]
     return slots.reshape(batch_size, batches)
+
+
+def indivisible(batch_size: Any) -> list[str]:
+    """Describe a batch that the replicas of the model cannot share: a list of one text, or empty.
+
+    Args:
+        batch_size: Rows in a batch; other values than an integer are not judged.
+    """
+    parts = replicas()
+    if not isinstance(batch_size, int) or batch_size % parts == 0:
+        return []
+    return [
+        f"`batch_size` must be a multiple of {parts}, the devices or groups of devices that share "
+        f"each batch. Received: {batch_size}"
+    ]
 
 
 def _round_up(value: float, step: int) -> int:
