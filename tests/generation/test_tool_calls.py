@@ -42,7 +42,7 @@ ROWS = [row("roll", 3), row("cake", 8)]
 
 @pytest.fixture(scope="module", params=["gemma3", "gemma4"])
 def tuned(request):
-    model = tiny_model(request.param, tools=True, hidden_dim=32)
+    model = tiny_model(request.param, tools=True, hidden_dim=32, sliding_window_size=512)
     gkt.tune(
         model, ROWS, epochs=150, batch_size=2, learning_rate=2e-2, rank=8, verbose=0,
         target_modules="all",
