@@ -307,6 +307,27 @@ def read_messages(value: Any, label: str, notes: Notes) -> list[Message]:
     return _named(messages, notes) if any(m.role == "tool" for m in messages) else messages
 
 
+def plain_messages(value: Any) -> tuple[Message, ...] | None:
+    """Read a conversation in the commonest form, or return `None` for the reader of all forms.
+
+    It is a list of dictionaries of a `role` and a `content` in ASCII, which needs no check of its
+    characters: user and assistant in turn.
+    """
+    if type(value) is not list or not value or len(value) % 2:
+        return None
+    messages = []
+    wanted: Role = "user"
+    for turn in value:
+        if type(turn) is not dict or len(turn) != 2 or turn.get("role") != wanted:
+            return None
+        content = turn.get("content")
+        if type(content) is not str or not content.isascii() or is_empty(content):
+            return None
+        messages.append(Message(wanted, content))
+        wanted = "assistant" if wanted == "user" else "user"
+    return tuple(messages)
+
+
 def _named(messages: list[Message], notes: Notes) -> list[Message]:
     """Give each result the name of the tool that was called: by its id, or by its place."""
     calls: Sequence[ToolCall] = ()

@@ -15,6 +15,7 @@ from gemma_keras_tune.pairs.conversations import (
     find_messages,
     is_message,
     may_hold_messages,
+    plain_messages,
     put_tools,
     read_content,
     read_flag,
@@ -328,8 +329,11 @@ class RowReader:
 
     def _conversation_reader(self, key: Any, layout: _Layout) -> Reader:
         label = f"`{key}`"
+        alone = not (layout.others or layout.system or layout.tools)
 
         def read(record: Mapping[Any, Any], unused: Unused) -> tuple[Message, ...]:
+            if alone and (plain := plain_messages(record[key])):
+                return plain
             notes = self._notes(unused)
             thoughts = _look_at_others(record, layout.others, notes)
             messages = read_messages(record[key], label, notes)
