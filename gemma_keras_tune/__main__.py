@@ -432,10 +432,11 @@ def _generate(options: argparse.Namespace) -> None:
     asked = with_system(prompts, options.system) if options.system else prompts
     model = _load(options, options.adapter)
     names = ("max_new_tokens", "sampler", "temperature", "seed", "batch_size", "template")
-    answers = gkt.generate(model, asked, **{name: getattr(options, name) for name in names})
+    answers = gkt.generate_answers(model, asked, **{name: getattr(options, name) for name in names})
     for prompt, answer in zip(prompts, answers, strict=True):
-        row = {"prompt": prompt, "response": answer}
-        print(json.dumps(row, ensure_ascii=False) if options.prompts else answer)
+        text = answer.text.strip()
+        row = {"prompt": prompt, "response": text}
+        print(json.dumps(row, ensure_ascii=False) if options.prompts else text)
 
 
 def _check_template(options: argparse.Namespace) -> None:

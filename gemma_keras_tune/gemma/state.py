@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import keras
 
-from gemma_keras_tune.errors import TrainingError
+from gemma_keras_tune.errors import LoadError, TrainingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,18 @@ _states: "weakref.WeakKeyDictionary[keras.Model, ModelState]" = weakref.WeakKeyD
 
 
 def state_of(model: keras.Model) -> ModelState:
-    """Return the one state of a model, made at the first call."""
-    return _states.get(model) or _states.setdefault(model, ModelState())
+    """Return the one state of a model, made at the first call.
+
+    Raises:
+        LoadError: It is no model, such as the name of one.
+    """
+    try:
+        return _states.get(model) or _states.setdefault(model, ModelState())
+    except TypeError:  # text, and None, cannot be referred to weakly
+        raise LoadError(
+            f"`model` must be a KerasHub Gemma. Received: {model!r:.80}",
+            next_step="Open it first: `model = gkt.load(…)`.",
+        ) from None
 
 
 def model_lock(model: keras.Model) -> Any:

@@ -622,7 +622,15 @@ def attach_template(model: keras.Model, template: Template | None) -> None:
     Args:
         model: The model.
         template: Its template; `None` forgets the one that was attached.
+
+    Raises:
+        TemplateError: It is no `Template`, such as the name of one.
     """
+    if not (template is None or isinstance(template, Template)):
+        raise TemplateError(
+            f"`template` must be a `Template` or None. Received: {template!r}",
+            next_step="Find it first: `get_template(model, …)`.",
+        )
     state = state_of(model)
     if template is None:
         state.templates.pop(state.active, None)

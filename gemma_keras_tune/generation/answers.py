@@ -28,6 +28,7 @@ from keras import ops
 from gemma_keras_tune._support.backend import check_backend
 from gemma_keras_tune._support.equality import ArrayEquality
 from gemma_keras_tune._support.memory import kept_memory
+from gemma_keras_tune._support.numbers import integer
 from gemma_keras_tune.adapters.active import ACTIVE, Active, use_adapter
 from gemma_keras_tune.adapters.lora import lora_config, lora_linears, lora_switched
 from gemma_keras_tune.errors import GenerationError, TemplateError, warn_of_pairs
@@ -157,6 +158,7 @@ def generate(
         same order for a list. With `tools`, each is an `Answer`, whose `tool_calls` are the calls.
 
     Raises:
+        LoadError: `model` is none.
         TemplateError: A prompt is no conversation, the template does not fit the model or has no
             format for tools, or a tool is no JSON schema.
         AdapterError: There is no such adapter.
@@ -435,11 +437,7 @@ def values_of(model: keras.Model, variables: Iterable[keras.Variable]) -> list[A
 
 def tokenizer_of(model: keras.Model) -> Any:
     """The model's tokenizer, or an error where it has none."""
-    if not isinstance(model, keras.Model):
-        raise GenerationError(
-            f"`model` must be a KerasHub Gemma. Received: {model!r:.80}",
-            next_step="Open it first: `model = gkt.load(…)`.",
-        )
+    state_of(model)  # or it is no model
     if getattr(model, "preprocessor", None) is None:
         raise TemplateError(
             "The model has no preprocessor, so there is no tokenizer to write prompts with.",
@@ -524,8 +522,8 @@ def _messages(prompt: Any, unused: Unused) -> tuple[Message, ...]:
 def check_numbers(rows: Sequence[Any], **numbers: Any) -> None:
     """Refuse numbers that are no integers of at least 1, and rows without a token."""
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GenerationError(f"`{name}` must be an integer of at least 1. Received: {value!r}")
+        if problem := integer(1).problem(name, value):
+            raise GenerationError(problem)
     empty = [i for i, row in enumerate(rows) if not len(row)]
     if empty:
         raise GenerationError(f"Every row needs at least one token. Empty rows: {empty[:20]}")

@@ -66,10 +66,11 @@ class TuningModel(keras.Model):
     ) -> None:
         super().__init__(**kwargs)
         check_backend()
+        family = family_of(model)
         self._rematerialize = SETTINGS["rematerialize"].read("rematerialize", rematerialize)
         self._free_memory = free_memory()
         _check_trainable(model)
-        family_of(model).head(model).check_floating(LoraError)
+        family.head(model).check_floating(LoraError)
         keep_soft_cap(model.backbone)
         self.backbone = model.backbone
         # A function is not tracked. Of a tracked task Keras would draw a batch, to build its

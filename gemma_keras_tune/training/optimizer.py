@@ -6,6 +6,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
+from gemma_keras_tune._support.numbers import POSITIVE, integer
 from gemma_keras_tune.adapters.lora import lora_config
 from gemma_keras_tune.errors import PlanError
 
@@ -85,8 +86,18 @@ def make_optimizer(
         A `keras.optimizers.Optimizer`.
 
     Raises:
-        PlanError: There are no steps, or all of them are warm-up; or no such optimizer.
+        PlanError: There are no steps, or all of them are warm-up; a number is out of range; or no
+            such optimizer.
     """
+    scheduled = isinstance(learning_rate, LearningRateSchedule)
+    problems = (
+        integer(0).problem("steps", steps),
+        integer(0).problem("warmup_steps", warmup_steps),
+        integer(1).problem("gradient_accumulation_steps", gradient_accumulation_steps),
+        None if scheduled else POSITIVE.problem("learning_rate", learning_rate),
+    )
+    if found := [problem for problem in problems if problem]:
+        raise PlanError("The optimizer cannot be made.", found)
     if steps < 1 or not 0 <= warmup_steps < steps:
         raise PlanError(
             "The run would train nothing: it needs at least one step after the warm-up. "

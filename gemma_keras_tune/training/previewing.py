@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from gemma_keras_tune._support.equality import ArrayEquality
+from gemma_keras_tune._support.numbers import integer
 from gemma_keras_tune.errors import PairsError
 from gemma_keras_tune.gemma.encoding import RowTokenizer
 from gemma_keras_tune.gemma.templates import Template, get_template
@@ -94,9 +95,11 @@ def preview(
         A `Preview`: the text, the token ids, and which of them carry loss.
 
     Raises:
-        PairsError: No row could be read, one of the first rows has a problem, or the source gives
-            its rows once.
+        PairsError: No row could be read, one of the first rows has a problem, the source gives its
+            rows once, or `rows` is no positive integer.
     """
+    if problem := integer(1).problem("rows", rows):
+        raise PairsError(problem)
     source = read_pairs(pairs)
     if not source.repeatable:
         raise PairsError(

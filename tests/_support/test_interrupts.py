@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gemma_keras_tune._support.interrupts import held_interrupts
+from gemma_keras_tune._support.interrupts import held_interrupts, runs_as_program
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
@@ -51,6 +51,23 @@ def test_handlers_of_the_program_and_other_threads_are_left_alone(monkeypatch):
     thread.start()
     thread.join()
     assert got[-1] == "thread"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words", "runs"),
+    [
+        (["-m"], ["python", "-X", "utf8", "-m", "gemma_keras_tune", "tune"], True),
+        (["-m"], ["python", "-m", "pytest", "gemma_keras_tune"], False),
+        (["/venv/bin/gemma-keras-tune", "tune"], ["python", "…"], True),
+        (["serve.py", "-m", "gemma_keras_tune"], ["python", "serve.py"], False),
+        ([""], ["python"], False),
+        ([], [], False),
+    ],
+)
+def test_only_its_own_program_takes_over_the_signal(argv, words, runs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert runs_as_program("gemma_keras_tune") == runs
 
 
 # A program that native code keeps busy without Python's lock, as a compilation does, and one that

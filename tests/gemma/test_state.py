@@ -48,3 +48,22 @@ def test_a_model_in_training_is_refused_to_other_threads() -> None:
             with pytest.raises(gkt.errors.TrainingError, match="Another thread trains this model"):
                 threads.submit(use, model).result(10)
         assert threads.submit(use, model).result(10) == "used"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        gkt.adapters.list,
+        gkt.enable_lora,
+        gkt.preview,
+        gkt.TuningModel,
+        gkt.template_of,
+        lambda model, *_: gkt.adapters.set(model, "one"),
+        lambda model, *_: gkt.load_adapter(model, "somewhere"),
+    ],
+)
+def test_what_is_no_model_is_told_in_words(call):
+    for wrong in (None, "package://gemma3_270m"):
+        more = ([("a", "b")],) if call is gkt.preview else ()
+        with pytest.raises(gkt.errors.LoadError, match=r"a KerasHub Gemma\. Received: "):
+            call(wrong, *more)

@@ -406,3 +406,8 @@ def test_attached_template_wins_and_does_not_keep_the_model():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_only_templates_are_attached():
+    with pytest.raises(TemplateError, match="`template` must be a `Template` or None"):
+        attach_template(tiny_model(), "gemma3")

@@ -12,7 +12,7 @@ import pytest
 from _quantized import quantize
 
 from gemma_keras_tune.adapters.lora import enable_lora, lora_disabled, lora_linears, merge_lora
-from gemma_keras_tune.errors import EvaluationError, GenerationError, TemplateError
+from gemma_keras_tune.errors import EvaluationError, GenerationError, LoadError, TemplateError
 from gemma_keras_tune.evaluation.requests import ModelPair, Request, run_requests
 from gemma_keras_tune.evaluation.response_log import ResponseLog
 from gemma_keras_tune.gemma.encoding import RowTokenizer
@@ -552,9 +552,7 @@ def test_what_is_no_prompt_or_no_model_is_told_in_words(model):
             stream(model, nothing)
     for ask in (generate, stream):
         for wrong in (None, "package://gemma3_270m"):
-            with pytest.raises(
-                GenerationError, match=r"`model` must be a KerasHub Gemma.*\n.*load"
-            ):
+            with pytest.raises(LoadError, match=r"`model` must be a KerasHub Gemma.*\n.*load"):
                 ask(wrong, "Hello")
         for half in ("Hello \ud83d", [{"role": "user", "content": "Hello \ud83d"}]):
             with pytest.raises(TemplateError, match="half a surrogate pair at character 7"):

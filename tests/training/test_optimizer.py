@@ -100,3 +100,10 @@ def test_a_schedule_is_followed_as_it_is():
     assert float(optimizer._learning_rate(40)) == float(schedule(10))
     with pytest.raises(gkt.errors.PlanError, match="its own warm-up"):
         gkt.make_optimizer(schedule, steps=10, warmup_steps=1)
+
+
+def test_numbers_that_are_none_are_all_named():
+    with pytest.raises(gkt.errors.PlanError) as caught:
+        gkt.make_optimizer("1e-3", steps="10", warmup_steps=-1, gradient_accumulation_steps=0)
+    names = [problem.split("`")[1] for problem in caught.value.problems]
+    assert names == ["steps", "warmup_steps", "gradient_accumulation_steps", "learning_rate"]

@@ -33,3 +33,9 @@ def test_preview_shows_ids_and_what_is_trained(model):
     assert "«yes<eos>»" in str(shown)
     assert row.trained[-1] and not row.trained[0]
     assert "<script>" not in gkt.preview(model, [("<script>", "y")], template=PLAIN)._repr_html_()
+
+
+@pytest.mark.parametrize("rows", [0, -1, "3", None])
+def test_a_number_of_rows_that_is_none_is_refused(model, rows):
+    with pytest.raises(gkt.errors.PairsError, match="`rows` must be an integer of at least 1"):
+        gkt.preview(model, [("a", "b")], rows=rows)
