@@ -1,17 +1,20 @@
 """The examples run, on a small part of their data."""
 
 import csv
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 from _shared_data import shared_data
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune import testing
+from gemma_keras_tune.gemma.templates import TEMPLATES
 from gemma_keras_tune.generation.answers import Answer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -140,3 +143,30 @@ def test_a_benchmark_names_the_data_it_misses(name, tmp_path):
     missing = tmp_path / "shared" / "data" / name
     assert done.returncode == 1 and f"There is no {missing}." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def tool_calls():
+    place = ROOT / "examples" / "tool_calls.py"
+    spec = importlib.util.spec_from_file_location("tool_calls", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_calls_of_the_example_fit_its_tools(tool_calls):
+    schemas = {tool["name"]: tool["parameters"] for tool in tool_calls.TOOLS}
+    pairs = list(gkt.read_pairs(tool_calls.training_pairs()))
+    cases = list(tool_calls.plan())
+    assert len(schemas) == 6 and len(pairs) >= 60 and len(cases) == 40
+    calls = [call for pair in pairs for call in pair.messages[-1].tool_calls]
+    made = [(call.name, call.arguments) for call in calls]
+    wanted = [case.checks[0] for case in cases if isinstance(case.checks[0], gkt.checks.CallsTool)]
+    asked = [(check.tool, check.arguments) for check in wanted]
+    for name, arguments in made + asked:
+        jsonschema.validate(arguments, {**schemas[name], "additionalProperties": False})
+    for calls in (made, asked):
+        assert {name for name, _ in calls} == set(schemas)
+    assert not {pair.prompt for pair in pairs} & {case.text for case in cases}
+    template = TEMPLATES["functiongemma"]
+    assert all(template.segments(pair.messages)[-1].trained for pair in pairs)

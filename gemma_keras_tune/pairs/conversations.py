@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from gemma_keras_tune.pairs.tools import (
     ToolCall,
+    check_name,
     declared_arguments,
     read_calls,
     read_result,
@@ -54,6 +55,7 @@ _RESULT_ROLES = (
 )  # fmt: skip
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 _CALL_KEYS = ("tool_calls", "toolcalls", "function_call", "functioncall")
+_NAME_KEYS = ("name", "tool_call_id")  # of a result
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
 TEXT_TYPES = ("text", "input_text", "output_text")
@@ -502,15 +504,16 @@ def _tool_message(
     where = f"{label} ({_decoded(role)})"
     content = _pick(turn, keys.contents, label, notes)
     if _role_name(role) in _RESULT_ROLES:
-        given = (turn.get("name"), turn.get("tool_call_id"))
-        name, call = (None if is_blank(value) else str(value) for value in given)
+        name, call = (None if is_blank(turn.get(key)) else turn[key] for key in _NAME_KEYS)
         if isinstance(content, Mapping) and set(content) == {"name", "response"}:
-            name, content = str(content["name"]), content["response"]
-        text, data = read_result(content) if not _is_parts(content) else (
-            read_content(content, where, notes)[0], None
-        )  # fmt: skip
-        if is_blank(content):
-            notes.problems.append(f"{where} is empty: write what the tool returned")
+            name, content = content["name"], content["response"]
+        if name is not None:
+            check_name(name, where, notes.problems)
+        if _is_parts(content):
+            text, data = read_content(content, where, notes)[0], None
+        else:
+            text, data = read_result(content, where, notes.problems)
+        call = None if call is None else str(call)
         message = ToolMessage("tool", text, name=name, tool_call_id=call, data=data)
     else:
         if _role_name(role) in _CALL_ROLES:
@@ -641,7 +644,7 @@ def _look_at_others(
 def _is_read_with_calls(key: Any, role: Any) -> bool:
     """Tell whether a key of a message is one of a call or its result."""
     if _role_name(role) in _RESULT_ROLES:
-        return key in ("name", "tool_call_id")
+        return key in _NAME_KEYS
     return key in _CALL_KEYS
 
 

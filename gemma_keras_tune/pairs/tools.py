@@ -13,7 +13,9 @@ from gemma_keras_tune.pairs.values import (
     is_list,
     kind,
     parse_structure,
+    read_text,
     shorten,
+    write_answer,
 )
 
 _ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
@@ -111,7 +113,7 @@ def _tool(item: Any, label: str, unused: Unused, problems: list[str]) -> dict[st
     schema = filled.get(schema_key, {}) if schema_key else {}
     name, description = filled.get("name"), filled.get("description", "")
     before = len(problems)
-    _check_name(name, label, problems)
+    check_name(name, label, problems)
     if not isinstance(description, str):
         problems.append(f"{label}: `description` must be text, got {shorten(description)}")
     if not isinstance(schema, Mapping):
@@ -140,7 +142,8 @@ def _filled(value: Any) -> Any:
     return value
 
 
-def _check_name(name: Any, label: str, problems: list[str]) -> None:
+def check_name(name: Any, label: str, problems: list[str]) -> None:
+    """Add a problem where a tool's name is none, or would end in the middle of a prompt."""
     if not isinstance(name, str) or not name or not _NO_NAME.isdisjoint(name):
         problems.append(f"{label} needs a `name` of letters, digits, _, - and ., got {name!r:.60}")
 
@@ -169,7 +172,7 @@ def _call(item: Any, label: str, problems: list[str]) -> ToolCall | None:
         problems.append(f"{label} must have `name` and `arguments`, got {shorten(item)}")
         return None
     before = len(problems)
-    _check_name(function.get("name"), label, problems)
+    check_name(function.get("name"), label, problems)
     arguments = next((function[key] for key in _ARGUMENT_KEYS if key in function), None)
     if isinstance(arguments, (str, bytes)) and not is_blank(arguments):
         try:
@@ -211,14 +214,21 @@ def declared_arguments(
     return tuple(map(declared, calls))
 
 
-def read_result(value: Any) -> tuple[str, Any]:
-    """Read a result that is a structure: its JSON text and its data; `None` for any other.
+def read_result(value: Any, label: str, problems: list[str]) -> tuple[str, Any]:
+    """Read the result of a call.
 
-    Text stays text, also where it is JSON: that is what a tool returned.
+    Args:
+        value: Text, a number, or a structure. Text stays text, also where it is JSON: that is what
+            the tool returned.
+        label: The name of the result in problems.
+        problems: What is wrong is added.
+
+    Returns:
+        The result as text, and a structure as JSON data; `None` for text and numbers.
     """
-    value = _plain(value) if isinstance(value, Mapping) or is_list(value) else value
+    if isinstance(value, Mapping) or is_list(value):
+        text = write_answer(value, label, problems)
+        return text, json.loads(text) if text else None
     if isinstance(value, (bool, int, float)):
-        value = str(value).lower() if isinstance(value, bool) else str(value)
-    if isinstance(value, str):
-        return value, None
-    return json.dumps(value, ensure_ascii=False, default=str), value
+        return json.dumps(value), None
+    return read_text(value, label, problems), None

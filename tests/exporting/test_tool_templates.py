@@ -1,9 +1,11 @@
 """Exports keep the format for tools: the template, its marks as tokens, the token that stops."""
 
 import json
+import urllib.request
 
 import gguf
 import pytest
+from _tool_conversations import CONVERSATIONS, PING, WEATHER, messages_of
 
 import gemma_keras_tune as gkt
 from gemma_keras_tune.gemma.templates import TEMPLATES
@@ -43,3 +45,30 @@ def test_ollama_says_that_it_has_no_tools(model, tmp_path):
         gkt.export(model, tmp_path / "out", format="ollama", check=False, verbose=0)
     stop = TEMPLATES[gkt.template_of(model).name].tool_format.result_start
     assert f'PARAMETER stop "{stop}"' in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_llama_cpp_writes_the_prompts_of_training(model, tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    path = tmp_path / "out.gguf"
+    gkt.export(model, path, format="gguf", dtype="float32", check=False, verbose=0)
+    options = xllamacpp.CommonParams()
+    options.model.path, options.use_jinja, options.warmup = str(path), True, False
+    options.n_ctx, options.n_parallel = 512, 1
+    server = xllamacpp.Server(options)
+    # A server takes results that are text alone.
+    texts = [c for c in CONVERSATIONS.values() if all(type(m["content"]) is not dict for m in c)]
+    assert len(texts) >= 4
+    for conversation in texts:
+        for end in (i for i, m in enumerate(conversation) if m["role"] == "assistant"):
+            asked = conversation[:end]
+            body = json.dumps({"messages": asked, "tools": [WEATHER, PING]}).encode()
+            request = urllib.request.Request(
+                f"{server.listening_address}/apply-template", body,
+                {"Content-Type": "application/json"},
+            )  # fmt: skip
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                written = json.load(answer)["prompt"]
+            messages = messages_of(asked, [WEATHER, PING], ends_with="user")
+            segments = gkt.template_of(model).segments(messages, generation_prompt=True)
+            assert written.removeprefix("<bos>") == "".join(s.text for s in segments)

@@ -243,6 +243,17 @@ def test_calls_and_results_as_sharegpt_has_them():
     assert pair.messages[3].name == "look" and pair.messages[3].content == '{"seen": true}'
 
 
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [({}, "{}"), ([1, 2], "[1, 2]"), (3.5, "3.5"), (True, "true"), (b"ok", "ok"),
+     ({"a": np.array([1])}, '{"a": [1]}')],
+)  # fmt: skip
+def test_results_are_text_numbers_or_structures(content, written):
+    result = {"role": "tool", "content": content}
+    read = calls_of(user("Hi"), assistant("", tool_calls=CALL), result, assistant("x"))
+    assert read[2] == (written, [], "look")
+
+
 def test_what_arrow_fills_in_is_left_out():
     schema = {"type": "object", "properties": {"at": {"type": "string", "enum": None}, "n": None}}
     tool = {"type": "function", "function": {"name": "look", "parameters": schema, "strict": None}}
@@ -278,7 +289,7 @@ def test_what_arrow_fills_in_is_left_out():
         (
             [user("Hi"), assistant("", tool_calls=CALL), {"role": "tool", "content": ""},
              assistant("x")],
-            "write what the tool returned",
+            "message 3 of `messages` (tool) is empty",
         ),
     ],
 )  # fmt: skip
