@@ -32,6 +32,7 @@ def kernels(model):
     return {linear.path: linear.layer for linear in family_of(model).linears(model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", quantization.MODES)
 @pytest.mark.parametrize("source", ["keras", "safetensors", "gguf"])
 def test_every_source_is_quantized_as_keras_quantizes(source, mode, exports):
@@ -138,6 +139,7 @@ def test_the_loss_is_that_of_kerashubs_own_logits(family, mode):
     assert history["loss"][1] < history["loss"][0]
 
 
+@pytest.mark.slow
 def test_int4_kernels_stay_packed_between_forward_and_backward():
     sizes = {}
     for mode in quantization.MODES:
