@@ -13,7 +13,7 @@ import jax
 import jaxlib.version
 import keras
 
-from gemma_keras_tune._support.memory import compute_on_the_calling_thread
+from gemma_keras_tune._support.memory import compute_on_the_calling_thread, share_arena
 from gemma_keras_tune.errors import BackendError
 
 _PLUGIN = re.compile(r"jax_(?P<gpu>cuda|rocm)(?P<version>\d+)_plugin|libtpu")
@@ -61,6 +61,7 @@ def check_backend() -> None:
 @functools.cache
 def _prepare() -> None:
     """Prepare JAX and TensorFlow, and warn of what a user would not expect; once in a process."""
+    share_arena()
     compute_on_the_calling_thread()
     plugins = _plugins()
     if any(found["gpu"] for found in plugins.values()):

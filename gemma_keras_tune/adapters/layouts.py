@@ -457,7 +457,7 @@ def _modules_beside(config: Mapping[str, Any], names: Sequence[str]) -> list[str
     """Refuse modules trained beside the factors, but for an embedding, whose values tell."""
     saved = config.get("modules_to_save")
     there = {match[2] for name in names if (match := _EMBEDDING_KEY.fullmatch(name))}
-    if not saved or (isinstance(saved, list) and all(name in there for name in saved)):
+    if not saved or (isinstance(saved, list) and all(str(name) in there for name in saved)):
         return []
     return [f"modules_to_save={saved!r} is not supported"]
 

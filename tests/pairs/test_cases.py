@@ -814,7 +814,8 @@ def check_row(row, options):
     told = sum(source.unused.values())
     for message in pair.messages:
         text = message.content
-        structured = text[:1] in "[{"  # an answer that is a structure, written as JSON as promised
+        # An answer that is a structure, written as JSON as promised, after reasoning that is kept.
+        structured = text[:1] in "[{" or text.rpartition("\n\n")[2][:1] in "[{"
         assert structured or not REPR.search(text), text
         if structured:
             json.loads(text)

@@ -254,8 +254,10 @@ def test_a_named_optimizer_follows_a_schedule_and_a_plan_file_repeats_it(tmp_pat
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_the_weights_of_whole_steps(monkeypatch):
+def test_an_interrupt_leaves_the_weights_of_whole_steps(monkeypatch, request):
     """It comes where Keras has given the old weights away and has not yet got the new ones."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     model = testing.tiny_model("gemma3", num_layers=1)
     options = dict(epochs=3, batch_size=2, verbose=0)
     steps = []
