@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from gemma_keras_tune._support.memory import compute_on_the_calling_thread
+from gemma_keras_tune._support.memory import compute_on_the_calling_thread, share_arena
 from gemma_keras_tune.errors import LoadError
 from gemma_keras_tune.gemma import building, families
 from gemma_keras_tune.gemma.tools import TOOL_FORMATS
@@ -142,6 +142,7 @@ def tiny_model(
     Raises:
         LoadError: There is no such family, or it has no mixture of experts.
     """
+    share_arena()  # before JAX starts its threads
     compute_on_the_calling_thread()
     table = _family(family)
     if moe and not table.tiny_moe:
