@@ -25,12 +25,8 @@ _MEMORY_SETTINGS = {
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
 }
-# Modules by the names of their distributions, all of which a notebook may have loaded before pip
-# replaced them.
-_REPLACED_BY_PIP = {
-    "jax": "jax", "jaxlib": "jaxlib", "keras": "keras", "keras_hub": "keras-hub",
-    "numpy": "numpy", "pyarrow": "pyarrow", "tensorflow": "tensorflow",
-}  # fmt: skip
+# Modules that a notebook may have loaded before pip replaced them.
+_REPLACED_BY_PIP = ("jax", "jaxlib", "keras", "keras_hub", "numpy", "pyarrow", "tensorflow")
 
 
 def check_backend() -> None:
@@ -100,9 +96,9 @@ def _keep_tensorflow_off() -> None:
 def _check_versions() -> None:
     """Warn if a module in memory is of another version than the installed one."""
     stale = []
-    for name, distribution in _REPLACED_BY_PIP.items():
+    for name in _REPLACED_BY_PIP:
         loaded = getattr(sys.modules.get(name), "__version__", None)
-        installed = _version(distribution)
+        installed = _version(name)
         if loaded and installed and _release(loaded) != _release(installed):
             stale.append(f"{name} {loaded} is loaded, {installed} is installed")
     if stale:

@@ -2,12 +2,11 @@
 
 import contextlib
 import difflib
-import math
-import numbers
 from typing import Any
 
 import keras_hub
 
+from gemma_keras_tune._support.numbers import NOT_NEGATIVE
 from gemma_keras_tune.errors import GenerationError
 
 NAMES = ("greedy", "top_k", "top_p", "random")
@@ -36,10 +35,8 @@ def resolve_sampler(
         GenerationError: There is no such sampler, the temperature is out of range, or one
             contradicts the other.
     """
-    if temperature is not None and not _is_temperature(temperature):
-        raise GenerationError(
-            f"`temperature` must be a number of at least 0. Received: {temperature!r}"
-        )
+    if temperature is not None and (problem := NOT_NEGATIVE.problem("temperature", temperature)):
+        raise GenerationError(problem)
     if sampler == "auto":
         return advised_sampler(float(temperature)) if temperature else _by_name("greedy")
     found = _by_name(sampler)
@@ -61,11 +58,6 @@ def resolve_sampler(
             next_step="Pass its name, or pass the temperature to it.",
         )
     return type(found)(temperature=float(temperature))
-
-
-def _is_temperature(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and 0 <= value < math.inf
 
 
 def _by_name(sampler: Any) -> keras_hub.samplers.Sampler:

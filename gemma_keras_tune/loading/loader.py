@@ -60,6 +60,7 @@ _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_confi
 # NVIDIA's Ampere and later multiply in bfloat16. On older ones, such as the T4, XLA computes it in
 # float32: it only saves memory, for models that need that.
 _BFLOAT16_CAPABILITY = 8.0
+_HALF = ("float16", "mixed_float16")
 _LARGE = 900_000_000
 
 
@@ -135,7 +136,7 @@ def _load_quantized(source: Any, dtype: str, mode: str) -> keras.Model:
         problem = f"`quantize` must be None or one of {MODES}. Received: {mode!r}"
     elif isinstance(source, keras.Model):
         problem = "`quantize` is for a model that is loaded. Received: a model that is there"
-    elif "float16" in dtype and "b" not in dtype:
+    elif dtype in _HALF:
         problem = f"Keras computes with no quantized layers in {dtype!r}: pass 'bfloat16'."
     if problem:
         raise LoadError(problem)
@@ -191,7 +192,7 @@ def _repair_tokens(model: keras.Model, source: str) -> None:
 
 def _warn_of_overflow(model: keras.Model, dtype: str) -> None:
     family = family_of(model)
-    if family.overflows and dtype in ("float16", "mixed_float16"):
+    if family.overflows and dtype in _HALF:
         warnings.warn(
             f"{family.title} in {dtype} can leave the range of float16, in training above all: the "
             "loss is then NaN, and training stops. Load it with dtype='bfloat16' or 'float32'.",

@@ -67,16 +67,20 @@ def ours(
     return trainer
 
 
-def state_of(trainer: keras.Model) -> tuple[list[Any], ...]:
-    """The variables a Keras train step takes and gives back."""
+def variables_of(trainer: keras.Model) -> tuple[list[Any], ...]:
+    """The variables a Keras train step takes and gives back, in its groups."""
     trainer.optimizer.build(trainer.trainable_variables)
-    groups = (
+    return (
         trainer.trainable_variables,
         trainer.non_trainable_variables,
         trainer.optimizer.variables,
         trainer.metrics_variables,
     )
-    return tuple([v.value for v in group] for group in groups)
+
+
+def state_of(trainer: keras.Model) -> tuple[list[Any], ...]:
+    """The values of those variables."""
+    return tuple([v.value for v in group] for group in variables_of(trainer))
 
 
 def attempt(name: str, measure: Callable[[], Any]) -> Any:

@@ -31,13 +31,7 @@ def batch(rows: int, length: int, response: int) -> Any:
 
 def shapes_of(trainer: Any) -> Any:
     """The state of a step, by its shapes alone: a model's variables may have no values."""
-    trainer.optimizer.build(trainer.trainable_variables)
-    groups = (
-        trainer.trainable_variables,
-        trainer.non_trainable_variables,
-        trainer.optimizer.variables,
-        trainer.metrics_variables,
-    )
+    groups = _bench.variables_of(trainer)
     return tuple([jax.ShapeDtypeStruct(v.shape, v.dtype) for v in group] for group in groups)
 
 
